@@ -1,0 +1,1 @@
+"""The site: data, training, policy, the Flower client side."""

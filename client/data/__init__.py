@@ -1,0 +1,1 @@
+"""From files and PACS to tensors on the training device."""

@@ -1,0 +1,1 @@
+"""Ready-to-run YAML for every command."""

@@ -1,0 +1,1 @@
+"""The server's half of MSA-1, one file a phase."""

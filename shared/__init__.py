@@ -1,0 +1,1 @@
+"""What server and site both need: the study, messages, networks, primitives, errors."""

@@ -1,0 +1,68 @@
+"""Every error MedFL raises on purpose: what it says to a person, its code on the wire, its exit status."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Code(StrEnum):
+    """What the other side learns of an error: a code, never the text (which may name local things)."""
+
+    UNEXPECTED = "unexpected"
+    CONFIGURATION = "configuration"
+    REFUSED = "refused"
+    DATA = "data"
+    NETWORK = "network"
+    PROTOCOL = "protocol"
+    TRAINING = "training"
+
+
+class MedFLError(Exception):
+    """Base of all deliberate errors. ``str(error)`` is one line for the person at this machine."""
+
+    code: Code = Code.UNEXPECTED
+    exit_status: int = 1
+
+
+class ConfigError(MedFLError):
+    """A configuration file, study or command line is wrong. One line per problem."""
+
+    code = Code.CONFIGURATION
+    exit_status = 2
+
+
+class PolicyRefusal(MedFLError):
+    """The site's own rules forbid what was asked. ``reason`` is a short stable word group that may be sent."""
+
+    code = Code.REFUSED
+    exit_status = 3
+
+    def __init__(self, message: str, *, reason: str = "policy") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class DataError(MedFLError):
+    """Images, labels or splits cannot be used as they are. Never carries a patient or a file name."""
+
+    code = Code.DATA
+    exit_status = 4
+
+
+class NetworkError(MedFLError):
+    """The other side cannot be reached or does not accept who we are."""
+
+    code = Code.NETWORK
+    exit_status = 5
+
+
+class ProtocolError(MedFLError):
+    """A message is malformed, unknown, replayed or does not fit the state of the exchange."""
+
+    code = Code.PROTOCOL
+
+
+class TrainingError(MedFLError):
+    """Training cannot go on: a loss is not finite, the network cannot be built, memory ran out."""
+
+    code = Code.TRAINING

@@ -1,0 +1,1 @@
+"""Privacy accounting that server, site and simulation share."""

@@ -1,0 +1,1 @@
+"""Secure-aggregation primitives both sides share (MSA-1)."""
