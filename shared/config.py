@@ -1,0 +1,213 @@
+"""YAML files into frozen, strict settings; every mistake is told as ``file:line:column: key: what is wrong``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from medfl.shared.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every settings section: unknown keys refused, frozen, no lax booleans, values never echoed in errors.
+
+    Paths in a file are resolved against that file's folder by :func:`load_settings`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=BaseModel)
+Location = tuple[str | int, ...]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 booleans (``no`` stays text: it is Norway) and floats such as ``1e-5``."""
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def load_settings(path: Path, model: type[S], *, overrides: Mapping[str, Any] | None = None) -> S:
+    """Read ``path`` as YAML and validate it as ``model``.
+
+    Relative values of ``pathlib.Path`` fields are taken from the file's own folder. A value ``${NAME}`` is replaced by
+    that environment variable; ``file:PATH`` by the content of a file that only its owner can read.
+    ``overrides`` replaces top-level keys (already parsed values).
+
+    Raises:
+        ConfigError: one line per problem, ``file:line:column: key: message``; secrets are never echoed.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    return parse_settings(text, model, name=str(path), folder=path.parent, overrides=overrides)
+
+
+def parse_settings(
+    text: str, model: type[S], *, name: str, folder: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> S:
+    """Validate YAML ``text`` as ``model``; ``name`` stands before each error (see :func:`load_settings`)."""
+    try:
+        node = yaml.compose(text, _StrictLoader)
+        if node is None:
+            raise ConfigError(f"{name}: is empty")
+        marks = _marks(node, name)
+        raw = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.line + 1}:{mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{name}:{where}{error.problem}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{name}: is not valid YAML ({type(error).__name__})") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{name}:1:1: must be a mapping of keys to values")
+    raw.update(overrides or {})
+    expanded = _expand(raw, name, folder)
+    try:
+        return model.model_validate(expanded, context={"folder": folder})
+    except ValidationError as error:
+        lines = [_line(name, marks, raw, model, e) for e in error.errors(include_url=False, include_input=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _marks(node: yaml.Node, name: str) -> dict[Location, yaml.Mark]:
+    """Position of every key (or, for list items, of the value) by its location; duplicate keys are refused."""
+    marks: dict[Location, yaml.Mark] = {}
+    pending: list[tuple[Location, yaml.Node]] = [((), node)]
+    visited: set[int] = set()
+    while pending:
+        where, current = pending.pop()
+        marks.setdefault(where, current.start_mark)
+        if id(current) in visited:  # an alias: its content has been placed
+            continue
+        visited.add(id(current))
+        if isinstance(current, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for key, value in current.value:
+                text, line = str(key.value), key.start_mark.line + 1
+                if text in seen:
+                    raise ConfigError(
+                        f"{name}:{line}:{key.start_mark.column + 1}: {text}: is given twice (first at line {seen[text]})"
+                    )
+                seen[text] = line
+                marks[(*where, text)] = key.start_mark
+                pending.append(((*where, text), value))
+        elif isinstance(current, yaml.SequenceNode):
+            pending.extend(((*where, index), item) for index, item in enumerate(current.value))
+    return marks
+
+
+def _expand(value: Any, name: str, folder: Path | None) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, name, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, name, folder) for item in value]
+    if isinstance(value, str) and (match := re.fullmatch(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", value)):
+        if match[1] not in os.environ:
+            raise ConfigError(f"{name}: environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+    if isinstance(value, str) and value.startswith("file:"):
+        return _read_secret(value[5:], name, folder)
+    return value
+
+
+def _read_secret(reference: str, name: str, folder: Path | None) -> str:
+    """Content of a secret file, taken from ``$CREDENTIALS_DIRECTORY`` (systemd) when it is there."""
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    path = Path(reference)
+    if credentials and (Path(credentials) / path.name).is_file():
+        path = Path(credentials) / path.name
+    elif folder is not None and not path.is_absolute():
+        path = folder / path
+    try:
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ConfigError(f"{name}: secret file {path} can be read by others: run chmod 600 on it")
+        return path.read_text("utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"{name}: secret file {path} cannot be read ({error.strerror})") from None
+
+
+def _line(name: str, marks: dict[Location, yaml.Mark], raw: Any, model: type[BaseModel], error: Any) -> str:
+    where = _in_file(error["loc"], raw)
+    mark = next((marks[where[:n]] for n in range(len(where), -1, -1) if where[:n] in marks), None)
+    position = f"{mark.line + 1}:{mark.column + 1}: " if mark else ""
+    message = _wording(error)
+    if error["type"] == "extra_forbidden" and where:
+        known = difflib.get_close_matches(str(where[-1]), _keys_at(model, where[:-1]), 1)
+        message += f" (did you mean '{known[0]}'?)" if known else ""
+    key = ".".join(map(str, where))
+    return f"{name}:{position}{key + ': ' if key else ''}{message}"
+
+
+def _wording(error: Any) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return "unknown key"
+        case "missing":
+            return "is required"
+        case "value_error":
+            return str(error["msg"]).removeprefix("Value error, ")
+        case _:
+            message = str(error["msg"])
+            return message[:1].lower() + message[1:]
+
+
+def _in_file(location: Location, raw: Any) -> Location:
+    """Drop from pydantic's location what is not in the file (tags of discriminated unions, type names)."""
+    out: list[str | int] = []
+    for index, part in enumerate(location):
+        last = index == len(location) - 1
+        if isinstance(raw, dict) and part in raw:
+            out.append(part)
+            raw = raw[part]
+        elif isinstance(raw, list) and isinstance(part, int) and part < len(raw):
+            out.append(part)
+            raw = raw[part]
+        elif last and isinstance(raw, dict) and isinstance(part, str) and re.fullmatch(r"[a-z_0-9]+", part):
+            out.append(part)
+    return tuple(out)
+
+
+def _keys_at(model: Any, where: Location) -> list[str]:
+    """Names allowed at ``where``: the fields of every model that can stand there."""
+    models = [model]
+    for part in where:
+        models = [
+            inner
+            for candidate in models
+            for inner in (
+                _models_in(candidate.model_fields[part].annotation)
+                if isinstance(part, str) and part in candidate.model_fields
+                else [candidate]
+                if isinstance(part, int)
+                else []
+            )
+        ]
+    return [field for candidate in models for field in candidate.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [inner for argument in get_args(annotation) for inner in _models_in(argument)]
