@@ -8,10 +8,10 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 from medfl.shared.errors import ConfigError
 
@@ -19,11 +19,20 @@ from medfl.shared.errors import ConfigError
 class Settings(BaseModel):
     """Base of every settings section: unknown keys refused, frozen, no lax booleans, values never echoed in errors.
 
-    Paths in a file are resolved against that file's folder by :func:`load_settings`.
+    Declare paths as :data:`LocalPath`, so that they are taken from the folder of the file that names them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=())
 
+
+def _from_the_files_folder(path: Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder")
+    path = Path(os.path.expandvars(path)).expanduser()
+    return path if folder is None or path.is_absolute() else Path(os.path.normpath(folder / path))
+
+
+LocalPath = Annotated[Path, AfterValidator(_from_the_files_folder)]
+"""A path that, when relative, counts from the folder of the configuration file; ``$NAME`` and ``~`` are expanded."""
 
 S = TypeVar("S", bound=BaseModel)
 Location = tuple[str | int, ...]
@@ -48,7 +57,7 @@ _StrictLoader.add_implicit_resolver(
 def load_settings(path: Path, model: type[S], *, overrides: Mapping[str, Any] | None = None) -> S:
     """Read ``path`` as YAML and validate it as ``model``.
 
-    Relative values of ``pathlib.Path`` fields are taken from the file's own folder. A value ``${NAME}`` is replaced by
+    Relative :data:`LocalPath` values are taken from the file's own folder. A value ``${NAME}`` is replaced by
     that environment variable; ``file:PATH`` by the content of a file that only its owner can read.
     ``overrides`` replaces top-level keys (already parsed values).
 
