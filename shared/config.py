@@ -43,7 +43,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 _StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [pair for pair in resolvers if pair[0] not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF"))
@@ -114,11 +114,9 @@ def _marks(node: yaml.Node, name: str) -> dict[Location, yaml.Mark]:
         if isinstance(current, yaml.MappingNode):
             seen: dict[str, int] = {}
             for key, value in current.value:
-                text, line = str(key.value), key.start_mark.line + 1
+                text, line, column = str(key.value), key.start_mark.line + 1, key.start_mark.column + 1
                 if text in seen:
-                    raise ConfigError(
-                        f"{name}:{line}:{key.start_mark.column + 1}: {text}: is given twice (first at line {seen[text]})"
-                    )
+                    raise ConfigError(f"{name}:{line}:{column}: {text}: is given twice (first at line {seen[text]})")
                 seen[text] = line
                 marks[(*where, text)] = key.start_mark
                 pending.append(((*where, text), value))
@@ -187,10 +185,8 @@ def _in_file(location: Location, raw: Any) -> Location:
     out: list[str | int] = []
     for index, part in enumerate(location):
         last = index == len(location) - 1
-        if isinstance(raw, dict) and part in raw:
-            out.append(part)
-            raw = raw[part]
-        elif isinstance(raw, list) and isinstance(part, int) and part < len(raw):
+        in_mapping = isinstance(raw, dict) and part in raw
+        if in_mapping or (isinstance(raw, list) and isinstance(part, int) and part < len(raw)):
             out.append(part)
             raw = raw[part]
         elif last and isinstance(raw, dict) and isinstance(part, str) and re.fullmatch(r"[a-z_0-9]+", part):
