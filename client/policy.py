@@ -1,0 +1,86 @@
+"""The site's own rules: ceilings that no message can raise. What is absent is forbidden."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, StrictBool
+
+from medfl.shared.config import Settings
+from medfl.shared.errors import PolicyRefusal
+from medfl.shared.privacy.settings import NoPrivacy
+from medfl.shared.study import Study
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Policy(Settings):
+    """``policy:`` in site.yaml. The coordinator can only ask for less than stands here."""
+
+    studies: tuple[Digest, ...] = ()  # digests the administrator has approved
+    allow_no_privacy: StrictBool = False
+    require_secure_aggregation: StrictBool = True
+    minimum_cohort: int = Field(default=3, ge=3, le=128)  # under secure aggregation: fewer sites are never summed
+    max_epsilon_per_study: float = Field(default=0.0, ge=0)
+    max_epsilon_total: float = Field(default=0.0, ge=0)
+    max_delta: float = Field(default=1e-5, gt=0, lt=1)
+    unit: Literal["patient", "image"] = "patient"  # image: accepts both units
+    max_upload_mb_per_round: float = Field(default=1024.0, gt=0)
+    release_site_metrics: StrictBool = False
+    expires: datetime.date | None = None
+
+    def permit(self, study: Study, *, today: datetime.date) -> None:
+        """Return when ``study`` may run here today.
+
+        Raises:
+            PolicyRefusal: with the rule that forbids it and what the administrator can change.
+        """
+        if self.expires is not None and today > self.expires:
+            raise PolicyRefusal(f"this site's policy expired on {self.expires}: renew policy.expires", reason="expired")
+        if study.digest not in self.studies:
+            raise PolicyRefusal(
+                f"study {study.name} is not approved here: to approve it, add {study.digest} to policy.studies",
+                reason="study not approved",
+            )
+        if self.require_secure_aggregation and study.secure_aggregation.mode == "none":
+            raise PolicyRefusal(
+                f"study {study.name} sends updates in clear, and policy.require_secure_aggregation is true",
+                reason="secure aggregation required",
+            )
+        self._permit_privacy(study)
+
+    def _permit_privacy(self, study: Study) -> None:
+        privacy = study.privacy
+        if isinstance(privacy, NoPrivacy):
+            if not self.allow_no_privacy:
+                raise PolicyRefusal(
+                    f"study {study.name} trains without differential privacy, and policy.allow_no_privacy is not true",
+                    reason="privacy required",
+                )
+            return
+        if privacy.epsilon > self.max_epsilon_per_study:
+            raise PolicyRefusal(
+                f"study {study.name} asks for epsilon {privacy.epsilon:g}, and policy.max_epsilon_per_study is "
+                f"{self.max_epsilon_per_study:g}",
+                reason="epsilon above ceiling",
+            )
+        if privacy.delta > self.max_delta:
+            raise PolicyRefusal(
+                f"study {study.name} asks for delta {privacy.delta:g}, and policy.max_delta is {self.max_delta:g}",
+                reason="delta above ceiling",
+            )
+        if getattr(privacy, "unit", "patient") == "image" and self.unit == "patient":
+            raise PolicyRefusal(
+                f"study {study.name} protects single images, and policy.unit demands whole patients",
+                reason="unit too weak",
+            )
+
+    def permit_upload(self, size: int) -> None:
+        """Raise PolicyRefusal when ``size`` bytes are more than one round may send."""
+        if size > self.max_upload_mb_per_round * 1e6:
+            raise PolicyRefusal(
+                f"the update has {size / 1e6:.1f} MB, and policy.max_upload_mb_per_round is "
+                f"{self.max_upload_mb_per_round:g}",
+                reason="upload too large",
+            )

@@ -1,0 +1,123 @@
+"""One round of ordinary local training: batches from resident tensors, one optimizer step each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from medfl.client.data.batches import epoch
+from medfl.client.data.load import TensorSet
+from medfl.shared.algorithms.fed_prox import add_proximal_gradient
+from medfl.shared.algorithms.settings import FedProxSettings
+from medfl.shared.data_spec import Augmentation
+from medfl.shared.errors import TrainingError
+from medfl.shared.losses import build_loss
+from medfl.shared.metrics import EXAMPLES, LOSS
+from medfl.shared.study import Optimizer, Study, Training
+
+AdjustGradients = Callable[[], None]
+"""Called between backward and optimizer step: a strategy's site half adds its own term to the gradients."""
+
+
+def train_plain(
+    network: nn.Module,
+    data: TensorSet,
+    study: Study,
+    *,
+    generator: torch.Generator,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Train ``network`` in place for one round of ``study``; order, augmentation and dropout come from ``generator``.
+
+    Returns:
+        The tally of the training losses: their sum over examples, and the number of examples seen.
+
+    Raises:
+        TrainingError: a loss or a weight is not finite, or the device has no memory left.
+    """
+    loss_of, training = build_loss(study.training.loss), study.training
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(training, parameters)
+    adjust = gradient_rule(study, parameters)
+    total = planned_steps(training, len(data.labels))
+    losses = torch.zeros((), dtype=torch.float64, device=data.labels.device)
+    seen = 0
+    network.train()
+    with torch.random.fork_rng(devices=_devices(data)):
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))  # dropout
+        for step, (images, labels) in enumerate(_batches(data, training, study.data.augmentation, generator, total)):
+            loss = _loss(loss_of, network, images, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            adjust()
+            optimizer.step()
+            losses += loss.detach() * len(labels)
+            seen += len(labels)
+            if progress is not None:
+                progress(step + 1, total)
+    if not torch.isfinite(losses):
+        raise TrainingError("the training loss is not finite: lower training.learning_rate or look at the intensities")
+    return {LOSS: float(losses), EXAMPLES: float(seen)}
+
+
+def planned_steps(training: Training, examples: int) -> int:
+    """Optimizer steps of one round for a site with ``examples`` training images."""
+    if training.steps is not None:
+        return training.steps
+    return (training.epochs or 1) * -(-examples // training.batch_size)
+
+
+def build_optimizer(training: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The study's optimizer over ``parameters``, with a fresh state."""
+    match training.optimizer:
+        case Optimizer.ADAM:
+            return torch.optim.Adam(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        case Optimizer.ADAMW:
+            return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        case Optimizer.SGD:
+            return torch.optim.SGD(
+                parameters,
+                lr=training.learning_rate,
+                momentum=training.momentum,
+                weight_decay=training.weight_decay,
+            )
+
+
+def gradient_rule(study: Study, parameters: Sequence[nn.Parameter]) -> AdjustGradients:
+    """The site's half of the study's strategy; call it before the first step, while the weights are the global ones."""
+    match study.strategy:
+        case FedProxSettings(mu=mu):
+            anchors = [parameter.detach().clone() for parameter in parameters]
+            return lambda: add_proximal_gradient(parameters, anchors, mu=mu)
+        case _:
+            return lambda: None
+
+
+def _loss(
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    network: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    try:
+        return loss_of(network(images), labels)
+    except torch.OutOfMemoryError:
+        raise TrainingError("the device has no memory left: lower training.batch_size or free the device") from None
+
+
+def _batches(
+    data: TensorSet, training: Training, augmentation: Augmentation, generator: torch.Generator, total: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    produced = 0
+    while produced < total:
+        for batch in epoch(data, training.batch_size, generator, augmentation):
+            if produced == total:
+                return
+            yield batch
+            produced += 1
+
+
+def _devices(data: TensorSet) -> list[torch.device]:
+    return [data.labels.device] if data.labels.device.type == "cuda" else []

@@ -1,0 +1,280 @@
+"""Everything that crosses between coordinator and site: typed dataclasses <-> Flower records, both halves side by side.
+
+Requests use Flower's own record names (``arrays``, ``config``), so that any ``flwr.serverapp.strategy.Strategy`` can
+write them. Replies carry a nonce, because Flower addresses stored objects by their content: two sites' identical
+replies would otherwise be one object. Whatever does not parse is a ProtocolError, never a KeyError.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import isfinite
+from typing import TypeVar
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from medfl.shared.errors import Code, ProtocolError
+from medfl.shared.weights import Flat
+
+PROTOCOL = 1
+"""Version of these messages. A site answers requests of its own version and of the one before."""
+
+TENSOR = "float32"
+"""Key of the one flat tensor inside an ArrayRecord."""
+
+Tally = Mapping[str, float]
+"""Sums over examples or patients (never means), so that tallies of several sites add up."""
+
+T = TypeVar("T", str, int, float, bytes, bool)
+
+
+class Kind(StrEnum):
+    """Message types, in Flower's grammar ``train|evaluate|query[.name]``."""
+
+    OFFER = "query.offer"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+@dataclass(frozen=True, slots=True)
+class StudyOffer:
+    """Coordinator to site: here is a study; do you take part?"""
+
+    digest: str
+    canonical: bytes
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        return _config({"study": self.digest, "canonical": self.canonical, "protocol": PROTOCOL})
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> StudyOffer:
+        """Raises ProtocolError when malformed."""
+        config = _read_config(content, {"study", "canonical", "protocol"})
+        _check_protocol(config)
+        return cls(_digest(config), _value(config, "canonical", bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class OfferAccepted:
+    """Site to coordinator: approved here. ``patients`` is the planned number, or None where the site keeps it."""
+
+    patients: int | None = None
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        return _reply("accepted", {} if self.patients is None else {"patients": self.patients})
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> OfferAccepted:
+        """Raises ProtocolError when malformed."""
+        config = _read_reply(content, "accepted", {"patients"})
+        return cls(_count(config, "patients") if "patients" in config else None)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """Coordinator to site: train from, or evaluate, these weights."""
+
+    study: str  # digest
+    round: int  # counted from 1
+    weights: Flat
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        return RecordDict({"arrays": pack(self.weights), "config": request_config(self.study, self.round)})
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> ModelRequest:
+        """Raises ProtocolError when malformed."""
+        config = _read_config(content, {"study", "server-round", "protocol", "proximal-mu"}, others={"arrays"})
+        _check_protocol(config)
+        round_number = _value(config, "server-round", int)
+        if not 1 <= round_number < 2**32:
+            raise ProtocolError(f"round {round_number} is not a round number")
+        return cls(_digest(config), round_number, unpack(content, "arrays"))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReply:
+    """Site to coordinator without secure aggregation: the update (local minus global weights) and its weight."""
+
+    update: Flat
+    examples: int
+    tally: Tally = field(default_factory=dict)
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        content = _reply("trained", {"examples": self.examples})
+        content["arrays"] = pack(self.update)
+        content["tally"] = MetricRecord(dict(self.tally))
+        return content
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> TrainReply:
+        """Raises ProtocolError when malformed."""
+        config = _read_reply(content, "trained", {"examples"}, others={"arrays", "tally"})
+        return cls(unpack(content, "arrays"), _count(config, "examples"), _tally(content))
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Site to coordinator under secure aggregation: done, the result is held here for the masked sum."""
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        return _reply("ready", {})
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> Ready:
+        """Raises ProtocolError when malformed."""
+        _read_reply(content, "ready", set())
+        return cls()
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateReply:
+    """Site to coordinator: sums of scores; empty where the site's policy keeps them."""
+
+    tally: Tally = field(default_factory=dict)
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        content = _reply("evaluated", {})
+        content["tally"] = MetricRecord(dict(self.tally))
+        return content
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> EvaluateReply:
+        """Raises ProtocolError when malformed."""
+        _read_reply(content, "evaluated", set(), others={"tally"})
+        return cls(_tally(content))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Site to coordinator: not done. ``reason`` is a short fixed word group, never an exception's text."""
+
+    code: Code
+    reason: str = ""
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        return _reply("failed", {"code": self.code.value, "reason": self.reason[:80]})
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> Failure:
+        """Raises ProtocolError when malformed."""
+        config = _read_reply(content, "failed", {"code", "reason"})
+        try:
+            code = Code(_value(config, "code", str))
+        except ValueError:
+            raise ProtocolError("a failure has an unknown code") from None
+        reason = _value(config, "reason", str)
+        if len(reason) > 80 or not reason.isprintable():
+            raise ProtocolError("a failure has a malformed reason")
+        return cls(code, reason)
+
+
+def outcome(content: RecordDict) -> str:
+    """What kind of reply this is: accepted, trained, ready, evaluated, failed."""
+    return _value(_read_config(content, None), "outcome", str)
+
+
+def request_config(study: str, round_number: int) -> ConfigRecord:
+    """The ``config`` record of a :class:`ModelRequest`; strategies may add what they need (``proximal-mu``)."""
+    return ConfigRecord({"study": study, "server-round": round_number, "protocol": PROTOCOL})
+
+
+def pack(vector: Flat) -> ArrayRecord:
+    """One flat tensor as an ArrayRecord."""
+    return ArrayRecord({TENSOR: Array(vector)})
+
+
+def unpack(content: RecordDict, name: str) -> Flat:
+    """The flat float32 tensor of the ArrayRecord ``name``. Raises ProtocolError when it is anything else."""
+    record = content.get(name)
+    if not isinstance(record, ArrayRecord) or set(record) != {TENSOR}:
+        raise ProtocolError(f"the message has no single flat tensor in '{name}'")
+    try:
+        vector = record[TENSOR].numpy()
+    except (ValueError, TypeError, OSError, EOFError):
+        raise ProtocolError(f"the tensor in '{name}' cannot be read") from None
+    if vector.dtype != np.float32 or vector.ndim != 1:
+        raise ProtocolError(f"the tensor in '{name}' must be float32 with one axis, got {vector.dtype}{vector.shape}")
+    return vector
+
+
+def _config(values: dict[str, str | int | bytes]) -> RecordDict:
+    return RecordDict({"config": ConfigRecord(values)})  # type: ignore[arg-type]
+
+
+def _reply(kind: str, values: Mapping[str, str | int]) -> RecordDict:
+    return _config({"outcome": kind, "nonce": secrets.token_hex(16), "protocol": PROTOCOL, **values})
+
+
+def _read_config(content: RecordDict, allowed: set[str] | None, *, others: set[str] | None = None) -> ConfigRecord:
+    config = content.get("config")
+    if not isinstance(config, ConfigRecord):
+        raise ProtocolError("the message has no configuration record")
+    if allowed is not None and (unknown := set(config) - allowed):
+        raise ProtocolError(f"the message has unknown fields: {', '.join(sorted(unknown))[:200]}")
+    if others is not None and set(content) != {"config"} | others:
+        raise ProtocolError(f"the message must hold the records config, {', '.join(sorted(others))}")
+    return config
+
+
+def _read_reply(content: RecordDict, kind: str, fields: set[str], *, others: set[str] | None = None) -> ConfigRecord:
+    config = _read_config(content, fields | {"outcome", "nonce", "protocol"}, others=others or set())
+    _check_protocol(config)
+    if (got := _value(config, "outcome", str)) != kind:
+        raise ProtocolError(f"expected a reply '{kind}', got '{got[:40]}'")
+    return config
+
+
+def _check_protocol(config: ConfigRecord) -> None:
+    version = _value(config, "protocol", int)
+    if version not in (PROTOCOL, PROTOCOL - 1):
+        raise ProtocolError(
+            f"the other side speaks protocol {version}, this release {PROTOCOL}: update the older of the two"
+        )
+
+
+def _value(config: ConfigRecord, key: str, kind: type[T]) -> T:
+    value = config.get(key)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ProtocolError(f"the message field '{key}' is missing or not {kind.__name__}")
+    return value
+
+
+def _digest(config: ConfigRecord) -> str:
+    digest = _value(config, "study", str)
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise ProtocolError("the message names its study by something that is not a digest")
+    return digest
+
+
+def _count(config: ConfigRecord, key: str) -> int:
+    count = _value(config, key, int)
+    if not 0 <= count < 2**32:
+        raise ProtocolError(f"the message field '{key}' is not a count")
+    return count
+
+
+def _tally(content: RecordDict) -> dict[str, float]:
+    record = content.get("tally")
+    if not isinstance(record, MetricRecord):
+        raise ProtocolError("the message has no tally")
+    tally: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, list) or not isfinite(value) or not key.isprintable() or len(key) > 100:
+            raise ProtocolError("a tally must hold finite numbers under short names")
+        tally[key] = float(value)
+    return tally

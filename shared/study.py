@@ -1,0 +1,159 @@
+"""A study: everything a federation needs to know to train one model, as data. Its digest is what a site approves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from medfl.shared.algorithms.settings import FedAvgSettings, FedBNSettings, StrategySettings
+from medfl.shared.config import Settings
+from medfl.shared.data_spec import DataSpec
+from medfl.shared.errors import ProtocolError
+from medfl.shared.metrics import Scoring
+from medfl.shared.privacy.settings import NoPrivacy, PrivacySettings
+from medfl.shared.zoo import ModelSpec, ModelTask, UNetSpec, tasks_of
+
+MAX_STUDY_BYTES = 256 * 1024
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+class Optimizer(StrEnum):
+    """Local optimizers; their state does not outlive a round."""
+
+    ADAM = "adam"
+    ADAMW = "adamw"
+    SGD = "sgd"
+
+
+class Loss(StrEnum):
+    """Training losses. Segmentation: Dice with cross-entropy. Classification: cross-entropy or, for several labels
+    at once, binary cross-entropy on logits."""
+
+    DICE_CE = "dice-ce"
+    CROSS_ENTROPY = "cross-entropy"
+    BINARY_CROSS_ENTROPY = "binary-cross-entropy"
+
+
+class Training(Settings):
+    """What each site does in one round. Exactly one of ``epochs`` and ``steps`` says how long."""
+
+    loss: Loss
+    optimizer: Optimizer = Optimizer.ADAM
+    learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    momentum: float = Field(default=0.0, ge=0, lt=1)  # sgd only
+    batch_size: int = Field(default=8, ge=1, le=4096)
+    epochs: int | None = Field(default=None, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=1, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class Rounds(Settings):
+    """How often, with how many sites, and how long a stage may take."""
+
+    count: int = Field(ge=1, le=10_000)
+    minimum_sites: int = Field(default=2, ge=1, le=10_000)  # quorum: fewer answers void the round
+    sites_per_round: int | None = Field(default=None, ge=1, le=10_000)  # absent: all that are online
+    deadline_s: float = Field(default=3600.0, gt=0, le=7 * 86400)  # for one training or evaluation stage
+    patience_s: float = Field(default=86400.0, gt=0)  # how long to wait for a quorum to come online
+    evaluate_every: int = Field(default=1, ge=1)
+
+
+class SecureAggregation(Settings):
+    """Whether updates are summed under MSA-1 masks, and how they are encoded (see docs/secure-aggregation.md)."""
+
+    mode: Literal["none", "msa1"]
+    ring_bits: Literal[16, 20, 24, 32] = 32
+    clip: float = Field(default=1.0, gt=0, le=1e6)  # largest absolute value of one entry of an update
+    phase_deadline_s: float = Field(default=120.0, gt=0, le=86400)
+
+
+class Study(Settings):
+    """One training of one model by a consortium. Crosses the wire as canonical JSON; holds no path and no code."""
+
+    name: Name
+    purpose: str = Field(default="", max_length=2000)  # in words, for the person who approves it
+    task: ModelTask
+    data: DataSpec
+    model: ModelSpec
+    training: Training
+    rounds: Rounds
+    privacy: PrivacySettings  # no default: "mode: none" must be written
+    secure_aggregation: SecureAggregation  # no default either
+    strategy: StrategySettings = FedAvgSettings()
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Study:
+        if self.task not in tasks_of(self.model):
+            raise ValueError(f"model {self.model.name} cannot do {self.task.value}: choose another model")
+        if (self.training.loss is Loss.DICE_CE) != (self.task is ModelTask.SEGMENTATION):
+            raise ValueError("training.loss must be dice-ce for segmentation, and is for segmentation only")
+        several = self.task is ModelTask.CLASSIFICATION and self.data.multi_label
+        if (self.training.loss is Loss.BINARY_CROSS_ENTROPY) != several:
+            raise ValueError("training.loss binary-cross-entropy goes with data.multi_label: true, and only with it")
+        if not isinstance(self.privacy, NoPrivacy) and getattr(self.model, "norm", None) == "batch":
+            raise ValueError(
+                "model.norm: batch norm shares statistics between patients, which privacy forbids: "
+                "use norm: group or norm: instance"
+            )
+        norm = getattr(self.model, "norm", None)
+        if isinstance(self.strategy, FedBNSettings) and (
+            norm is None or (norm == "instance" and isinstance(self.model, UNetSpec))
+        ):
+            raise ValueError(
+                "strategy fedbn would leave nothing at the sites: this network's normalisation has no parameters: "
+                "use model.norm: batch or group"
+            )
+        return self
+
+    def canonical(self) -> bytes:
+        """The study as JSON with sorted keys and no spaces: the bytes that are sent, signed and hashed."""
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False
+        ).encode()
+
+    @property
+    def scoring(self) -> Scoring:
+        """How models of this study are scored."""
+        if self.task is ModelTask.SEGMENTATION:
+            return Scoring.DICE
+        return Scoring.PER_LABEL if self.data.multi_label else Scoring.CONFUSION
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of :meth:`canonical`, hexadecimal. Any change of any value changes it."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+    @classmethod
+    def from_canonical(cls, data: bytes, *, digest: str) -> Study:
+        """Parse a received study and check that it is the one that ``digest`` names.
+
+        Raises:
+            ProtocolError: too large, not the announced digest, or not a study this release can build.
+        """
+        if len(data) > MAX_STUDY_BYTES:
+            raise ProtocolError(f"the study is larger than {MAX_STUDY_BYTES} bytes")
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ProtocolError("the study does not have the digest it was announced with")
+        try:
+            study = cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ProtocolError(
+                f"this release cannot build the study: {where}: {first['msg']}: ask the coordinator which release it needs"
+            ) from None
+        if study.canonical() != data:
+            raise ProtocolError("the study is not in canonical form: both sides must run releases that agree on it")
+        return study

@@ -1,0 +1,98 @@
+"""A network's exchanged tensors as one flat float32 vector, and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medfl.shared.errors import ProtocolError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Flat = NDArray[np.float32]
+"""All exchanged tensors of a model, flattened in C order and concatenated in the order of its layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Names and shapes of the tensors that travel, in the order in which they stand in the flat vector.
+
+    Integer buffers (such as batch norm's count of batches) have no meaningful mean and stay where they are.
+    """
+
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, network: nn.Module, *, keep: Callable[[str], bool] = lambda name: True) -> Layout:
+        """Layout of the floating-point state of ``network`` for which ``keep(name)`` holds, in state-dict order."""
+        return cls(
+            tuple(
+                (name, tuple(tensor.shape))
+                for name, tensor in network.state_dict().items()
+                if tensor.is_floating_point() and keep(name)
+            )
+        )
+
+    @property
+    def length(self) -> int:
+        """Number of values in the flat vector."""
+        return sum(prod(shape) for _, shape in self.tensors)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 over names and shapes: equal layouts only have equal digests."""
+        return hashlib.sha256(repr(self.tensors).encode()).digest()
+
+    def flatten(self, state: dict[str, torch.Tensor]) -> Flat:
+        """Copy the tensors of ``state`` into a new vector of float32 on the CPU."""
+        import torch
+
+        flat = torch.empty(self.length, dtype=torch.float32)
+        start = 0
+        for name, shape in self.tensors:
+            size = prod(shape)
+            flat[start : start + size].copy_(state[name].detach().reshape(-1))
+            start += size
+        vector: Flat = flat.numpy()
+        return vector
+
+    def load(self, vector: Flat, network: nn.Module) -> None:
+        """Copy ``vector`` into ``network`` in place, on whatever device it is.
+
+        Raises:
+            ProtocolError: the vector has another length than this layout or holds a value that is not finite.
+        """
+        import torch
+
+        self.check(vector)
+        state = network.state_dict()
+        source = torch.from_numpy(np.array(vector) if not vector.flags.writeable else vector)
+        start = 0
+        with torch.no_grad():
+            for name, shape in self.tensors:
+                size = prod(shape)
+                state[name].copy_(source[start : start + size].view(shape))
+                start += size
+
+    def check(self, vector: Flat) -> None:
+        """Raise ProtocolError unless ``vector`` is float32, one-dimensional, of this length and finite."""
+        if vector.dtype != np.float32 or vector.shape != (self.length,):
+            raise ProtocolError(
+                f"weights do not fit the study's network: expected float32[{self.length}], "
+                f"got {vector.dtype}{list(vector.shape)}: check that both sides run the same release"
+            )
+        if not np.isfinite(vector).all():
+            raise ProtocolError("weights hold values that are not finite: the sender's training diverged")
+
+
+def weights_digest(vector: Flat) -> str:
+    """SHA-256 of the vector's bytes, hexadecimal: names one model among all rounds."""
+    return hashlib.sha256(np.ascontiguousarray(vector).data).hexdigest()
