@@ -83,6 +83,18 @@ class Preprocessing(Settings):
         return self
 
 
+class Augmentation(Settings):
+    """Random changes of training images, drawn for each image of a batch. All off unless asked for."""
+
+    flip: bool = False  # each in-plane axis with probability 1/2; not for studies in which left and right matter
+    rotate_degrees: float = Field(default=0.0, ge=0, le=180)  # in-plane, uniform in -x..x
+    scale: float = Field(default=0.0, ge=0, lt=1)  # size times uniform in 1-x..1+x
+    intensity: float = Field(default=0.0, ge=0, le=1)  # contrast times 1-x..1+x, brightness plus -x..x, of input units
+    noise: float = Field(default=0.0, ge=0, le=1)  # Gaussian, standard deviation uniform in 0..x, of input units
+    bias_field: float = Field(default=0.0, ge=0, le=1)  # smooth field between 1-x and 1+x, multiplied
+    elastic: float = Field(default=0.0, ge=0, le=0.2)  # smooth displacement, standard deviation as part of the extent
+
+
 class DataSpec(Settings):
     """The images and labels a study needs. ``classes[0]`` is the background of a segmentation.
 
@@ -98,6 +110,7 @@ class DataSpec(Settings):
     multi_label: bool = False  # classification: an image may have several classes, or none
     label_map: dict[Label, Label] = Field(default_factory=dict)
     preprocessing: Preprocessing
+    augmentation: Augmentation = Augmentation()
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSpec:

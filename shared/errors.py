@@ -18,10 +18,17 @@ class Code(StrEnum):
 
 
 class MedFLError(Exception):
-    """Base of all deliberate errors. ``str(error)`` is one line for the person at this machine."""
+    """Base of all deliberate errors. ``str(error)`` is one line for the person at this machine.
+
+    ``reason`` is a short fixed word group without any value in it: the only words the other side may see.
+    """
 
     code: Code = Code.UNEXPECTED
     exit_status: int = 1
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ConfigError(MedFLError):
@@ -32,14 +39,10 @@ class ConfigError(MedFLError):
 
 
 class PolicyRefusal(MedFLError):
-    """The site's own rules forbid what was asked. ``reason`` is a short stable word group that may be sent."""
+    """The site's own rules forbid what was asked."""
 
     code = Code.REFUSED
     exit_status = 3
-
-    def __init__(self, message: str, *, reason: str = "policy") -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class DataError(MedFLError):

@@ -29,6 +29,9 @@ PROTOCOL = 1
 TENSOR = "float32"
 """Key of the one flat tensor inside an ArrayRecord."""
 
+UNKNOWN_STUDY = "unknown study"
+"""Reason of the failure after which the coordinator offers its study again."""
+
 Tally = Mapping[str, float]
 """Sums over examples or patients (never means), so that tallies of several sites add up."""
 

@@ -1,0 +1,61 @@
+"""The site's ClientApp: Flower messages in, a :class:`~medfl.client.site.Site` at work, Flower messages out.
+
+The same app runs under MedFL's own node, under Flower's SuperNode and simulation, and in ``medfl-sim``.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from typing import Protocol
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from medfl.client.site import Site
+from medfl.shared.errors import Code, MedFLError
+from medfl.shared.messages import Failure, ModelRequest, StudyOffer
+
+log = logging.getLogger("medfl.site")
+
+
+class _Reply(Protocol):
+    def record(self) -> RecordDict: ...
+
+
+def build_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
+    """A ClientApp that lets the site of each message's context answer it."""
+    app = ClientApp()
+
+    @app.query("offer")
+    def offer(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: site_of(context).consider(StudyOffer.parse(message.content)))
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: site_of(context).train(ModelRequest.parse(message.content)))
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: site_of(context).evaluate(ModelRequest.parse(message.content)))
+
+    return app
+
+
+def _answer(message: Message, work: Callable[[], _Reply]) -> Message:
+    """Reply with what ``work`` returns, or with the code of what it raises. No exception text leaves the site."""
+    try:
+        content = work().record()
+    except MedFLError as error:
+        log.warning("%s: %s", message.metadata.message_type, error)
+        content = Failure(error.code, error.reason).record()
+    except Exception as error:
+        # The text of a library's error may hold a path or a header: only where it happened is logged.
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        log.error("%s: unexpected %s at\n%s", message.metadata.message_type, type(error).__name__, frames)
+        content = Failure(Code.UNEXPECTED, type(error).__name__).record()
+    return Message(content, reply_to=message)

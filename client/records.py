@@ -1,0 +1,119 @@
+"""What a site remembers between messages: its studies, its own scores, its personal tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from medfl.shared.errors import DataError, ProtocolError
+from medfl.shared.files import PRIVATE_FILE, private_folder, write_whole
+from medfl.shared.study import Study
+from medfl.shared.weights import Flat
+
+
+class Records(Protocol):
+    """A site's memory. What ``remember`` and ``keep_personal`` returned from survives a restart, or says it does not."""
+
+    def remember(self, study: Study) -> None:
+        """Keep ``study``."""
+        ...
+
+    def study(self, digest: str) -> Study | None:
+        """The study of that digest, or None when it was never offered here."""
+        ...
+
+    def note(self, digest: str, row: dict[str, Any]) -> None:
+        """Append one row to the site's own metrics of a study."""
+        ...
+
+    def keep_personal(self, digest: str, weights: Flat) -> None:
+        """Replace the site's personal tensors of a study."""
+        ...
+
+    def personal(self, digest: str) -> Flat | None:
+        """The site's personal tensors of a study, or None."""
+        ...
+
+
+class MemoryRecords:
+    """Records of a virtual site: gone with the process."""
+
+    def __init__(self) -> None:
+        self._studies: dict[str, Study] = {}
+        self._personal: dict[str, Flat] = {}
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+
+    def remember(self, study: Study) -> None:
+        """Keep ``study``."""
+        self._studies[study.digest] = study
+
+    def study(self, digest: str) -> Study | None:
+        """The study of that digest, or None."""
+        return self._studies.get(digest)
+
+    def note(self, digest: str, row: dict[str, Any]) -> None:
+        """Append one row to the metrics of a study."""
+        self.rows.setdefault(digest, []).append(row)
+
+    def keep_personal(self, digest: str, weights: Flat) -> None:
+        """Replace the personal tensors of a study."""
+        self._personal[digest] = weights
+
+    def personal(self, digest: str) -> Flat | None:
+        """The personal tensors of a study, or None."""
+        return self._personal.get(digest)
+
+
+class FolderRecords:
+    """Records on the site's disk: ``studies/DIGEST/{study.json, metrics.jsonl, personal.safetensors}``, owner only."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = private_folder(folder / "studies")
+        self._studies: dict[str, Study] = {}
+
+    def remember(self, study: Study) -> None:
+        """Keep ``study`` durably."""
+        write_whole(private_folder(self._of(study.digest)) / "study.json", study.canonical())
+        self._studies[study.digest] = study
+
+    def study(self, digest: str) -> Study | None:
+        """The study of that digest, or None. A damaged file counts as absent: the coordinator offers again."""
+        if digest not in self._studies:
+            try:
+                content = (self._of(digest) / "study.json").read_bytes()
+                self._studies[digest] = Study.from_canonical(content, digest=digest)
+            except (OSError, ProtocolError):
+                return None
+        return self._studies[digest]
+
+    def note(self, digest: str, row: dict[str, Any]) -> None:
+        """Append one row to the study's ``metrics.jsonl``."""
+        path = private_folder(self._of(digest)) / "metrics.jsonl"
+        path.touch(mode=PRIVATE_FILE)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def keep_personal(self, digest: str, weights: Flat) -> None:
+        """Replace the study's personal tensors, atomically."""
+        write_whole(private_folder(self._of(digest)) / "personal.safetensors", save({"weights": weights}))
+
+    def personal(self, digest: str) -> Flat | None:
+        """The study's personal tensors, or None where none were kept yet."""
+        path = self._of(digest) / "personal.safetensors"
+        try:
+            weights = load(path.read_bytes())["weights"]
+        except FileNotFoundError:
+            return None
+        except Exception:  # safetensors raises its own untyped errors
+            raise DataError(
+                "the site's personal tensors of this study cannot be read: restore the state folder from its backup, "
+                "or remove the study's folder below state/studies to start them anew"
+            ) from None
+        return np.asarray(weights, dtype=np.float32)
+
+    def _of(self, digest: str) -> Path:
+        return self._folder / digest

@@ -1,0 +1,149 @@
+"""What a site does when asked: look at an offered study, train, evaluate; each only as its policy permits."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from medfl.client.data.load import SiteData, Split, TensorSet
+from medfl.client.policy import Policy
+from medfl.client.records import Records
+from medfl.client.training.evaluate import evaluate
+from medfl.client.training.plain import train_plain
+from medfl.client.workbench import Bench, Workbench
+from medfl.shared.errors import DataError, ProtocolError
+from medfl.shared.messages import UNKNOWN_STUDY, EvaluateReply, ModelRequest, OfferAccepted, StudyOffer, TrainReply
+from medfl.shared.metrics import EXAMPLES, headline, read
+from medfl.shared.study import Study
+
+log = logging.getLogger("medfl.site")
+
+
+class LoadData(Protocol):
+    """Brings a study's images to the training device; raises DataError. Called once a study."""
+
+    def __call__(self, study: Study, /) -> SiteData:
+        """Load, or take from the cache."""
+        ...
+
+
+class Site:
+    """One hospital: its name, rules, data and memory around the process's one network."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        policy: Policy,
+        load_data: LoadData,
+        workbench: Workbench,
+        records: Records,
+        today: Callable[[], datetime.date] = datetime.date.today,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.name = name
+        self._policy = policy
+        self._load_data = load_data
+        self._workbench = workbench
+        self._records = records
+        self._today = today
+        self._progress = progress
+        self._data: tuple[bytes, SiteData] | None = None
+
+    def consider(self, offer: StudyOffer) -> OfferAccepted:
+        """Accept ``offer`` when the policy permits it, the network can be built and the data are there.
+
+        Raises:
+            PolicyRefusal, ProtocolError, DataError: why not.
+        """
+        study = Study.from_canonical(offer.canonical, digest=offer.digest)
+        self._policy.permit(study, today=self._today())
+        self._workbench.open(study)
+        self._split(study, Split.TRAIN)
+        self._records.remember(study)
+        return OfferAccepted()
+
+    def train(self, request: ModelRequest) -> TrainReply:
+        """Train one round from the request's weights and return the update.
+
+        Raises:
+            PolicyRefusal, ProtocolError, DataError, TrainingError: why not; nothing has left then.
+        """
+        study, bench = self._prepare(request)
+        data = self._split(study, Split.TRAIN)
+        started = time.monotonic()
+        tally = train_plain(
+            bench.network,
+            data,
+            study,
+            generator=_generator(study, self.name, request.round),
+            progress=self._progress,
+        )
+        update = bench.update_from(request.weights)
+        self._policy.permit_upload(update.nbytes)
+        if bench.personal.tensors:
+            self._records.keep_personal(study.digest, bench.personal_weights())
+        self._note(study, request.round, "train", tally, time.monotonic() - started)
+        released = tally if self._policy.release_site_metrics else {}
+        return TrainReply(update, examples=len(data.labels), tally=released)
+
+    def evaluate(self, request: ModelRequest) -> EvaluateReply:
+        """Score the request's weights on the site's held-out patients; what leaves is for the policy to say.
+
+        Raises:
+            PolicyRefusal, ProtocolError, DataError: why not.
+        """
+        study, bench = self._prepare(request)
+        started = time.monotonic()
+        tally = evaluate(bench.network, self._split(study, Split.VALIDATION), study)
+        self._note(study, request.round, "validation", tally, time.monotonic() - started)
+        return EvaluateReply(tally if self._policy.release_site_metrics else {})
+
+    def _prepare(self, request: ModelRequest) -> tuple[Study, Bench]:
+        study = self._records.study(request.study)
+        if study is None:
+            raise ProtocolError("asked about a study that was never offered here", reason=UNKNOWN_STUDY)
+        self._policy.permit(study, today=self._today())
+        if request.round > study.rounds.count:
+            raise ProtocolError(f"round {request.round} is beyond the study's {study.rounds.count}")
+        bench = self._workbench.open(study)
+        bench.load(request.weights, self._records.personal(study.digest) if bench.personal.tensors else None)
+        return study, bench
+
+    def _split(self, study: Study, split: Split) -> TensorSet:
+        key = study.data.model_dump_json().encode() + study.task.value.encode()
+        if self._data is None or self._data[0] != key:
+            self._data = None  # free the old images first
+            self._data = (key, self._load_data(study))
+        data = self._data[1].splits.get(split)
+        if data is None or len(data.labels) == 0:
+            raise DataError(f"no {split.value} images for study {study.name}: run medfl-client with --check")
+        return data
+
+    def _note(self, study: Study, round_number: int, what: str, tally: dict[str, float], seconds: float) -> None:
+        scores = read(tally)
+        row = {"round": round_number, "set": what, "seconds": round(seconds, 3), "scores": scores, "tally": tally}
+        self._records.note(study.digest, row)
+        score = headline(scores)
+        log.info(
+            "round %d/%d %s: %d images, loss %.4f%s, %.1f s",
+            round_number,
+            study.rounds.count,
+            what,
+            tally[EXAMPLES],
+            scores.get("loss", float("nan")),
+            f", {score[0]} {score[1]:.3f}" if score else "",
+            seconds,
+        )
+
+
+def _generator(study: Study, site: str, round_number: int) -> torch.Generator:
+    """Randomness of one site's round: the same at every repetition, different from every other site and round."""
+    seed = hashlib.sha256(f"{study.seed}/{site}/{round_number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)

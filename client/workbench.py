@@ -1,0 +1,64 @@
+"""The one network a process keeps for a study, whichever of its sites is at work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from medfl.shared.algorithms.travel import build_study_network, layouts
+from medfl.shared.study import Study
+from medfl.shared.weights import Flat, Layout
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A study's network with the layout of what travels and of what stays (both as flat vectors)."""
+
+    network: nn.Module
+    layout: Layout
+    personal: Layout  # empty for most strategies
+    initial_personal: Flat
+
+    def load(self, weights: Flat, personal: Flat | None) -> None:
+        """Put the global ``weights`` and this site's own ``personal`` ones (None: the initial) into the network."""
+        self.layout.load(weights, self.network)
+        if self.personal.tensors:
+            self.personal.load(self.initial_personal if personal is None else personal, self.network)
+
+    def update_from(self, weights: Flat) -> Flat:
+        """Local minus global weights. Raises ProtocolError when training left values that are not finite."""
+        update = self.layout.flatten(self.network.state_dict())
+        np.subtract(update, weights, out=update)
+        self.layout.check(update)
+        return update
+
+    def personal_weights(self) -> Flat:
+        """What stays at the site, as a flat vector."""
+        return self.personal.flatten(self.network.state_dict())
+
+
+class Workbench:
+    """Builds a study's network once and reuses it; keeps one network in memory at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._digest: str | None = None
+        self._bench: Bench | None = None
+
+    def open(self, study: Study) -> Bench:
+        """The bench of ``study``; the one of any other study is let go."""
+        digest = study.digest
+        if self._bench is None or self._digest != digest:
+            self._bench = None  # free the old network first
+            self._bench, self._digest = make_bench(study, self.device), digest
+        return self._bench
+
+
+def make_bench(study: Study, device: torch.device) -> Bench:
+    """Build the network of ``study`` on ``device``. Raises ConfigError when its strategy does not fit its network."""
+    network = build_study_network(study).to(device)
+    travel, stay = layouts(study, network)
+    return Bench(network, travel, stay, stay.flatten(network.state_dict()))

@@ -1,0 +1,127 @@
+"""What the round loop tells as it goes: to a person, to a log, to metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from medfl.shared.study import Study
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One finished round. Scores of single sites are here only where the site released them."""
+
+    round: int
+    seconds: float
+    outcomes: Mapping[str, str]  # site -> "trained", "refused: ...", "no answer" ...
+    training: Mapping[str, float]  # scores over all released training tallies
+    scores: Mapping[str, float] = field(default_factory=dict)  # held-out, over all sites
+    site_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    received_bytes: int = 0
+
+
+class Reporter(Protocol):
+    """Listens to a study. Methods return at once; they never raise."""
+
+    def started(self, study: Study, next_round: int) -> None:
+        """The study begins, or goes on, with ``next_round``."""
+        ...
+
+    def waiting(self, online: Sequence[str], taking_part: Sequence[str], needed: int) -> None:
+        """Sites are awaited."""
+        ...
+
+    def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
+        """A stage began, or another site answered."""
+        ...
+
+    def finished_round(self, report: RoundReport) -> None:
+        """A round is complete and durable."""
+        ...
+
+    def ended(self, reason: str) -> None:
+        """The study ended."""
+        ...
+
+
+class Silent:
+    """A reporter that says nothing; base of those that say a little."""
+
+    def started(self, study: Study, next_round: int) -> None:
+        """Nothing."""
+
+    def waiting(self, online: Sequence[str], taking_part: Sequence[str], needed: int) -> None:
+        """Nothing."""
+
+    def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
+        """Nothing."""
+
+    def finished_round(self, report: RoundReport) -> None:
+        """Nothing."""
+
+    def ended(self, reason: str) -> None:
+        """Nothing."""
+
+
+class MetricsFile(Silent):
+    """Appends each round to ``metrics.jsonl``; rounds after a restart's checkpoint replace what the crash left."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def started(self, study: Study, next_round: int) -> None:
+        """Drop rows of rounds that will be run again."""
+        if self._path.exists():
+            rows = self._path.read_text("utf-8").splitlines(keepends=True)
+            kept = [row for row in rows if row.endswith("\n") and json.loads(row)["round"] < next_round]
+            self._path.write_text("".join(kept), "utf-8")
+
+    def finished_round(self, report: RoundReport) -> None:
+        """Append one row."""
+        row = {
+            "round": report.round,
+            "seconds": round(report.seconds, 3),
+            "outcomes": dict(report.outcomes),
+            "training": dict(report.training),
+            "scores": dict(report.scores),
+            "site_scores": {site: dict(scores) for site, scores in report.site_scores.items()},
+            "received_bytes": report.received_bytes,
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Several:
+    """Tells several reporters."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self._reporters = reporters
+
+    def started(self, study: Study, next_round: int) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.started(study, next_round)
+
+    def waiting(self, online: Sequence[str], taking_part: Sequence[str], needed: int) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.waiting(online, taking_part, needed)
+
+    def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.stage(round_number, stage, answered, of)
+
+    def finished_round(self, report: RoundReport) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.finished_round(report)
+
+    def ended(self, reason: str) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.ended(reason)

@@ -1,0 +1,43 @@
+"""Which tensors of a study's network travel and which stay at the site, as its strategy demands."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from medfl.shared.algorithms.fed_bn import normalisation_tensors
+from medfl.shared.algorithms.settings import FedBNSettings
+from medfl.shared.errors import ConfigError
+from medfl.shared.study import Study
+from medfl.shared.weights import Layout
+from medfl.shared.zoo import build_network
+
+
+def build_study_network(study: Study) -> nn.Module:
+    """The network of ``study`` on the CPU, with the weights its seed gives on every machine."""
+    return build_network(
+        study.model,
+        dimensions=study.data.dimensions,
+        inputs=study.data.channels,
+        outputs=len(study.data.classes),
+        seed=study.seed,
+    )
+
+
+def layouts(study: Study, network: nn.Module) -> tuple[Layout, Layout]:
+    """Layouts of the tensors that travel, and of the personal ones that stay (empty for most strategies).
+
+    Raises:
+        ConfigError: a personalised strategy would leave nothing out, or nothing to send.
+    """
+    personal: frozenset[str] = frozenset()
+    if isinstance(study.strategy, FedBNSettings):
+        personal = normalisation_tensors(network)
+        if not personal:
+            raise ConfigError(
+                "strategy fedbn would leave nothing at the sites: this network's normalisation has no values: use "
+                "model.norm batch or group"
+            )
+    travel = Layout.of(network, keep=lambda name: name not in personal)
+    if not travel.tensors:
+        raise ConfigError("the study's strategy leaves nothing to send")
+    return travel, Layout.of(network, keep=lambda name: name in personal)

@@ -1,0 +1,161 @@
+"""Who a site is: its node key (EC P-384, signs every request) and its site key (Ed25519, signs in secure aggregation).
+
+Both are OpenSSH files, the format Flower reads: ``ssh-keygen -lf node.pub`` shows the fingerprint to compare by phone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+from medfl.shared.errors import ConfigError
+from medfl.shared.files import PRIVATE_FILE, private_folder, write_whole
+
+PUBLIC_FILE = 0o644
+
+PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
+
+
+def create_node_key(path: Path, *, comment: str = "") -> PublicKey:
+    """Write a new node key to ``path`` (0600) and its public half to ``path.pub``.
+
+    Raises:
+        ConfigError: ``path`` exists; a key is never overwritten.
+    """
+    return _write_pair(path, ec.generate_private_key(ec.SECP384R1()), comment)
+
+
+def create_site_key(path: Path, *, comment: str = "") -> PublicKey:
+    """Write a new Ed25519 site key to ``path`` (0600) and its public half to ``path.pub``.
+
+    Raises:
+        ConfigError: ``path`` exists; a key is never overwritten.
+    """
+    return _write_pair(path, ed25519.Ed25519PrivateKey.generate(), comment)
+
+
+def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a node key.
+
+    Raises:
+        ConfigError: unreadable, readable by others, or not an unencrypted P-384 key in OpenSSH format.
+    """
+    key = _load(path)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ConfigError(f"{path}: is not a node key (EC P-384): make one with medfl-client keys")
+    return key
+
+
+def load_site_key(path: Path) -> ed25519.Ed25519PrivateKey:
+    """Read a site key.
+
+    Raises:
+        ConfigError: unreadable, readable by others, or not an unencrypted Ed25519 key in OpenSSH format.
+    """
+    key = _load(path)
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise ConfigError(f"{path}: is not a site key (Ed25519): make one with medfl-client keys")
+    return key
+
+
+def read_public_key(content: str | bytes) -> PublicKey:
+    """Parse a public key in OpenSSH form (one line, with or without a comment) or PEM.
+
+    Raises:
+        ConfigError: neither EC nor Ed25519, or not a public key at all.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    pem = data.lstrip().startswith(b"-----")
+    try:
+        key = serialization.load_pem_public_key(data) if pem else serialization.load_ssh_public_key(data.strip())
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError("a public key is malformed: give the one line of a .pub file") from None
+    if not isinstance(key, (ec.EllipticCurvePublicKey, ed25519.Ed25519PublicKey)):
+        raise ConfigError("a public key is neither EC nor Ed25519: give the one line of a .pub file")
+    return key
+
+
+def node_public_key(content: str | bytes) -> bytes:
+    """The node key's public half in the form Flower's link state compares: PEM, SubjectPublicKeyInfo.
+
+    Raises:
+        ConfigError: not a P-384 public key.
+    """
+    key = read_public_key(content)
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ConfigError("a site's public node key is not EC P-384: give the one line of its node.pub")
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def public_line(key: PublicKey, *, comment: str = "") -> str:
+    """``key`` as the one line of a .pub file."""
+    line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+    return f"{line} {comment}".rstrip()
+
+
+def fingerprint(key: PublicKey) -> str:
+    """``SHA256:...`` as ``ssh-keygen -lf`` prints it, to be compared by telephone."""
+    blob = base64.b64decode(public_line(key).split()[1])
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+
+
+def write_new(path: Path, content: bytes, *, mode: int = PRIVATE_FILE) -> None:
+    """Write ``path`` whole, and only if nothing is there.
+
+    Raises:
+        ConfigError: ``path`` exists or cannot be created.
+    """
+    try:
+        private_folder(path.parent)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))  # takes the name, so that nobody is robbed
+        try:
+            write_whole(path, content, mode=mode)
+        except OSError:
+            path.unlink()
+            raise
+    except FileExistsError:
+        raise ConfigError(
+            f"{path}: exists and is not overwritten: move it away first if it is to be replaced"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_private(path: Path) -> bytes:
+    """Content of a file that only its owner may read.
+
+    Raises:
+        ConfigError: missing, unreadable, or readable by others.
+    """
+    try:
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ConfigError(f"{path}: can be read by others: run chmod 600 on it")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _write_pair(path: Path, key: PrivateKey, comment: str) -> PublicKey:
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    public = key.public_key()
+    write_new(path, private)
+    line = public_line(public, comment=comment) + "\n"
+    write_whole(path.with_name(f"{path.name}.pub"), line.encode(), mode=PUBLIC_FILE)
+    return public
+
+
+def _load(path: Path) -> object:
+    try:
+        return serialization.load_ssh_private_key(read_private(path), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ConfigError(f"{path}: is not an unencrypted private key in OpenSSH format") from None
