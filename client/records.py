@@ -16,7 +16,7 @@ from medfl.shared.weights import Flat
 
 
 class Records(Protocol):
-    """A site's memory. What ``remember`` and ``keep_personal`` returned from survives a restart, or says it does not."""
+    """A site's memory. Whether it survives a restart is for the implementation to say."""
 
     def remember(self, study: Study) -> None:
         """Keep ``study``."""

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from medfl.client.data.load import SiteData, Split, TensorSet
+from medfl.client.data.splits import Split
+from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.client.policy import Policy
 from medfl.client.records import Records
 from medfl.client.training.evaluate import evaluate
@@ -82,7 +83,7 @@ class Site:
             bench.network,
             data,
             study,
-            generator=_generator(study, self.name, request.round),
+            generator=_generator(study, self.name, request.round, data.labels.device),
             progress=self._progress,
         )
         update = bench.update_from(request.weights)
@@ -143,7 +144,7 @@ class Site:
         )
 
 
-def _generator(study: Study, site: str, round_number: int) -> torch.Generator:
+def _generator(study: Study, site: str, round_number: int, device: torch.device) -> torch.Generator:
     """Randomness of one site's round: the same at every repetition, different from every other site and round."""
     seed = hashlib.sha256(f"{study.seed}/{site}/{round_number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(seed[:8], "little") >> 1)

@@ -28,6 +28,8 @@ class Settings(BaseModel):
 def _from_the_files_folder(path: Path, info: ValidationInfo) -> Path:
     folder = (info.context or {}).get("folder")
     path = Path(os.path.expandvars(path)).expanduser()
+    if missing := re.match(r".*\$\{?([A-Za-z_][A-Za-z0-9_]*)", str(path)):
+        raise ValueError(f"environment variable {missing[1]} is not set: export it, or write the path itself")
     return path if folder is None or path.is_absolute() else Path(os.path.normpath(folder / path))
 
 

@@ -1,6 +1,6 @@
 """Who a site is: its node key (EC P-384, signs every request) and its site key (Ed25519, signs in secure aggregation).
 
-Both are OpenSSH files, the format Flower reads: ``ssh-keygen -lf node.pub`` shows the fingerprint to compare by phone.
+Both are OpenSSH files, the format Flower reads: ``ssh-keygen -lf node.key.pub`` shows the fingerprint to compare by phone.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def node_public_key(content: str | bytes) -> bytes:
     """
     key = read_public_key(content)
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise ConfigError("a site's public node key is not EC P-384: give the one line of its node.pub")
+        raise ConfigError("a site's public node key is not EC P-384: give the one line of its node.key.pub")
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
@@ -122,9 +122,7 @@ def write_new(path: Path, content: bytes, *, mode: int = PRIVATE_FILE) -> None:
             path.unlink()
             raise
     except FileExistsError:
-        raise ConfigError(
-            f"{path}: exists and is not overwritten: move it away first if it is to be replaced"
-        ) from None
+        raise ConfigError(f"{path}: exists and is not overwritten: move it away to replace it") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -48,7 +48,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StudyOffer:
-    """Coordinator to site: here is a study; do you take part?"""
+    """Coordinator to site: here is a study, say whether you take part."""
 
     digest: str
     canonical: bytes

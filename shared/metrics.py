@@ -55,7 +55,7 @@ def patient_dice(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> 
         classes: number of classes including background 0.
 
     Returns:
-        float32 (classes - 1,); NaN where the class is in neither (no score), 0 where it is predicted without being there.
+        float32 (classes - 1,); NaN where the class is in neither (no score), 0 where it is predicted only.
     """
     from monai.metrics import compute_dice
     from monai.networks.utils import one_hot

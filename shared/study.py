@@ -31,8 +31,7 @@ class Optimizer(StrEnum):
 
 
 class Loss(StrEnum):
-    """Training losses. Segmentation: Dice with cross-entropy. Classification: cross-entropy or, for several labels
-    at once, binary cross-entropy on logits."""
+    """Training losses: Dice with cross-entropy for segmentation, one of the other two for classification."""
 
     DICE_CE = "dice-ce"
     CROSS_ENTROPY = "cross-entropy"
@@ -119,9 +118,7 @@ class Study(Settings):
 
     def canonical(self) -> bytes:
         """The study as JSON with sorted keys and no spaces: the bytes that are sent, signed and hashed."""
-        return json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False
-        ).encode()
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
     @property
     def scoring(self) -> Scoring:
@@ -152,7 +149,7 @@ class Study(Settings):
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ProtocolError(
-                f"this release cannot build the study: {where}: {first['msg']}: ask the coordinator which release it needs"
+                f"this release cannot build the study: {where}: {first['msg']}: ask the coordinator what it needs"
             ) from None
         if study.canonical() != data:
             raise ProtocolError("the study is not in canonical form: both sides must run releases that agree on it")

@@ -64,7 +64,8 @@ class LogisticSpec(Settings):
     inputs: int = Field(ge=1, le=10_000_000)  # channels x pixels of one image
 
 
-ModelSpec = Annotated[UNetSpec | DenseNet121Spec | ResNet18Spec | LogisticSpec, Field(discriminator="name")]
+AnySpec = UNetSpec | DenseNet121Spec | ResNet18Spec | LogisticSpec
+ModelSpec = Annotated[AnySpec, Field(discriminator="name")]
 
 
 class ModelTask(StrEnum):
@@ -74,13 +75,18 @@ class ModelTask(StrEnum):
     CLASSIFICATION = "classification"
 
 
-def tasks_of(spec: UNetSpec | DenseNet121Spec | ResNet18Spec | LogisticSpec) -> frozenset[ModelTask]:
+def tasks_of(spec: AnySpec) -> frozenset[ModelTask]:
     """The tasks a network of this kind can do."""
     return frozenset({ModelTask.SEGMENTATION if isinstance(spec, UNetSpec) else ModelTask.CLASSIFICATION})
 
 
 def build_network(
-    spec: UNetSpec | DenseNet121Spec | ResNet18Spec | LogisticSpec, *, dimensions: int, inputs: int, outputs: int, seed: int
+    spec: AnySpec,
+    *,
+    dimensions: int,
+    inputs: int,
+    outputs: int,
+    seed: int,
 ) -> nn.Module:
     """Build the network with weights drawn from ``seed`` only; the global generator is left as it was.
 
@@ -104,7 +110,7 @@ def build_network(
 
 
 def _construct(
-    spec: UNetSpec | DenseNet121Spec | ResNet18Spec | LogisticSpec, dimensions: int, inputs: int, outputs: int
+    spec: AnySpec, dimensions: int, inputs: int, outputs: int
 ) -> nn.Module:
     from monai.networks import nets
     from torch import nn

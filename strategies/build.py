@@ -69,9 +69,7 @@ def build_strategy(study: Study) -> Strategy:
         case FedAvgSettings() | FedProxSettings() | FedBNSettings():  # what differs of these runs at the site
             return FedAvg(**_TAKE_ALL)
         case FedAvgMSettings():
-            return FedAvgM(
-                server_learning_rate=settings.learning_rate, server_momentum=settings.momentum, **_TAKE_ALL
-            )
+            return FedAvgM(server_learning_rate=settings.learning_rate, server_momentum=settings.momentum, **_TAKE_ALL)
         case AdaptiveSettings(name="fedadam"):
             return FedAdam(
                 eta=settings.learning_rate,
@@ -97,9 +95,7 @@ def build_strategy(study: Study) -> Strategy:
         case KrumSettings(keep=1):
             return Krum(num_malicious_nodes=settings.malicious, **_TAKE_ALL)
         case KrumSettings():
-            return MultiKrum(
-                num_malicious_nodes=settings.malicious, num_nodes_to_select=settings.keep, **_TAKE_ALL
-            )
+            return MultiKrum(num_malicious_nodes=settings.malicious, num_nodes_to_select=settings.keep, **_TAKE_ALL)
 
 
 _TAKE_ALL = {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from medfl.client.data.batches import in_order
-from medfl.client.data.load import TensorSet
+from medfl.client.data.tensors import TensorSet
 from medfl.shared.losses import build_loss
 from medfl.shared.metrics import EXAMPLES, LOSS, Scoring, patient_dice, tally_names
 from medfl.shared.study import Study
@@ -23,7 +23,7 @@ def evaluate(network: nn.Module, data: TensorSet, study: Study) -> dict[str, flo
     """
     network.eval()
     loss_of, logits, loss = build_loss(study.training.loss), [], 0.0
-    for images, labels in in_order(data, study.training.batch_size):
+    for images, labels, _ in in_order(data, study.training.batch_size):
         logits.append(network(images))
         loss += float(loss_of(logits[-1], labels)) * len(labels)
     scores = torch.cat(logits)

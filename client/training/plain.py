@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from medfl.client.data.batches import epoch
-from medfl.client.data.load import TensorSet
+from medfl.client.data.tensors import TensorSet
 from medfl.shared.algorithms.fed_prox import add_proximal_gradient
 from medfl.shared.algorithms.settings import FedProxSettings
-from medfl.shared.data_spec import Augmentation
 from medfl.shared.errors import TrainingError
 from medfl.shared.losses import build_loss
 from medfl.shared.metrics import EXAMPLES, LOSS
@@ -46,8 +45,8 @@ def train_plain(
     seen = 0
     network.train()
     with torch.random.fork_rng(devices=_devices(data)):
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))  # dropout
-        for step, (images, labels) in enumerate(_batches(data, training, study.data.augmentation, generator, total)):
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))  # dropout
+        for step, (images, labels) in enumerate(_batches(data, training, generator, total)):
             loss = _loss(loss_of, network, images, labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -108,11 +107,11 @@ def _loss(
 
 
 def _batches(
-    data: TensorSet, training: Training, augmentation: Augmentation, generator: torch.Generator, total: int
+    data: TensorSet, training: Training, generator: torch.Generator, total: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     produced = 0
     while produced < total:
-        for batch in epoch(data, training.batch_size, generator, augmentation):
+        for batch in epoch(data, training.batch_size, generator):
             if produced == total:
                 return
             yield batch

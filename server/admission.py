@@ -1,0 +1,107 @@
+"""Which sites take part in a study: each that comes online is offered it, again when it forgot or refused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from medfl.shared.errors import ProtocolError
+from medfl.shared.messages import Failure, Kind, OfferAccepted, StudyOffer, outcome
+from medfl.shared.study import Study
+
+_ASK_AGAIN_S = 10.0
+
+
+class Directory(Protocol):
+    """Who is there."""
+
+    def online(self) -> Mapping[int, str]:
+        """Node id -> site name, of all enrolled sites that are connected now."""
+        ...
+
+
+class Admission:
+    """Offers the study without waiting, and collects the answers whenever it is asked."""
+
+    def __init__(self, study: Study, grid: Grid, directory: Directory) -> None:
+        self._study = study
+        self._grid = grid
+        self._directory = directory
+        self._accepted: set[int] = set()
+        self._offered: dict[str, tuple[int, float]] = {}  # message id -> node, when it expires
+        self._ask_after: dict[int, float] = {}
+        self.refusals: dict[str, str] = {}  # site -> why not, in the site's own code words
+
+    def refresh(self) -> None:
+        """Offer to whoever is new or due again, and take in what has been answered."""
+        online, now = self._directory.online(), time.monotonic()
+        self._collect(online, now)
+        waiting = {node for node, _ in self._offered.values()}
+        due = [
+            node
+            for node in online
+            if node not in self._accepted and node not in waiting and now >= self._ask_after.get(node, 0.0)
+        ]
+        if due:
+            self._offer(due, now)
+            self._collect(online, now)
+
+    def taking_part(self) -> dict[int, str]:
+        """Node id -> name of the sites that accepted and are online, in order of node id."""
+        return {node: name for node, name in sorted(self._directory.online().items()) if node in self._accepted}
+
+    @property
+    def awaited(self) -> int:
+        """Number of sites that have been asked and have not answered."""
+        return len(self._offered)
+
+    def forget(self, node: int) -> None:
+        """Offer again to ``node``: it said that it does not know the study."""
+        self._accepted.discard(node)
+
+    def _offer(self, nodes: list[int], now: float) -> None:
+        offer = StudyOffer(self._study.digest, self._study.canonical())
+        deadline = self._study.rounds.deadline_s
+        messages = [
+            Message(offer.record(), dst_node_id=node, message_type=Kind.OFFER.value, ttl=deadline) for node in nodes
+        ]
+        for node, identity in zip(nodes, self._grid.push_messages(messages), strict=True):
+            self._offered[identity] = (node, now + deadline)
+
+    def _collect(self, online: Mapping[int, str], now: float) -> None:
+        while replies := list(self._grid.pull_messages(set(self._offered))):
+            for reply in replies:
+                self._take(reply, online, now)
+        gone = [identity for identity, (node, expires) in self._offered.items() if now > expires or node not in online]
+        for identity in gone:
+            del self._offered[identity]
+
+    def _take(self, reply: Message, online: Mapping[int, str], now: float) -> None:
+        asked = self._offered.pop(reply.metadata.reply_to_message_id, None)
+        if asked is None:
+            return
+        node, name = asked[0], online.get(asked[0], "a site that left")
+        if why := _refusal(reply):
+            self.refusals[name] = why
+            self._ask_after[node] = now + _ASK_AGAIN_S
+        else:
+            self._accepted.add(node)
+            self.refusals.pop(name, None)
+
+
+def _refusal(reply: Message) -> str | None:
+    """Why the site does not take part, or None when it does."""
+    if reply.has_error():
+        return "unavailable"
+    try:
+        if outcome(reply.content) == "failed":
+            failure = Failure.parse(reply.content)
+            return f"{failure.code.value}: {failure.reason}" if failure.reason else failure.code.value
+        OfferAccepted.parse(reply.content)
+    except ProtocolError:
+        return "malformed answer"
+    return None

@@ -1,0 +1,142 @@
+"""What a federation has to beat: no training at all, each site alone, all images in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from medfl.client.data.splits import Split
+from medfl.client.data.tensors import SiteData, TensorSet
+from medfl.client.training.evaluate import evaluate
+from medfl.client.workbench import make_bench
+from medfl.server.reporter import Reporter
+from medfl.shared.metrics import headline, patient_dice, read
+from medfl.shared.study import Study
+from medfl.shared.weights import Flat
+from medfl.shared.zoo import ModelTask
+from medfl.simulations.federation import federate
+
+_CANDIDATES = 64
+
+
+def score(study: Study, weights: Flat, sites: Mapping[str, SiteData], *, device: torch.device) -> dict[str, float]:
+    """Headline score of one model on each site's held-out patients."""
+    bench = make_bench(study, device)
+    bench.load(weights, None)
+    return {
+        name: _headline(read(evaluate(bench.network, data.splits[Split.VALIDATION], study)))
+        for name, data in sites.items()
+    }
+
+
+def alone(
+    study: Study, sites: Mapping[str, SiteData], *, device: torch.device, reporter: Reporter | None = None
+) -> dict[str, float]:
+    """Each site trains the study by itself, as many steps as in the federation; scored at home."""
+    by_itself = _with_one_site(study)
+    return {
+        name: _headline(federate(by_itself, {name: data}, device=device, reporter=reporter).site_scores[name])
+        for name, data in sites.items()
+    }
+
+
+def pooled(
+    study: Study, sites: Mapping[str, SiteData], *, device: torch.device, reporter: Reporter | None = None
+) -> dict[str, float]:
+    """One model trained on all images together, with as many steps as all sites take together; scored at each site."""
+    together = SiteData(
+        splits={split: _concatenate([data.splits[split] for data in sites.values()]) for split in Split},
+        report=next(iter(sites.values())).report,
+    )
+    one_place = _with_one_site(study)
+    if study.training.steps is not None:
+        training = study.training.model_copy(update={"steps": study.training.steps * len(sites)})
+        one_place = one_place.model_copy(update={"training": training})
+    result = federate(one_place, {"pooled": together}, device=device, reporter=reporter).result
+    return score(study, result.weights, sites, device=device)
+
+
+def trivial(study: Study, sites: Mapping[str, SiteData]) -> dict[str, dict[str, float]]:
+    """Predictors without a network, fitted on each site's training part: method -> site -> score."""
+    if study.task is ModelTask.SEGMENTATION:
+        methods: dict[str, Callable[[TensorSet, TensorSet, int], float]] = {
+            "best threshold": best_threshold,
+            "mean mask": mean_mask,
+        }
+        classes = len(study.data.classes)
+        return {
+            method: {
+                name: predictor(data.splits[Split.TRAIN], data.splits[Split.VALIDATION], classes)
+                for name, data in sites.items()
+            }
+            for method, predictor in methods.items()
+        }
+    # Whatever constant is predicted, balanced accuracy is one over the number of classes (a half for each label).
+    chance = 0.5 if study.data.multi_label else 1 / len(study.data.classes)
+    return {"commonest class": dict.fromkeys(sites, chance)}
+
+
+def best_threshold(train: TensorSet, held_out: TensorSet, classes: int) -> float:
+    """Mean Dice by patient of ``channel 0 above (or below) t``, with t and the side chosen on the training part."""
+    brightness = train.inputs(torch.arange(len(train)))[:, 0]
+    marks = torch.quantile(brightness.flatten()[:: max(1, brightness.numel() // 100_000)], torch.linspace(0, 1, _CANDIDATES))
+    test = held_out.inputs(torch.arange(len(held_out)))[:, 0]
+    scores = []
+    for label in range(1, classes):
+        candidates = [(t, above) for t in marks.tolist() for above in (True, False)]
+        best = max(candidates, key=lambda c: _pixel_dice((brightness > c[0]) == c[1], train.labels == label))
+        scores.append(_by_patient(((test > best[0]) == best[1]), held_out, label))
+    return sum(scores) / len(scores)
+
+
+def mean_mask(train: TensorSet, held_out: TensorSet, classes: int) -> float:
+    """Mean Dice by patient of one fixed mask: where the class is commoner than t in the training part, best t."""
+    scores = []
+    for label in range(1, classes):
+        frequency = (train.labels == label).float().mean(0)
+        steps = torch.linspace(0, float(frequency.max()), _CANDIDATES)[:-1].tolist()
+        truth = train.labels == label
+        best = max(steps, key=lambda t: _pixel_dice((frequency > t).expand_as(truth), truth))
+        scores.append(_by_patient((frequency > best).expand_as(held_out.labels), held_out, label))
+    return sum(scores) / len(scores)
+
+
+def _pixel_dice(predicted: Tensor, truth: Tensor) -> float:
+    both = (predicted & truth).sum()
+    return float(2 * both / (predicted.sum() + truth.sum()).clamp(min=1))
+
+
+def _by_patient(predicted: Tensor, data: TensorSet, label: int) -> float:
+    dice = torch.stack(
+        [
+            patient_dice(
+                predicted[data.patients == patient].long(), (data.labels[data.patients == patient] == label).long(), 2
+            )[0]
+            for patient in data.patients.unique()
+        ]
+    )
+    return float(dice.nanmean())
+
+
+def _with_one_site(study: Study) -> Study:
+    return study.model_copy(
+        update={"rounds": study.rounds.model_copy(update={"minimum_sites": 1, "sites_per_round": None})}
+    )
+
+
+def _concatenate(sets: Sequence[TensorSet]) -> TensorSet:
+    numbers, first = [], 0
+    for part in sets:
+        numbers.append(part.patients + first)
+        first += int(part.patients.max()) + 1 if len(part) else 0
+    images = [part.images for part in sets]
+    if len({block.dtype for block in images}) > 1:
+        images = [part.inputs(torch.arange(len(part), device=part.images.device)) for part in sets]
+    return TensorSet(torch.cat(images), torch.cat([part.labels for part in sets]), torch.cat(numbers))
+
+
+def _headline(scores: Mapping[str, float]) -> float:
+    found = headline(scores)
+    return found[1] if found else float("nan")

@@ -1,0 +1,110 @@
+"""One study among virtual sites in this process: the production ServerApp, ClientApp and round loop on a local grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from threading import Event
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+import torch
+from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid
+
+from medfl.client.app import build_client_app
+from medfl.client.data.tensors import SiteData
+from medfl.client.policy import Policy
+from medfl.client.records import MemoryRecords
+from medfl.client.site import Site
+from medfl.client.workbench import Workbench
+from medfl.server.app import build_server_app
+from medfl.server.checkpoint import CheckpointFolder
+from medfl.server.reporter import Reporter, RoundReport, Several, Silent
+from medfl.server.rounds import Result, Rounds
+from medfl.shared.privacy.settings import NoPrivacy
+from medfl.shared.study import Study
+from medfl.simulations.grid import VirtualGrid
+
+
+@dataclass
+class History(Silent):
+    """Keeps the reports of all rounds."""
+
+    rounds: list[RoundReport] = field(default_factory=list)
+
+    def finished_round(self, report: RoundReport) -> None:
+        """Keep it."""
+        self.rounds.append(report)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What came of a simulated study."""
+
+    result: Result
+    rounds: tuple[RoundReport, ...]
+
+    @property
+    def site_scores(self) -> Mapping[str, Mapping[str, float]]:
+        """Held-out scores by site of the last evaluated round."""
+        return next((r.site_scores for r in reversed(self.rounds) if r.site_scores), {})
+
+
+def federate(
+    study: Study,
+    sites: Mapping[str, SiteData],
+    *,
+    device: torch.device | None = None,
+    reporter: Reporter | None = None,
+    checkpoints: CheckpointFolder | None = None,
+    stop: Event | None = None,
+) -> Federation:
+    """Run ``study`` among ``sites``; every virtual site approves it and releases its scores to the researcher."""
+    device = device or torch.device("cpu")
+    policy = permissive_policy(study)
+    workbench = Workbench(device)
+    residents = {
+        name: Site(
+            name,
+            policy=policy,
+            load_data=lambda study, data=data: data,  # type: ignore[misc]
+            workbench=workbench,
+            records=MemoryRecords(),
+        )
+        for name, data in sites.items()
+    }
+    client = build_client_app(lambda context: residents[str(context.node_config["site"])])
+    grid = VirtualGrid(client, residents)
+    history = History()
+    outcome: list[Result] = []
+
+    def work(grid_: Grid, context: Context) -> None:
+        rounds = Rounds(
+            study,
+            grid_,
+            grid,
+            checkpoints=checkpoints,
+            reporter=Several(history, *([reporter] if reporter else [])),
+            stop=stop or Event(),
+        )
+        outcome.append(rounds.run())
+
+    build_server_app(work)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
+    return Federation(outcome[0], tuple(history.rounds))
+
+
+def permissive_policy(study: Study) -> Policy:
+    """The policy of a researcher's virtual site: this study may do all it says, and scores are released."""
+    private = not isinstance(study.privacy, NoPrivacy)
+    return Policy(
+        studies=(study.digest,),
+        allow_no_privacy=not private,
+        require_secure_aggregation=False,
+        max_epsilon_per_study=getattr(study.privacy, "epsilon", 0.0),
+        max_epsilon_total=getattr(study.privacy, "epsilon", 0.0),
+        max_delta=getattr(study.privacy, "delta", 1e-5),
+        unit="image",
+        release_site_metrics=True,
+    )

@@ -1,0 +1,89 @@
+"""Many virtual sites in one process: a Grid whose messages are answered by a ClientApp as they are pulled.
+
+The one file of the simulations that touches Flower's private ``TaskIdentity``, without which no Message can be made
+outside a Flower process.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+_RUN_ID, _TASK_ID, _SERVER_ID = 1, 1, 1
+
+
+class VirtualGrid(Grid):
+    """Holds each message until it is asked for, then lets one site answer it: one reply in memory at a time."""
+
+    def __init__(self, app: ClientApp, names: Iterable[str]) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = _TASK_ID, _RUN_ID, _SERVER_ID
+        self._app = app
+        self._names = {node: name for node, name in enumerate(names, start=2)}
+        self._contexts: dict[int, Context] = {}
+        self._waiting: OrderedDict[str, Message] = OrderedDict()
+        self._sent = 0
+
+    def online(self) -> Mapping[int, str]:
+        """Node id -> site name."""
+        return self._names
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All virtual nodes."""
+        return list(self._names)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keep the messages and give them identities."""
+        identities = []
+        for message in messages:
+            self._sent += 1
+            identity = str(self._sent)
+            message.metadata.__dict__["_message_id"] = identity
+            self._waiting[identity] = message
+            identities.append(identity)
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Let one of the addressed sites work and return its reply."""
+        wanted = set(message_ids)
+        identity = next((identity for identity in self._waiting if identity in wanted), None)
+        if identity is None:
+            return []
+        message = self._waiting.pop(identity)
+        return [self._app(message, self._context(message.metadata.dst_node_id))]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """All replies, one site after the other."""
+        identities = list(self.push_messages(messages))
+        return [reply for identity in identities for reply in self.pull_messages([identity])]
+
+    def set_run(self, run: Any) -> None:
+        """There is one run only."""
+
+    @property
+    def run(self) -> Any:
+        """There is no run record."""
+        return None
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Deprecated in Flower: construct ``flwr.app.Message`` instead."""
+        raise NotImplementedError("construct flwr.app.Message")
+
+    def _context(self, node: int) -> Context:
+        if node not in self._contexts:
+            self._contexts[node] = Context(
+                run_id=_RUN_ID,
+                node_id=node,
+                node_config={"site": self._names[node]},
+                state=RecordDict(),
+                run_config={},
+            )
+        return self._contexts[node]
