@@ -81,7 +81,9 @@ def trivial(study: Study, sites: Mapping[str, SiteData]) -> dict[str, dict[str, 
 def best_threshold(train: TensorSet, held_out: TensorSet, classes: int) -> float:
     """Mean Dice by patient of ``channel 0 above (or below) t``, with t and the side chosen on the training part."""
     brightness = train.inputs(torch.arange(len(train)))[:, 0]
-    marks = torch.quantile(brightness.flatten()[:: max(1, brightness.numel() // 100_000)], torch.linspace(0, 1, _CANDIDATES))
+    marks = torch.quantile(
+        brightness.flatten()[:: max(1, brightness.numel() // 100_000)], torch.linspace(0, 1, _CANDIDATES)
+    )
     test = held_out.inputs(torch.arange(len(held_out)))[:, 0]
     scores = []
     for label in range(1, classes):

@@ -44,5 +44,7 @@ class SimulationSettings(Settings):
         if len(set(names)) != len(names):
             raise ValueError("sites must have names that differ from each other")
         if len(names) < self.study.rounds.minimum_sites:
-            raise ValueError(f"study.rounds.minimum_sites is {self.study.rounds.minimum_sites}, there are {len(names)} sites")
+            raise ValueError(
+                f"study.rounds.minimum_sites is {self.study.rounds.minimum_sites}, there are {len(names)} sites"
+            )
         return self

@@ -98,7 +98,9 @@ def run_experiment(
         sites = load_sites(settings, study, device, loading)
         patients = {name: data.report.patients for name, data in sites.items()}
         scores = _methods(study, sites, settings, device, folder / f"seed-{seed}", reporter)
-        rows += [Row(method, site, seed, value) for method, by_site in scores.items() for site, value in by_site.items()]
+        rows += [
+            Row(method, site, seed, value) for method, by_site in scores.items() for site, value in by_site.items()
+        ]
     metric = "dice" if study.scoring.value == "dice" else "balanced accuracy"
     experiment = Experiment(metric, tuple(rows), folder, time.monotonic() - started, patients)
     _save(experiment, settings)

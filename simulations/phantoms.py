@@ -50,7 +50,9 @@ SCANNERS = (
     Scanner("Phantom Works", "PW-16", 120, 80, (4.0, 4.0), 5.0, 10.0, 0.6, 0.0, 4.0, ExplicitVRLittleEndian),
     Scanner("Imaginary Imaging", "II-64", 100, 96, (3.4, 3.4), 4.0, 15.0, 0.5, 8.0, 0.0, ImplicitVRLittleEndian, True),
     Scanner("Nowhere Medical", "NM-Duo", 140, 72, (4.4, 4.6), 6.0, 7.0, 0.8, -8.0, 8.0, RLELossless),
-    Scanner("Fictional Systems", "FS-1", 110, 88, (3.8, 3.6), 4.5, 12.0, 0.4, 4.0, -6.0, DeflatedExplicitVRLittleEndian),
+    Scanner(
+        "Fictional Systems", "FS-1", 110, 88, (3.8, 3.6), 4.5, 12.0, 0.4, 4.0, -6.0, DeflatedExplicitVRLittleEndian
+    ),
 )
 """One for each hospital, used again from the first when there are more hospitals."""
 
@@ -114,7 +116,7 @@ def draw_phantom(scanner: Scanner, rng: np.random.Generator, slices: int = SLICE
 
     for _ in range(rng.integers(4, 7)):  # vessels through the organ: as bright as lesions, but long and thin
         start, end = np.array(inside_organ(0.9)), np.array(inside_organ(0.9))
-        image[organ & (_to_segment((z, y, x), start, end, tail=60.0) < rng.uniform(5, 9))] = rng.uniform(88, 105)
+        image[organ & (_to_segment((z, y, x), start, end, tail=60.0) < rng.uniform(4, 7))] = rng.uniform(88, 105)
     for _ in range(rng.integers(2, 4)):  # cysts
         image[organ & (ellipsoid(inside_organ(0.7), _radii(rng, 10, 18)) < 1)] = rng.uniform(5, 20)
     for _ in range(rng.integers(2, 5)):  # calcifications
@@ -123,9 +125,9 @@ def draw_phantom(scanner: Scanner, rng: np.random.Generator, slices: int = SLICE
     ripple = gaussian_filter(rng.standard_normal(shape), [6 / s for s in steps])
     ripple *= 0.1 / ripple.std()
     for _ in range(rng.integers(2, 5)):
-        edge = ellipsoid(inside_organ(0.65), _radii(rng, 13, 24)) + ripple
+        edge = ellipsoid(inside_organ(0.65), _radii(rng, 15, 25)) + ripple
         lesion |= organ & (edge < 1)
-    image[lesion] = 60 + rng.uniform(26, 36)
+    image[lesion] = 60 + rng.uniform(28, 40)
     return Phantom(_scan(image, body, scanner, rng), lesion)
 
 

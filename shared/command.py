@@ -1,0 +1,53 @@
+"""What the three commands have in common: version, exit codes, one clean line for every deliberate error."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Callable
+
+from medfl.shared.errors import MedFLError
+
+INTERRUPTED = 130
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=80)
+
+
+def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """An argument parser with ``--version``, the log options and examples after the options."""
+    made = argparse.ArgumentParser(
+        prog=prog, description=description, epilog=f"examples:\n{examples}\n\n{EXIT_CODES}", formatter_class=_Formatter
+    )
+    version = importlib.metadata.version("medfl")
+    made.add_argument("--version", action="version", version=f"{prog} {version}")
+    made.add_argument("-v", "--verbose", action="store_true", help="log more")
+    made.add_argument("--log-format", choices=("text", "json"), default="text", help="one JSON object a line, or text")
+    return made
+
+
+EXIT_CODES = (
+    "exit status: 0 ok, 1 unexpected, 2 configuration, 3 refused by policy,\n4 data, 5 network, 130 interrupted"
+)
+
+
+def run(prog: str, work: Callable[[], int]) -> int:
+    """Call ``work`` and turn what it raises into a line on standard error and an exit status."""
+    try:
+        return work()
+    except MedFLError as error:
+        for line in str(error).splitlines():
+            print(f"{prog}: {line}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        # The name may be a patient's file: only what the system says is shown, the rest with --verbose.
+        print(f"{prog}: the operating system refused: {error.strerror or type(error).__name__}", file=sys.stderr)
+        logging.getLogger("medfl").debug("where", exc_info=True)
+        return 1

@@ -1,0 +1,103 @@
+"""``medfl-sim``: a researcher's simulation from one file, and the demonstration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medfl.shared.command import parser, run
+
+if TYPE_CHECKING:
+    from medfl.simulations.experiment import Experiment
+
+_EXAMPLES = """\
+  medfl-sim --config configs/lungs.yaml         two hospitals' chest X-rays
+  medfl-sim --config my.yaml --check            look at the file and the data only
+  medfl-sim demo --output runs/demo             four hospitals as real processes"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``medfl-sim``; returns the exit status."""
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    return run("medfl-sim", lambda: _work(options))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    made = parser("medfl-sim", "Simulate a federation of hospitals on this machine.", _EXAMPLES)
+    made.add_argument("command", nargs="?", choices=("demo",), help="demo: a whole federation on phantom patients")
+    made.add_argument("--config", type=Path, metavar="FILE", help="the simulation, as YAML")
+    made.add_argument("--check", action="store_true", help="validate the file and read the data, train nothing")
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="where results go (default: as the file says)")
+    options = made.parse_args(arguments)
+    if options.command is None and options.config is None:
+        made.error("give --config FILE, or the command demo")
+    return options
+
+
+def _work(options: argparse.Namespace) -> int:
+    from medfl.shared.logs import set_up_logs
+
+    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
+    if options.command == "demo":
+        from medfl.simulations.demo import run_demo
+
+        return run_demo(options.output or Path("runs/demo"))
+    return _simulate(options)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    import medfl.shared.environment  # noqa: F401 - before flwr
+
+    # isort: split
+    from rich.console import Console
+
+    from medfl.server.console import reporter_for
+    from medfl.shared.config import load_settings
+    from medfl.shared.logs import quiet_libraries
+    from medfl.simulations.config import SimulationSettings
+    from medfl.simulations.experiment import choose_device, load_sites, run_experiment
+    from medfl.simulations.loading import LoadingBar
+
+    settings = load_settings(options.config, SimulationSettings)
+    if options.output is not None:
+        settings = settings.model_copy(update={"output": options.output})
+    console = Console()
+    quiet_libraries()
+    with LoadingBar(console) as loading:
+        if options.check:
+            sites = load_sites(settings, settings.study, choose_device(settings.device), loading)
+            for name, data in sites.items():
+                console.print(f"{name}: {data.report.patients} patients, {sum(data.report.examples.values())} images")
+            console.print("all is well: run the same command without --check")
+            return 0
+        experiment = run_experiment(settings, reporter=reporter_for(console), loading=loading)
+    print_table(console, experiment)
+    console.print(f"{experiment.seconds:.0f} s; everything is in {experiment.folder}")
+    return 0
+
+
+def print_table(console: Console, experiment: Experiment) -> None:
+    """Methods by sites, mean over seeds, best trained method of each site in bold."""
+    from rich.table import Table
+
+    table = Table(title=f"{experiment.metric} on held-out patients", title_justify="left")
+    table.add_column("method")
+    for site in experiment.sites:
+        table.add_column(site, justify="right")
+    best = {site: max(experiment.mean(method, site) for method in experiment.methods) for site in experiment.sites}
+    for method in experiment.methods:
+        cells = []
+        for site in experiment.sites:
+            value = experiment.mean(method, site)
+            cells.append(f"[bold]{value:.3f}[/bold]" if value == best[site] else f"{value:.3f}")
+        table.add_row(method, *cells)
+    console.print(table)
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+if __name__ == "__main__":
+    sys.exit(main())
