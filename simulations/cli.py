@@ -58,7 +58,7 @@ def _simulate(options: argparse.Namespace) -> int:
     from medfl.shared.logs import quiet_libraries
     from medfl.simulations.config import SimulationSettings
     from medfl.simulations.experiment import choose_device, load_sites, run_experiment
-    from medfl.simulations.loading import LoadingBar
+    from medfl.shared.loading import LoadingBar
 
     settings = load_settings(options.config, SimulationSettings)
     if options.output is not None:

@@ -1,0 +1,116 @@
+"""``medfl-client``: a hospital's node. Makes its keys, checks itself, trains what its policy allows."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medfl.shared.command import parser, run
+
+if TYPE_CHECKING:
+    from medfl.client.config import SiteSettings
+
+_EXAMPLES = """\
+  medfl-client keys /etc/medfl/keys --name north     keys and request.json
+  medfl-client --site site.yaml --check --study study.json
+  medfl-client --site site.yaml"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``medfl-client``; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["keys"]:
+        options = _parse_keys(given[1:])
+        return run("medfl-client", lambda: _keys(options))
+    options = _parse(given)
+    return run("medfl-client", lambda: _check(options) if options.check else _node(options))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    made = parser(
+        "medfl-client",
+        "A hospital's node: trains on local images what the site's policy allows. (medfl-client keys makes its keys.)",
+        _EXAMPLES,
+    )
+    made.add_argument("--site", type=Path, required=True, metavar="FILE", help="the site, as YAML (any file name)")
+    made.add_argument("--check", action="store_true", help="validate configuration, certificates, data, reach; exit")
+    made.add_argument("--study", type=Path, metavar="FILE", help="with --check: also read the data as this study would")
+    return made.parse_args(arguments)
+
+
+def _parse_keys(arguments: list[str]) -> argparse.Namespace:
+    made = parser("medfl-client keys", "Make a site's private keys, and the public request that enrols it.", _EXAMPLES)
+    made.add_argument("folder", type=Path, help="a new folder, readable by this account only")
+    made.add_argument("--name", required=True, help="the site's name in the consortium")
+    return made.parse_args(arguments)
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from medfl.shared.enrolment import make_request
+
+    request = make_request(options.folder, options.name)
+    print(f"keys of site {request.site} are in {options.folder}; they never leave this machine.")
+    for what, value in request.fingerprints.items():
+        print(f"  {what}  {value}")
+    print(f"next: send {options.folder}/request.json to the coordinator, compare these by telephone,")
+    print(f"and put the authority.pem and client.pem that come back into {options.folder}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from medfl.client.checks import check_site
+    from medfl.shared.logs import set_up_logs
+
+    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
+    settings = _load(options.site)
+    check_site(settings, study_file=options.study, console=Console())
+    return 0
+
+
+def _node(options: argparse.Namespace) -> int:
+    from contextlib import ExitStack
+
+    import medfl.shared.environment  # noqa: F401 - before flwr
+
+    # isort: split
+    from medfl.client.node import Node, Phase
+    from medfl.client.runtime import build_site, gate_of, node_settings
+    from medfl.shared.health import Health
+    from medfl.shared.logs import set_up_logs
+
+    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
+    settings = _load(options.site)
+    from medfl.client.app import build_client_app
+
+    site = build_site(settings)
+    with ExitStack() as stack:
+        health = None
+        if settings.health is not None:
+            health = stack.enter_context(Health(settings.health.port, host=settings.health.host))
+
+        def told(phase: Phase, text: str) -> None:
+            if health is not None:
+                health.set("not_serving" if phase is Phase.WAITING else "serving")
+
+        app = build_client_app(lambda context: site)
+        node = Node(node_settings(settings), app, gate_of(settings.policy), on_change=told)
+        for which in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(which, lambda *_: node.stop())
+        node.run()
+    return 0
+
+
+def _load(path: Path) -> SiteSettings:
+    from medfl.client.config import SiteSettings
+    from medfl.shared.config import load_settings
+
+    return load_settings(path, SiteSettings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

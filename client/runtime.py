@@ -1,0 +1,83 @@
+"""From site.yaml to the parts of a running node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from medfl.client.config import SiteSettings
+from medfl.client.data.load import load_site_data
+from medfl.client.data.secret import open_site_key
+from medfl.client.data.tensors import SiteData
+from medfl.client.fleet import FleetSettings
+from medfl.client.node import NodeSettings, Notice
+from medfl.client.policy import Policy
+from medfl.client.records import FolderRecords
+from medfl.client.site import Site
+from medfl.client.transport import TransportSettings
+from medfl.client.workbench import Workbench
+from medfl.shared.certificates import SiteFiles
+from medfl.shared.errors import ConfigError, PolicyRefusal
+from medfl.shared.messages import Kind
+from medfl.shared.study import Study
+
+
+def node_settings(settings: SiteSettings) -> NodeSettings:
+    """How the node reaches its coordinator."""
+    files = SiteFiles(settings.keys)
+    transport = TransportSettings(
+        coordinator=settings.coordinator, authority=files.authority, certificate=files.certificate, key=files.key
+    )
+    return NodeSettings(FleetSettings(transport, files.node_key), settings.state)
+
+
+def gate_of(policy: Policy) -> Callable[[Notice], None]:
+    """Lets offers through, and for the rest only messages of approved studies: nothing else is even fetched."""
+
+    def gate(notice: Notice) -> None:
+        if notice.message_type != Kind.OFFER.value and notice.digest not in policy.studies:
+            raise PolicyRefusal("a message of a study that is not approved here", reason="study not approved")
+
+    return gate
+
+
+def build_site(settings: SiteSettings) -> Site:
+    """The site with its own data, device and memory.
+
+    Raises:
+        ConfigError: the device is absent or the state folder cannot be used.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = site_device(settings)
+    return Site(
+        settings.site,
+        policy=settings.policy,
+        load_data=lambda study: load_data(settings, study, device),
+        workbench=Workbench(device),
+        records=FolderRecords(settings.state),
+    )
+
+
+def load_data(
+    settings: SiteSettings, study: Study, device: torch.device, progress: Callable[[str, int, int], None] | None = None
+) -> SiteData:
+    """Read the site's images as ``study`` wants them, onto ``device``. Raises DataError."""
+    return load_site_data(
+        settings.data,
+        study.data,
+        task=study.task.value,
+        key=open_site_key(settings.state / "secret"),
+        device=device,
+        cache_dir=settings.state / "cache",
+        progress=progress,
+    )
+
+
+def site_device(settings: SiteSettings) -> torch.device:
+    """The training device. Raises ConfigError where cuda is asked for and absent."""
+    available = torch.cuda.is_available()
+    if settings.device == "cuda" and not available:
+        raise ConfigError("device: cuda was asked for, and PyTorch finds none: use device: auto or cpu")
+    return torch.device("cuda" if settings.device != "cpu" and available else "cpu")

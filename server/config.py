@@ -1,0 +1,62 @@
+"""What ``medfl-server --config`` reads: where to listen, who belongs to the consortium, which studies to run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from medfl.shared.config import LocalPath, Settings
+from medfl.shared.study import Name
+
+
+class Listen(Settings):
+    """The one address that sites dial."""
+
+    host: str = "0.0.0.0"  # noqa: S104 - hospitals dial in from outside; TLS and client certificates guard it
+    port: int = Field(default=9443, ge=0, le=65535)
+    max_body_mb: float = Field(default=16.0, gt=0, le=1024)  # one request; models travel in pieces of 5 MiB
+
+
+class TlsFiles(Settings):
+    """Certificate files, PEM; the key must be readable by its owner only."""
+
+    authority: LocalPath
+    certificate: LocalPath
+    key: LocalPath
+
+
+class Member(Settings):
+    """A site of the consortium."""
+
+    name: Name
+    node_key: LocalPath  # its node.key.pub
+    site_key: LocalPath | None = None  # its site.key.pub, for secure aggregation
+
+
+class HealthSettings(Settings):
+    """The gRPC health service for watchdogs, Kubernetes and load balancers."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(ge=0, le=65535)
+
+
+class ConsortiumSettings(Settings):
+    """``consortium.yaml``."""
+
+    consortium: Name
+    listen: Listen = Listen()
+    tls: TlsFiles
+    state: LocalPath
+    sites: tuple[Member, ...] = Field(min_length=1, max_length=1000)
+    studies: tuple[LocalPath, ...] = ()  # study files, run one after the other
+    runs: LocalPath  # a folder for each study: model, metrics, checkpoints, logs
+    health: HealthSettings | None = None
+    when_done: Literal["exit", "stay"] = "exit"  # stay: keep serving sites after the last study
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ConsortiumSettings:
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names):
+            raise ValueError("sites must have names that differ from each other")
+        return self

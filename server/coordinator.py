@@ -1,0 +1,147 @@
+"""The coordinator's life: serve the consortium's sites, run its studies one after the other, leave a folder of each."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Event
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+from flwr.app import Context
+from flwr.serverapp import Grid
+
+from medfl.server.app import build_server_app
+from medfl.server.checkpoint import CheckpointFolder, save_model
+from medfl.server.config import ConsortiumSettings
+from medfl.server.guard import Limits
+from medfl.server.link import Link, LinkSettings
+from medfl.server.reporter import MetricsFile, Reporter, Several
+from medfl.server.rounds import Ending, Result, Rounds
+from medfl.shared.config import load_settings
+from medfl.shared.errors import ConfigError
+from medfl.shared.files import write_whole
+from medfl.shared.study import Study
+from medfl.strategies.build import needs_of
+
+log = logging.getLogger("medfl.server")
+
+
+class Members:
+    """Who of the roster is connected."""
+
+    def __init__(self, link: Link, names: Mapping[str, int]) -> None:
+        self._link = link
+        self._names = {node: name for name, node in names.items()}
+
+    def online(self) -> Mapping[int, str]:
+        """Node id -> site name."""
+        return {node: self._names[node] for node in self._link.online()}
+
+
+def load_studies(settings: ConsortiumSettings) -> list[Study]:
+    """The consortium's studies, each checked against the rest of the configuration.
+
+    Raises:
+        ConfigError: a study is wrong, or could never run in this consortium.
+    """
+    studies = []
+    for path in settings.studies:
+        study = load_settings(path, Study)
+        needs_of(study)
+        if study.rounds.minimum_sites > len(settings.sites):
+            raise ConfigError(
+                f"{path}: rounds.minimum_sites: is {study.rounds.minimum_sites}, and the consortium has "
+                f"{len(settings.sites)} sites"
+            )
+        studies.append(study)
+    return studies
+
+
+def link_settings(settings: ConsortiumSettings) -> LinkSettings:
+    """How the fleet interface is served."""
+    return LinkSettings(
+        host=settings.listen.host,
+        port=settings.listen.port,
+        authority=settings.tls.authority,
+        certificate=settings.tls.certificate,
+        key=settings.tls.key,
+        state_dir=settings.state,
+        limits=Limits(max_body_bytes=int(settings.listen.max_body_mb * 1024 * 1024)),
+    )
+
+
+def read_roster(settings: ConsortiumSettings) -> dict[str, bytes]:
+    """Site name -> public node key. Raises ConfigError when a file cannot be read."""
+    roster = {}
+    for site in settings.sites:
+        try:
+            roster[site.name] = site.node_key.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{site.node_key}: cannot be read ({error.strerror}): it is site {site.name}'s") from None
+    return roster
+
+
+def coordinate(settings: ConsortiumSettings, studies: list[Study], *, reporter: Reporter, stop: Event) -> list[Ending]:
+    """Serve and run ``studies`` until they are done or ``stop`` is set; returns how each ended."""
+    endings = []
+    with Link(link_settings(settings)) as link:
+        members = Members(link, link.enrol(read_roster(settings)))
+        for study in studies:
+            if stop.is_set():
+                break
+            endings.append(_run_study(settings, study, link, members, reporter, stop))
+        if settings.when_done == "stay" and not stop.is_set():
+            log.info("all studies have ended: sites are still served until this process is stopped")
+            stop.wait()
+    return endings
+
+
+def _run_study(
+    settings: ConsortiumSettings, study: Study, link: Link, members: Members, reporter: Reporter, stop: Event
+) -> Ending:
+    folder = settings.runs / f"{study.name}-{study.digest[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "study.json", study.canonical(), mode=0o644)
+    log_file = logging.FileHandler(folder / "server.log", encoding="utf-8")
+    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    logging.getLogger("medfl").addHandler(log_file)
+    results: list[Result] = []
+    try:
+        with link.run(_series(folder), name=study.name, digest=study.digest) as run:
+            write_whole(folder / "series.json", json.dumps({"series": run.series_id}).encode())
+
+            def work(grid: Grid, context: Context) -> None:
+                rounds = Rounds(
+                    study,
+                    grid,
+                    members,
+                    checkpoints=CheckpointFolder(folder),
+                    reporter=Several(MetricsFile(folder / "metrics.jsonl"), reporter),
+                    stop=stop,
+                    series=run.series_id,
+                )
+                results.append(rounds.run())
+
+            build_server_app(work)(run.grid, run.context)
+        result = results[0]
+        if result.round:
+            save_model(folder / "model.safetensors", study, result.layout, result.weights, round_number=result.round)
+        ending = {"ending": result.ending.value, "round": result.round, "study": study.digest}
+        write_whole(folder / "ending.json", json.dumps(ending).encode(), mode=0o644)
+        return result.ending
+    finally:
+        logging.getLogger("medfl").removeHandler(log_file)
+        log_file.close()
+
+
+def _series(folder: Path) -> int | None:
+    """Flower's run series of the study's last run: sites keep their state by it."""
+    try:
+        series = json.loads((folder / "series.json").read_text("utf-8"))["series"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return series if isinstance(series, int) else None
