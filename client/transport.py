@@ -43,11 +43,12 @@ class Kind(StrEnum):
 
 
 class LinkTrouble(NetworkError):
-    """The coordinator cannot be reached or does not accept who we are; ``kind`` says which."""
+    """The coordinator cannot be reached or does not accept who we are; ``kind`` says which, ``status`` is HTTP's."""
 
-    def __init__(self, kind: Kind, message: str) -> None:
+    def __init__(self, kind: Kind, message: str, *, status: int | None = None) -> None:
         super().__init__(message)
         self.kind = kind
+        self.status = status
 
     @property
     def passes(self) -> bool:
@@ -141,20 +142,28 @@ class Patience:
         self._next_s = self._first_s
 
 
-def trouble_of(error: httpx.HTTPError, coordinator: str) -> LinkTrouble:
-    """What ``error`` means for the person at this machine."""
+def trouble_of(error: httpx.HTTPError, coordinator: str, *, answered: bool) -> LinkTrouble:
+    """What ``error`` means for the person at this machine; ``answered``: whether this session had any answer yet.
+
+    In TLS 1.3 a client has finished its handshake before the server looks at its certificate: a refusal is a
+    connection that is closed before the first answer.
+    """
     if isinstance(error, httpx.HTTPStatusError):
         return _trouble_of_status(error.response, coordinator)
     tls = _tls_error(error)
     if isinstance(tls, ssl.SSLCertVerificationError):
         return _trouble_of_verification(tls, coordinator)
-    if isinstance(tls, ssl.SSLError) and "alert" in str(tls).lower():
-        return _our_certificate(coordinator)
+    cut = isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError))
+    if (cut and not answered) or (tls is not None and "alert" in str(tls).lower()):
+        return LinkTrouble(
+            Kind.OUR_CERTIFICATE,
+            f"{coordinator} hangs up on this site's client certificate: have the coordinator issue it again",
+        )
     if isinstance(error, httpx.ProxyError):
         return LinkTrouble(Kind.UNREACHABLE, f"{coordinator}: the proxy in HTTPS_PROXY does not connect us")
     if isinstance(error, httpx.TimeoutException):
         return LinkTrouble(Kind.UNREACHABLE, f"{coordinator}: no answer in time: check the network and the firewall")
-    if isinstance(error, httpx.ConnectError) and not isinstance(tls, ssl.SSLError):
+    if isinstance(error, httpx.ConnectError) and tls is None:
         reason = "name unknown" if "name" in str(error).lower() else "not reachable"
         return LinkTrouble(
             Kind.UNREACHABLE, f"{coordinator}: {reason}: check host and port, the network and whether it runs"
@@ -182,7 +191,7 @@ def _trouble_of_status(response: httpx.Response, coordinator: str) -> LinkTroubl
         case _ if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return LinkTrouble(Kind.BUSY, f"{coordinator} has a problem (HTTP {status}): see its log")
         case _:
-            return LinkTrouble(Kind.REFUSED, f"{coordinator} refuses the request (HTTP {status})")
+            return LinkTrouble(Kind.REFUSED, f"{coordinator} refuses the request (HTTP {status})", status=status)
 
 
 def _trouble_of_verification(error: ssl.SSLCertVerificationError, coordinator: str) -> LinkTrouble:
@@ -203,13 +212,6 @@ def _trouble_of_verification(error: ssl.SSLCertVerificationError, coordinator: s
                 f"{coordinator}: its certificate is not signed by the authority this site trusts: check the address, "
                 "and authority.pem with the coordinator",
             )
-
-
-def _our_certificate(coordinator: str) -> LinkTrouble:
-    return LinkTrouble(
-        Kind.OUR_CERTIFICATE,
-        f"{coordinator} refuses this site's client certificate: have the coordinator issue one for this consortium",
-    )
 
 
 def _tls_error(error: BaseException | None) -> ssl.SSLError | None:

@@ -111,7 +111,8 @@ class Link:
 
     def __enter__(self) -> Self:
         """Open the database, close what a dead coordinator left open, and serve."""
-        logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower formats every request and query otherwise
+        for chatty in ("flwr", "alembic", "uvicorn"):  # flwr would format every request and query
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         context = self._tls()
         listener = self._listen()
         try:

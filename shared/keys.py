@@ -1,6 +1,6 @@
 """Who a site is: its node key (EC P-384, signs every request) and its site key (Ed25519, signs in secure aggregation).
 
-Both are OpenSSH files, the format Flower reads: ``ssh-keygen -lf node.key.pub`` shows the fingerprint to compare by phone.
+Both are OpenSSH files, the format Flower reads; ``ssh-keygen -lf node.key.pub`` shows the fingerprint to compare.
 """
 
 from __future__ import annotations

@@ -1,0 +1,283 @@
+"""A site's long-lived node: waits for messages, lets one installed ClientApp answer them, keeps its state on disk.
+
+No code ever comes from the coordinator. Whatever fails, the node stays: it says what is wrong, waits, and joins again.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import inf
+from pathlib import Path
+from typing import Protocol
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+from flwr.app import Context, Message
+
+from medfl.client.fleet import HEARTBEAT_S, Fleet, FleetSettings, Order, Run, failure, refusal
+from medfl.client.states import SeriesStates
+from medfl.client.transport import Kind, LinkTrouble, Patience
+from medfl.shared.errors import Code, MedFLError, NetworkError, PolicyRefusal, ProtocolError
+from medfl.shared.files import write_whole
+from medfl.shared.lock import only_one
+
+log = logging.getLogger("medfl.node")
+
+POLL_S = (0.05, 1.0)  # shortest and longest pause where a coordinator does not hold empty questions
+REMIND_S = 60.0  # the same trouble is logged once in this time
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """How to reach the coordinator, and where to keep state."""
+
+    fleet: FleetSettings
+    state_dir: Path
+    node_config: dict[str, bool | int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What is known of a message before anything of its content is fetched."""
+
+    message_type: str
+    group: str  # the round, where the sender says
+    study: str
+    digest: str  # the study's, as the coordinator claims
+    run_id: int
+    series_id: int
+
+
+class Gate(Protocol):
+    """The site's first word: raises PolicyRefusal when a message is not to be fetched at all."""
+
+    def __call__(self, notice: Notice, /) -> None:
+        """Return to let the message in."""
+
+
+class App(Protocol):
+    """A ``flwr.clientapp.ClientApp``, or anything that is called like one."""
+
+    def __call__(self, message: Message, context: Context, /) -> Message:
+        """The reply to ``message``; may change ``context.state``."""
+
+
+class Phase(StrEnum):
+    """What the node is doing."""
+
+    WAITING = "waiting"  # for the coordinator; the text says why
+    ONLINE = "online"
+    WORKING = "working"  # the text says on what
+
+
+class Node:
+    """Runs ``app`` for the coordinator's messages that ``gate`` lets through, until :meth:`stop`.
+
+    ``on_change(phase, text)`` is told what the node is doing, from the thread of :meth:`run`.
+
+    Raises on construction:
+        ConfigError: a key or certificate cannot be used.
+    """
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        app: App,
+        gate: Gate,
+        *,
+        on_change: Callable[[Phase, str], None] = lambda phase, text: None,
+    ) -> None:
+        self.settings = settings
+        self._app = app
+        self._gate = gate
+        self._on_change = on_change
+        self._fleet = Fleet(settings.fleet)
+        self._stop = threading.Event()
+        self._states = SeriesStates(settings.state_dir)
+        self._runs: dict[int, Run] = {}
+        self._told: tuple[Phase, str] | None = None
+        self._told_at = -inf
+
+    def run(self) -> None:
+        """Join and answer messages until :meth:`stop`; then finish the message in hand, leave, and return.
+
+        Raises:
+            ConfigError: another node uses the same state folder.
+        """
+        with only_one(self.settings.state_dir):
+            patience = Patience(self._stop, limit_s=inf, first_s=0.5, longest_s=15.0)
+            try:
+                while not self._stop.is_set():
+                    try:
+                        self._session(patience)
+                    except (NetworkError, ProtocolError) as trouble:
+                        self._tell(Phase.WAITING, str(trouble))
+                        patience.pause()
+                self._leave()
+            finally:
+                self._fleet.close()
+
+    def stop(self) -> None:
+        """Make :meth:`run` return: within seconds when idle, else when the app does. Safe in a signal handler."""
+        self._stop.set()
+
+    def _session(self, patience: Patience) -> None:
+        """Join, and answer messages for as long as nothing breaks."""
+        node_id = self._fleet.join(self._former_id())
+        write_whole(self._id_file, str(node_id).encode())
+        patience.reset()
+        self._runs.clear()
+        self._tell(Phase.ONLINE, f"online at {self.settings.fleet.transport.coordinator} as node {node_id}")
+        pause_s = POLL_S[0]
+        with self._heartbeat(node_id):
+            while not self._stop.is_set():
+                asked_at = time.monotonic()
+                order = self._fleet.next_order(node_id)
+                if order is not None:
+                    pause_s = POLL_S[0]
+                    self._work(order)
+                elif time.monotonic() - asked_at < 0.5 * self.settings.fleet.wait_s:  # it was not held
+                    self._stop.wait(pause_s * random.uniform(0.8, 1.2))
+                    pause_s = min(pause_s * 1.5, POLL_S[1])
+
+    def _work(self, order: Order) -> None:
+        """Answer one message. What cannot be answered is dropped; a broken connection ends the session."""
+        kind = order.head.metadata.message_type
+        patience = Patience(self._stop, limit_s=max(0.0, order.until - time.time()))
+        started_at = time.monotonic()
+        try:
+            run = self._run_of(order, patience)
+            self._tell(Phase.WORKING, f"{kind} of study {run.study}")
+            reply = self._answer(order, run, patience)
+            work_s = time.monotonic() - started_at
+            if time.time() > order.until:
+                log.warning("%s took %.0f s and came after its deadline: the answer is dropped", kind, work_s)
+                return
+            sent = self._send(order, reply, patience, work_s)
+            log.info("%s answered in %.1f s, %d bytes sent", kind, time.monotonic() - started_at, sent)
+        except LinkTrouble as trouble:
+            if trouble.kind is not Kind.RUN_CLOSED:
+                raise
+            self._runs.clear()
+            log.warning("%s: the run was closed meanwhile, the answer is dropped", kind)
+        finally:
+            self._tell(Phase.ONLINE, "waiting for the next message")
+
+    def _answer(self, order: Order, run: Run, patience: Patience) -> Message:
+        """The app's reply, or in its place an error that carries a code and no text."""
+        head = order.head.metadata
+        notice = Notice(head.message_type, head.group_id, run.study, run.digest, run.run_id, run.series_id)
+        try:
+            self._gate(notice)
+            message = self._fleet.fetch(order, patience)
+            context = Context(
+                run_id=run.run_id,
+                node_id=head.dst_node_id,
+                node_config=dict(self.settings.node_config),
+                state=self._states.load(run.series_id),
+                run_config={},
+                series_id=run.series_id,
+            )
+            reply = self._app(message, context)
+            if reply.metadata.reply_to_message_id != head.message_id:
+                raise ProtocolError("the ClientApp's reply does not answer the message")
+            self._states.save(context)  # before the reply leaves: what it did is then on disk
+        except LinkTrouble:
+            raise
+        except PolicyRefusal as error:
+            log.warning("%s refused: %s", head.message_type, error)
+            return refusal(order, error.reason)
+        except MedFLError as error:
+            log.error("%s failed: %s", head.message_type, error)
+            return failure(order, error.code)
+        except Exception as error:
+            # The text of a library's error may hold a path or a header: only where it happened is logged.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error("%s: unexpected %s at\n%s", head.message_type, type(error).__name__, frames)
+            return failure(order, Code.UNEXPECTED)
+        return reply
+
+    def _send(self, order: Order, reply: Message, patience: Patience, work_s: float) -> int:
+        try:
+            return self._fleet.send(reply, patience, work_s=work_s)
+        except ProtocolError as error:  # the reply itself cannot be sent: say so instead
+            log.error("the answer cannot be sent: %s", error)
+            return self._fleet.send(failure(order, error.code), patience, work_s=work_s)
+
+    def _run_of(self, order: Order, patience: Patience) -> Run:
+        run_id = order.head.metadata.run_id
+        if run_id not in self._runs:
+            self._runs = {run_id: self._fleet.run_of(order, patience)}
+        return self._runs[run_id]
+
+    @contextmanager
+    def _heartbeat(self, node_id: int) -> Iterator[None]:
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(HEARTBEAT_S * random.uniform(0.35, 0.5)):
+                try:
+                    self._fleet.beat(node_id)
+                except LinkTrouble as trouble:
+                    log.debug("heartbeat: %s", trouble)
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    @property
+    def _id_file(self) -> Path:
+        return self.settings.state_dir / "node_id"
+
+    def _former_id(self) -> int | None:
+        """Our id when we did not leave: after a kill, a crash, or a lost connection."""
+        try:
+            return int(self._id_file.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _leave(self) -> None:
+        node_id = self._former_id()
+        if node_id is not None:
+            with suppress(NetworkError):
+                self._fleet.leave(node_id)
+                self._id_file.unlink()
+        log.info("left")
+
+    def _tell(self, phase: Phase, text: str) -> None:
+        news = (phase, text) != self._told
+        if phase is Phase.WAITING and (news or time.monotonic() - self._told_at > REMIND_S):
+            log.warning("%s", text)
+            self._told_at = time.monotonic()
+        elif news:
+            level = logging.DEBUG if Phase.WORKING in (phase, (self._told or (phase,))[0]) else logging.INFO
+            log.log(level, "%s", text)
+        if news:
+            self._told = (phase, text)
+            self._on_change(phase, text)
+
+
+def check(settings: NodeSettings) -> None:
+    """Whether the coordinator can be reached and accepts this site, without joining.
+
+    Raises:
+        ConfigError: a key or certificate of ours cannot be used.
+        NetworkError: in words, what is wrong on the way or at the coordinator.
+    """
+    fleet = Fleet(settings.fleet)
+    try:
+        fleet.check()
+    finally:
+        fleet.close()
