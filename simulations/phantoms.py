@@ -92,7 +92,7 @@ def draw_phantom(scanner: Scanner, rng: np.random.Generator, slices: int = SLICE
     def ellipsoid(centre: tuple[float, float, float], radii: tuple[float, float, float]) -> NDArray[np.float64]:
         """Below 1 inside."""
         (cz, cy, cx), (rz, ry, rx) = centre, radii
-        return np.sqrt(((z - cz) / rz) ** 2 + ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2)
+        return np.asarray(np.sqrt(((z - cz) / rz) ** 2 + ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2))
 
     far = 1e6  # a cylinder along the body is an ellipsoid that never ends
     image = np.full(shape, -1000.0)
@@ -140,12 +140,12 @@ def _radii(rng: np.random.Generator, low: float, high: float) -> tuple[float, fl
 def _to_segment(
     grid: tuple[NDArray[np.float64], ...], start: NDArray[np.float64], end: NDArray[np.float64], tail: float
 ) -> NDArray[np.float64]:
-    """Distance in mm of every point to the straight line from ``start`` to ``end``, prolonged by ``tail`` at both ends."""
+    """Distance in mm of every point to the line from ``start`` to ``end``, prolonged by ``tail`` at both ends."""
     direction = (end - start) / max(float(np.linalg.norm(end - start)), 1e-6)
     start, length = start - tail * direction, float(np.linalg.norm(end - start)) + 2 * tail
     offset = [axis - origin for axis, origin in zip(grid, start, strict=True)]
     along = np.clip(sum(o * d for o, d in zip(offset, direction, strict=True)), 0, length)
-    return np.sqrt(sum((o - along * d) ** 2 for o, d in zip(offset, direction, strict=True)))
+    return np.asarray(np.sqrt(sum((o - along * d) ** 2 for o, d in zip(offset, direction, strict=True))))
 
 
 def _scan(
@@ -173,7 +173,6 @@ def _write_patient(job: tuple[Path, int, int, int, int]) -> None:
     for position, dataset in enumerate(ct):
         dataset.save_as(target / f"I{position:04d}", enforce_file_format=True)
     seg_object(ct, phantom.lesion, seed=f"{seed}/{name}").save_as(target / "S0001")
-    return
 
 
 def _uid(*parts: object) -> str:

@@ -1,0 +1,65 @@
+"""One example before it is a tensor: what a source finds, what reading it gives, and why it may be left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Quarantine(Exception):
+    """A case cannot be read safely and is left out. ``str`` is a short stable reason that is counted and shown;
+    it never holds a name, an identifier or a value from the file.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A case as read: raw values, oriented as the study says, labels on the same grid.
+
+    ``image`` is (channel, *spatial) float32; ``mask`` is (*spatial) uint8 class index. ``label`` is the class of the
+    whole image, several for multi-label studies. ``spacing_mm`` runs along spatial, or is None where unknown.
+    """
+
+    image: NDArray[np.float32]
+    spacing_mm: tuple[float, ...] | None
+    mask: NDArray[np.uint8] | None = None
+    label: frozenset[int] | None = None
+
+
+class Case(Protocol):
+    """An example that can be read. Holds paths and pseudonyms only, so that it can be sent to a worker process."""
+
+    @property
+    def patient(self) -> str:
+        """Pseudonym of the patient at this site."""
+
+    @property
+    def identity(self) -> str:
+        """Hexadecimal digest that changes when the files that the case is made of change."""
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """Subgroup attributes from the allow-list, such as sex, age band, manufacturer. Never leave the site."""
+
+    def read(self) -> Example:
+        """Read and decode.
+
+        Raises:
+            Quarantine: the case cannot be read safely.
+        """
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a source saw on its way: counts only."""
+
+    studies: int = 0
+    series: int = 0
+    labels: int = 0
+    quarantined: Counter[str] = field(default_factory=Counter)
+    unmatched: Counter[str] = field(default_factory=Counter)  # names of segments that are no class; shown locally

@@ -1,0 +1,147 @@
+"""DICOM files to headers: only an allow-list of fields is read, and the patient is a pseudonym at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from pydicom.errors import InvalidDicomError
+
+from medfl.client.data.case import Findings
+from medfl.client.data.secret import SiteKey
+
+_FIELDS = [
+    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
+    "PatientID", "PatientSex", "PatientAge", "Manufacturer", "ManufacturerModelName", "KVP", "MagneticFieldStrength",
+    "ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What is kept of one file's header. Nothing in it tells who the patient is without the site's secret."""
+
+    path: Path = field(repr=False)
+    sop_class: str
+    sop_instance: str = field(repr=False)
+    study: str = field(repr=False)
+    series: str = field(repr=False)
+    frame_of_reference: str = field(repr=False)
+    modality: str
+    patient: str  # pseudonym
+    referenced_series: frozenset[str] = field(repr=False)  # of label objects
+    attributes: tuple[tuple[str, str], ...]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep pydicom, highdicom and the decoders silent: their warnings and log lines quote values from the files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+for _name in ("pydicom", "highdicom", "pynetdicom"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+    logging.getLogger(_name).propagate = False
+
+
+def scan(
+    folder: Path,
+    key: SiteKey,
+    findings: Findings,
+    opted_out: Callable[[str], bool],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Header]:
+    """Headers of all DICOM files under ``folder``, in the order of their names. DICOMDIR and links are not followed."""
+    paths = sorted(
+        Path(root, name) for root, _, names in os.walk(folder) for name in names if name.upper() != "DICOMDIR"
+    )
+    headers = []
+    for done, path in enumerate(paths):
+        if progress and done % 50 == 0:
+            progress("reading headers", done, len(paths))
+        try:
+            header = read_header(path, key, opted_out)
+        except _LeftOut as reason:
+            findings.quarantined[str(reason)] += 1
+        else:
+            headers.append(header)
+    return headers
+
+
+class _LeftOut(Exception):
+    """A file that is left out, with its counted reason."""
+
+
+def read_header(path: Path, key: SiteKey, opted_out: Callable[[str], bool]) -> Header:
+    """The allowed part of one file's header; pixels are not read.
+
+    Raises:
+        _LeftOut: not DICOM, unreadable, without identifiers, or the patient has opted out.
+    """
+    try:
+        with quiet():
+            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_FIELDS)
+            patient = str(dataset.get("PatientID") or "").strip()
+            uids = [str(dataset.get(name) or "") for name in _FIELDS[:5]]
+            attributes = tuple(sorted(_attributes(dataset).items()))
+            referenced = frozenset(_referenced_series(dataset))
+            modality = str(dataset.get("Modality") or "")
+    except InvalidDicomError:
+        raise _LeftOut("not a DICOM file") from None
+    except Exception:  # pydicom raises many kinds on damaged files, and their text may quote the file
+        raise _LeftOut("unreadable DICOM file") from None
+    if not patient:
+        raise _LeftOut("no patient identifier")
+    if not all(uids[:4]):
+        raise _LeftOut("no DICOM unique identifiers")
+    if opted_out(patient):
+        raise _LeftOut("opted out")
+    sop_class, sop_instance, study, series, frame = uids
+    return Header(
+        path, sop_class, sop_instance, study, series, frame, modality, key.pseudonym(patient), referenced, attributes
+    )
+
+
+def _attributes(dataset: Any) -> dict[str, str]:
+    out = {}
+    if (sex := str(dataset.get("PatientSex") or "").upper()) in {"F", "M", "O"}:
+        out["sex"] = sex
+    if match := re.fullmatch(r"(\d{3})Y", str(dataset.get("PatientAge") or "")):
+        out["age"] = age_band(int(match[1]))
+    for name, keyword in (("manufacturer", "Manufacturer"), ("model", "ManufacturerModelName")):
+        if value := str(dataset.get(keyword) or "").strip():
+            out[name] = value[:64]
+    if (kvp := dataset.get("KVP")) is not None:
+        out["kvp"] = f"{float(kvp):g}"
+    if (field_strength := dataset.get("MagneticFieldStrength")) is not None:
+        out["field_strength"] = f"{float(field_strength):g} T"
+    return out
+
+
+def age_band(years: int) -> str:
+    """Ten years wide; 90 and above is one band, as HIPAA's safe harbour asks.
+
+    >>> age_band(45), age_band(93)
+    ('40-49', '90+')
+    """
+    return "90+" if years >= 90 else f"{years // 10 * 10}-{years // 10 * 10 + 9}"
+
+
+def _referenced_series(dataset: Any) -> Iterator[str]:
+    """Series that a SEG or RTSTRUCT says it belongs to (PS3.3 C.8.20.2, C.8.8.5)."""
+    for item in dataset.get("ReferencedSeriesSequence") or []:
+        yield str(item.SeriesInstanceUID)
+    for frame in dataset.get("ReferencedFrameOfReferenceSequence") or []:
+        for study in frame.get("RTReferencedStudySequence") or []:
+            for series in study.get("RTReferencedSeriesSequence") or []:
+                yield str(series.SeriesInstanceUID)

@@ -1,0 +1,161 @@
+"""Pictures listed in a CSV file: columns ``patient``, ``image``, and ``mask`` or ``label``."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from medfl.client.data.case import Example, Findings, Quarantine
+from medfl.client.data.pictures import read_mask, read_picture
+from medfl.client.data.secret import SiteKey
+from medfl.client.data.settings import TableSettings
+from medfl.shared.data_spec import DataSpec
+from medfl.shared.errors import DataError
+
+Task = Literal["segmentation", "classification"]
+
+
+@dataclass(frozen=True, slots=True)
+class PictureCase:
+    """One row: a picture with its mask or its classes."""
+
+    patient: str
+    spec: DataSpec = field(repr=False)
+    image: Path = field(repr=False)
+    mask: Path | None = field(default=None, repr=False)
+    label: frozenset[int] | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the case is read from."""
+        return (self.image,) if self.mask is None else (self.image, self.mask)
+
+    @property
+    def identity(self) -> str:
+        """Digest of the files' content and of the classes."""
+        digest = hashlib.sha256(repr(sorted(self.label) if self.label is not None else None).encode())
+        for path in self.files:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    def read(self) -> Example:
+        """Decode picture and mask (see :func:`read_picture`, :func:`read_mask`)."""
+        image = read_picture(self.image, self.spec)
+        mask = read_mask(self.mask, self.spec, image.shape[1:]) if self.mask is not None else None
+        return Example(image=image, spacing_mm=None, mask=mask, label=self.label)
+
+
+def find_pictures(
+    settings: TableSettings,
+    spec: DataSpec,
+    task: Task,
+    key: SiteKey,
+    findings: Findings,
+    opted_out: Callable[[str], bool],
+) -> list[PictureCase]:
+    """Rows of the table that this site can use, in the table's order.
+
+    Raises:
+        DataError: no table, a column is missing, or no row is this site's.
+    """
+    if spec.dimensions != 2:
+        raise DataError("a table lists pictures, but the study is of volumes (data.dimensions: 3): use another source")
+    rows, columns = _rows(settings.file)
+    wanted = "mask" if task == "segmentation" else "label"
+    for column in ("patient", "image", wanted):
+        if column not in columns:
+            raise DataError(f"{settings.file}: has no column {column!r}, which {task} needs")
+    if settings.site is not None:
+        if "site" not in columns:
+            raise DataError(f"{settings.file}: has no column 'site', but data.site is set: remove it or add the column")
+        rows = [row for row in rows if (row["site"] or "").strip() == settings.site]
+        if not rows:
+            raise DataError(f"{settings.file}: no row has {settings.site!r} in column 'site' (data.site)")
+    root = (settings.folder or settings.file.parent).resolve()
+    cases = []
+    for row in rows:
+        findings.series += 1
+        try:
+            cases.append(_case(row, root, wanted, spec, settings, key, findings, opted_out))
+        except Quarantine as reason:
+            findings.quarantined[str(reason)] += 1
+    findings.studies = len(rows)
+    return cases
+
+
+def _case(
+    row: Mapping[str, str | None],
+    root: Path,
+    wanted: str,
+    spec: DataSpec,
+    settings: TableSettings,
+    key: SiteKey,
+    findings: Findings,
+    opted_out: Callable[[str], bool],
+) -> PictureCase:
+    patient, image, label = ((row.get(column) or "").strip() for column in ("patient", "image", wanted))
+    if not patient:
+        raise Quarantine("no patient identifier")
+    if opted_out(patient):
+        raise Quarantine("opted out")
+    if not label:
+        raise Quarantine("no label")
+    findings.labels += 1
+    path = _inside(root, image)
+    if wanted == "mask":
+        return PictureCase(key.pseudonym(patient), spec, path, mask=_inside(root, label))
+    return PictureCase(key.pseudonym(patient), spec, path, label=classes_of(label, spec, settings.aliases))
+
+
+def classes_of(text: str, spec: DataSpec, aliases: Mapping[str, str]) -> frozenset[int]:
+    """Class indices that a cell of a label column names: a class's name or index; ``a|b`` for several, ``-`` for none.
+
+    Raises:
+        Quarantine: no class of the study, or several where the study allows one.
+    """
+    if spec.multi_label and text == "-":
+        return frozenset()
+    found = set()
+    for part in text.split("|") if spec.multi_label else [text]:
+        name = part.strip()
+        index = spec.class_of(aliases.get(name, name))
+        if index is None and name.isascii() and name.isdigit() and int(name) < len(spec.classes):
+            index = int(name)
+        if index is None:
+            raise Quarantine("label that is no class of the study")
+        found.add(index)
+    return frozenset(found)
+
+
+def _inside(root: Path, name: str) -> Path:
+    """File ``name`` under ``root``; a table must not lead out of the site's folder."""
+    path = (root / name).resolve()
+    if not name or not path.is_relative_to(root):
+        raise Quarantine("file name leads out of the folder")
+    if not path.is_file():
+        raise Quarantine("file is missing")
+    return path
+
+
+def _rows(path: Path) -> tuple[list[dict[str, str | None]], list[str]]:
+    try:
+        text = path.read_text("utf-8-sig")  # Excel writes a byte order mark
+    except OSError as error:
+        raise DataError(f"{path}: the table cannot be read ({error.strerror}): see data.file") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: the table is not UTF-8 text: save it as 'CSV UTF-8'") from None
+    first = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text), delimiter=";" if first.count(";") > first.count(",") else ",")
+    try:
+        rows = list(reader)
+    except csv.Error:
+        raise DataError(f"{path}: the table is not valid CSV (line {reader.line_num})") from None
+    if not rows:
+        raise DataError(f"{path}: the table has no rows")
+    return rows, [name.strip() for name in reader.fieldnames or []]
