@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 from rich.console import Console
-from rich.table import Table
 
 from medfl.client.config import SiteSettings
-from medfl.client.data.report import DataReport
 from medfl.client.node import check as check_reach
 from medfl.client.runtime import load_data, node_settings, site_device
 from medfl.shared.certificates import WARN_DAYS, SiteFiles, check_certificate, common_name, load_certificate
@@ -47,26 +46,10 @@ def check_site(settings: SiteSettings, *, study_file: Path | None, console: Cons
 
 
 def _check_study(settings: SiteSettings, study: Study, console: Console) -> None:
-    import datetime
-
     console.print(f"study {study.name}: {study.digest}")
     with LoadingBar(console) as loading:
         data = load_data(settings, study, site_device(settings), loading)
-    print_report(data.report, console)
+    for line in data.report.lines():
+        console.print(line, highlight=False)
     settings.policy.permit(study, today=datetime.date.today())
     console.print("the policy permits this study")
-
-
-def print_report(report: DataReport, console: Console) -> None:
-    """What was found on the disk, as a table of counts: no file, no patient."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("patients", str(report.patients))
-    table.add_row("studies, series, labels", f"{report.studies}, {report.series}, {report.labels}")
-    for split, cases in report.cases.items():
-        table.add_row(f"{split.value} cases", f"{cases} ({report.examples[split]} images)")
-    for reason, count in sorted(report.quarantined.items()):
-        table.add_row("[yellow]left out[/yellow]", f"{count}: {reason}")
-    for label, share in report.class_balance.items():
-        table.add_row(f"class {label}", f"{100 * share:.1f} %")
-    table.add_row("read in", f"{report.seconds:.1f} s")
-    console.print(table)

@@ -55,10 +55,10 @@ def _simulate(options: argparse.Namespace) -> int:
 
     from medfl.server.console import reporter_for
     from medfl.shared.config import load_settings
+    from medfl.shared.loading import LoadingBar
     from medfl.shared.logs import quiet_libraries
     from medfl.simulations.config import SimulationSettings
     from medfl.simulations.experiment import choose_device, load_sites, run_experiment
-    from medfl.shared.loading import LoadingBar
 
     settings = load_settings(options.config, SimulationSettings)
     if options.output is not None:

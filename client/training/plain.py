@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from medfl.client.data.augment import augmenter
 from medfl.client.data.batches import epoch
 from medfl.client.data.tensors import TensorSet
 from medfl.shared.algorithms.fed_prox import add_proximal_gradient
@@ -46,7 +47,7 @@ def train_plain(
     network.train()
     with torch.random.fork_rng(devices=_devices(data)):
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))  # dropout
-        for step, (images, labels) in enumerate(_batches(data, training, generator, total)):
+        for step, (images, labels) in enumerate(_batches(data, study, generator, total)):
             loss = _loss(loss_of, network, images, labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -107,11 +108,11 @@ def _loss(
 
 
 def _batches(
-    data: TensorSet, training: Training, generator: torch.Generator, total: int
+    data: TensorSet, study: Study, generator: torch.Generator, total: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    produced = 0
+    augment, produced = augmenter(study.data.augmentation), 0
     while produced < total:
-        for batch in epoch(data, training.batch_size, generator):
+        for batch in epoch(data, study.training.batch_size, generator, augment):
             if produced == total:
                 return
             yield batch

@@ -1,0 +1,288 @@
+"""``medfl-sim demo``: four hospitals that do not exist, as real processes over mutual TLS, and what they gained."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import shutil
+import socket
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from medfl.shared.certificates import SiteFiles
+from medfl.shared.config import load_settings, parse_settings
+from medfl.shared.enrolment import found_consortium, make_request
+from medfl.shared.errors import MedFLError
+from medfl.shared.files import private_folder
+from medfl.shared.study import Study
+from medfl.simulations.phantoms import SCANNERS, write_hospital
+from medfl.simulations.processes import Processes
+
+HOSPITALS = ("north", "south", "east", "west")
+PATIENTS = 12
+SEED = 2026
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the demonstration keeps what; each hospital's folder stands for a machine of its own."""
+
+    root: Path
+
+    @property
+    def coordinator(self) -> Path:
+        """The coordinator's machine."""
+        return self.root / "coordinator"
+
+    def hospital(self, name: str) -> Path:
+        """One hospital's machine."""
+        return self.root / "hospitals" / name
+
+
+def run_demo(output: Path, *, console: Console | None = None) -> int:
+    """Run the whole demonstration in ``output`` (emptied first) and print the table; returns the exit status."""
+    console = console or Console()
+    began = time.monotonic()
+    study = parse_settings(
+        (importlib.resources.files("medfl.configs") / "demo_study.yaml").read_text("utf-8"),
+        Study,
+        name="demo_study.yaml",
+    )
+    places = Places(output.resolve())
+    _clear(places.root)
+    console.print(f"1. {len(HOSPITALS)} hospitals, {PATIENTS} patients each: DICOM CT series and SEG labels")
+    _write_images(places, console)
+    console.print("2. keys, certificates, the consortium, and each site's approval of the study")
+    port = set_up(places, study)
+    console.print(f"3. medfl-server and {len(HOSPITALS)} medfl-client processes on port {port}")
+    _federate(places, study, console)
+    console.print("4. what each hospital reaches alone with the same budget, and without a network")
+    rows = _compare(places, study, console)
+    _print(rows, console)
+    folder = run_folder(places, study)
+    console.print(f"model, study, metrics and logs: {folder}")
+    console.print(f"{time.monotonic() - began:.0f} s in all")
+    return 0
+
+
+def run_folder(places: Places, study: Study) -> Path:
+    """What the coordinator leaves of the study."""
+    return places.coordinator / "runs" / f"{study.name}-{study.digest[:8]}"
+
+
+def set_up(places: Places, study: Study) -> int:
+    """Enrol all hospitals as their administrators would, write every configuration; returns the coordinator's port."""
+    requests = [make_request(places.hospital(name) / "keys", name) for name in HOSPITALS]
+    found_consortium(places.coordinator, requests, hosts=["127.0.0.1", "localhost"])
+    port = free_port()
+    (places.coordinator / "study.json").write_bytes(study.canonical())  # JSON is YAML
+    sites = "".join(
+        f"  - {{name: {name}, node_key: sites/{name}/node.key.pub, site_key: sites/{name}/site.key.pub}}\n"
+        for name in HOSPITALS
+    )
+    (places.coordinator / "consortium.yaml").write_text(
+        "consortium: demo\n"
+        f"listen: {{host: 127.0.0.1, port: {port}}}\n"
+        "tls: {authority: authority.pem, certificate: coordinator.pem, key: coordinator.key}\n"
+        "state: state\nruns: runs\nstudies: [study.json]\n"
+        f"sites:\n{sites}",
+        "utf-8",
+    )
+    for name in HOSPITALS:
+        home, files = places.hospital(name), SiteFiles(places.coordinator / "sites" / name)
+        for certificate in (files.authority, files.certificate):
+            shutil.copy(certificate, home / "keys")
+        (home / "site.yaml").write_text(
+            f"site: {name}\n"
+            f"coordinator: 127.0.0.1:{port}\n"
+            "keys: keys\nstate: state\nthreads: 1\n"
+            "data:\n"
+            "  source: dicom\n"
+            "  folder: dicom\n"
+            "  split: {validation: 0.25, test: 0, min_patients: 8}\n"
+            "policy:\n"
+            f"  studies: [{study.digest}]\n"
+            "  allow_no_privacy: true\n"
+            "  require_secure_aggregation: false\n",
+            "utf-8",
+        )
+    return port
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _clear(root: Path) -> None:
+    marker = root / ".medfl-demo"
+    if root.exists() and any(root.iterdir()):
+        if not marker.exists():
+            raise MedFLError(f"{root} is not empty and not a demonstration's folder: choose another with --output")
+        shutil.rmtree(root)
+    private_folder(root)
+    marker.touch()
+
+
+def _write_images(places: Places, console: Console) -> None:
+    with console.status("drawing patients"), ProcessPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(write_hospital, private_folder(places.hospital(name)) / "dicom", index, PATIENTS, SEED)
+            for index, name in enumerate(HOSPITALS)
+        ]
+        for job in jobs:
+            job.result()
+
+
+def _federate(places: Places, study: Study, console: Console) -> None:
+    threads = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with Processes() as running:
+        server = running.start(
+            "medfl-server",
+            "medfl.server.cli",
+            ["--config", str(places.coordinator / "consortium.yaml")],
+            log=places.coordinator / "medfl-server.log",
+            environment=threads,
+        )
+        for name in HOSPITALS:
+            home = places.hospital(name)
+            running.start(
+                name,
+                "medfl.client.cli",
+                ["--site", str(home / "site.yaml")],
+                log=home / "medfl-client.log",
+                environment=threads,
+            )
+        watch = _Watch(places, study)
+        with Live(console=console, refresh_per_second=4, get_renderable=watch.render, transient=False):
+            while server.poll() is None:
+                if failed := running.failed():
+                    raise MedFLError(f"{', '.join(failed)} ended early: see the logs below {places.root}")
+                time.sleep(0.2)
+            watch.read()
+        codes = running.stop_all()
+    if any(codes.values()):
+        wrong = ", ".join(f"{name} (status {code})" for name, code in codes.items() if code)
+        raise MedFLError(f"{wrong} did not end well: see the logs below {places.root}")
+
+
+class _Watch:
+    """Reads the coordinator's and the hospitals' own metrics files while they grow."""
+
+    def __init__(self, places: Places, study: Study) -> None:
+        self._study = study
+        self._server = run_folder(places, study) / "metrics.jsonl"
+        self._sites = {name: site_metrics(places, name, study) for name in HOSPITALS}
+        self._rows: list[dict[str, Any]] = []
+        self._last: dict[str, dict[str, dict[str, Any]]] = {}
+        self._began = time.monotonic()
+
+    def read(self) -> None:
+        """Take in what is new."""
+        self._rows = read_rows(self._server)
+        for name, path in self._sites.items():
+            self._last[name] = {row["set"]: row for row in read_rows(path)}
+
+    def render(self) -> Group:
+        """Round, time left, and each site's last loss and Dice."""
+        self.read()
+        done, total = len(self._rows), self._study.rounds.count
+        seconds = sum(row["seconds"] for row in self._rows)
+        left = f"{seconds / done * (total - done):.0f} s left" if done else "sites are reading their images"
+        head = Table.grid(padding=(0, 2))
+        head.add_row(ProgressBar(total=total, completed=done, width=24), f"round {done}/{total}", left)
+        table = Table(box=None, padding=(0, 3, 0, 0))
+        for title in ("site", "training loss", "held-out dice", "now"):
+            table.add_column(title)
+        for name, last in self._last.items():
+            train, held_out = last.get("train"), last.get("validation")
+            state = "round trained" if train and train["round"] > done else "training" if done < total else "done"
+            table.add_row(
+                name,
+                f"{train['scores']['loss']:.3f}" if train else "",
+                f"{held_out['scores'].get('dice', float('nan')):.3f}" if held_out else "",
+                state,
+            )
+        return Group(head, table)
+
+
+def site_metrics(places: Places, name: str, study: Study) -> Path:
+    """A hospital's own record of its scores; they are in no message."""
+    return places.hospital(name) / "state" / "studies" / study.digest / "metrics.jsonl"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Complete lines of a metrics file; none where it does not exist yet."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """What one hospital's held-out patients score."""
+
+    site: str
+    federated: float
+    alone: float
+    threshold: float
+    mean_mask: float
+
+
+def _compare(places: Places, study: Study, console: Console) -> list[ComparisonRow]:
+    with console.status("training each hospital alone"), ProcessPoolExecutor(2) as pool:
+        jobs = {name: pool.submit(_one_alone, places.hospital(name) / "site.yaml", study) for name in HOSPITALS}
+        results = {name: job.result() for name, job in jobs.items()}
+    rows = []
+    for name in HOSPITALS:
+        last = [row for row in read_rows(site_metrics(places, name, study)) if row["set"] == "validation"][-1]
+        rows.append(ComparisonRow(name, last["scores"]["dice"], *results[name]))
+    return rows
+
+
+def _one_alone(site_file: Path, study: Study) -> tuple[float, float, float]:
+    """Dice of local training, best threshold and mean mask, on the very split the site used in the federation."""
+    import torch
+
+    from medfl.client.config import SiteSettings
+    from medfl.client.data.splits import Split
+    from medfl.client.runtime import load_data
+    from medfl.shared.logs import quiet_libraries
+    from medfl.simulations.baselines import alone, best_threshold, mean_mask
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    settings = load_settings(site_file, SiteSettings)
+    data = load_data(settings, study, torch.device("cpu"))
+    parts = data.splits[Split.TRAIN], data.splits[Split.VALIDATION]
+    dice = alone(study, {settings.site: data}, device=torch.device("cpu"))[settings.site]
+    return dice, best_threshold(*parts, 2), mean_mask(*parts, 2)
+
+
+def _print(rows: list[ComparisonRow], console: Console) -> None:
+    table = Table(title="Dice on each hospital's held-out patients", title_justify="left")
+    for title in ("site", "scanner", "federated", "alone", "best threshold", "mean mask"):
+        table.add_column(title, justify="left" if title in ("site", "scanner") else "right")
+    for index, row in enumerate(rows):
+        values = (row.federated, row.alone, row.threshold, row.mean_mask)
+        table.add_row(row.site, SCANNERS[index].model, *(f"{value:.3f}" for value in values))
+    count = len(rows)
+    means = [
+        sum(getattr(row, what) for row in rows) / count for what in ("federated", "alone", "threshold", "mean_mask")
+    ]
+    table.add_section()
+    table.add_row("mean", "", *(f"[bold]{value:.3f}[/bold]" for value in means))
+    console.print(table)
