@@ -57,7 +57,7 @@ def patient_dice(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> 
     Returns:
         float32 (classes - 1,); NaN where the class is in neither (no score), 0 where it is predicted only.
     """
-    from monai.metrics import compute_dice
+    from monai.metrics.meandice import compute_dice
     from monai.networks.utils import one_hot
 
     def stacked(labels: torch.Tensor) -> torch.Tensor:  # (1, classes, slices, *spatial)

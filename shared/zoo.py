@@ -109,15 +109,15 @@ def build_network(
     return network
 
 
-def _construct(
-    spec: AnySpec, dimensions: int, inputs: int, outputs: int
-) -> nn.Module:
-    from monai.networks import nets
+def _construct(spec: AnySpec, dimensions: int, inputs: int, outputs: int) -> nn.Module:
+    from monai.networks.nets.densenet import DenseNet121
+    from monai.networks.nets.resnet import resnet18
+    from monai.networks.nets.unet import UNet
     from torch import nn
 
     match spec:
         case UNetSpec():
-            return nets.UNet(
+            return UNet(
                 spatial_dims=dimensions,
                 in_channels=inputs,
                 out_channels=outputs,
@@ -128,14 +128,12 @@ def _construct(
                 dropout=spec.dropout,
             )
         case DenseNet121Spec():
-            return nets.DenseNet121(
+            return DenseNet121(
                 spatial_dims=dimensions, in_channels=inputs, out_channels=outputs, dropout_prob=spec.dropout
             )
         case ResNet18Spec():
             # MONAI's own norm= argument changes the stem only; the rest is replaced after construction.
-            return nets.resnet18(
-                spatial_dims=dimensions, n_input_channels=inputs, num_classes=outputs, shortcut_type="B"
-            )
+            return resnet18(spatial_dims=dimensions, n_input_channels=inputs, num_classes=outputs, shortcut_type="B")
         case LogisticSpec():
             return nn.Sequential(nn.Flatten(), nn.Linear(spec.inputs, outputs))
 

@@ -116,7 +116,7 @@ def _by_patient(predicted: Tensor, data: TensorSet, label: int) -> float:
             patient_dice(
                 predicted[data.patients == patient].long(), (data.labels[data.patients == patient] == label).long(), 2
             )[0]
-            for patient in data.patients.unique()
+            for patient in torch.unique(data.patients)
         ]
     )
     return float(dice.nanmean())

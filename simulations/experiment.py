@@ -151,7 +151,8 @@ def _methods(
     result = federation.result
     save_model(folder / "model.safetensors", study, result.layout, result.weights, round_number=result.round)
     federated = {name: headline(scores) for name, scores in federation.site_scores.items()}
-    scores = {study.strategy.name: {name: found[1] for name in sites if (found := federated.get(name))}}
+    scores: dict[str, dict[str, float]] = {}
+    scores[study.strategy.name] = {name: found[1] for name in sites if (found := federated.get(name))}
     if settings.baselines.pooled:
         scores["pooled"] = pooled(study, sites, device=device, reporter=reporter)
     if settings.baselines.alone:

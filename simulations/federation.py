@@ -69,7 +69,7 @@ def federate(
         name: Site(
             name,
             policy=policy,
-            load_data=lambda study, data=data: data,  # type: ignore[misc]
+            load_data=lambda study, data=data: data,
             workbench=workbench,
             records=MemoryRecords(),
         )

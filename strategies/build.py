@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
@@ -98,7 +99,7 @@ def build_strategy(study: Study) -> Strategy:
             return MultiKrum(num_malicious_nodes=settings.malicious, num_nodes_to_select=settings.keep, **_TAKE_ALL)
 
 
-_TAKE_ALL = {
+_TAKE_ALL: dict[str, Any] = {
     "fraction_train": 1.0,
     "fraction_evaluate": 1.0,
     "min_train_nodes": 1,

@@ -40,7 +40,7 @@ def evaluate(network: nn.Module, data: TensorSet, study: Study) -> dict[str, flo
 
 
 def _add_dice(tally: dict[str, float], predicted: torch.Tensor, data: TensorSet, classes: Sequence[str]) -> None:
-    for patient in data.patients.unique():
+    for patient in torch.unique(data.patients):
         chosen = data.patients == patient
         scores = patient_dice(predicted[chosen], data.labels[chosen], len(classes))
         for name, score in zip(classes[1:], scores.tolist(), strict=True):

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 
 
-def add_proximal_gradient(
-    parameters: Sequence[torch.Tensor], anchors: Sequence[torch.Tensor], *, mu: float
-) -> None:
+def add_proximal_gradient(parameters: Sequence[torch.Tensor], anchors: Sequence[torch.Tensor], *, mu: float) -> None:
     """Add ``mu * (w - w_global)`` to each parameter's gradient, the gradient of ``mu / 2 * |w - w_global|^2``.
 
     Added to the gradient and not to the loss, so that under differential privacy it comes after clipping and noise

@@ -35,11 +35,15 @@ class SampledGaussian:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
-            raise ConfigError(f"noise_multiplier must be positive, got {self.noise_multiplier}: without noise, no privacy")
+            raise ConfigError(
+                f"noise_multiplier must be positive, got {self.noise_multiplier}: without noise, no privacy"
+            )
         if not 0 < self.sampling_rate <= 1:
             raise ConfigError(f"sampling_rate must be above 0 and at most 1, got {self.sampling_rate}")
         if self.steps < 1 or self.images_per_patient < 1:
-            raise ConfigError(f"steps and images_per_patient must be at least 1, got {self.steps}, {self.images_per_patient}")
+            raise ConfigError(
+                f"steps and images_per_patient must be at least 1, got {self.steps}, {self.images_per_patient}"
+            )
 
     def times(self, count: int) -> SampledGaussian:
         """The same mechanism, ``count`` times as many steps."""
@@ -94,7 +98,8 @@ def renyi_epsilon(history: Iterable[SampledGaussian], delta: float) -> float:
             raise ConfigError("Renyi accounting has no rule for several images of one patient: use epsilon()")
         step = PoissonSampledDpEvent(event.sampling_rate, GaussianDpEvent(event.noise_multiplier))
         accountant.compose(step, event.steps)
-    return float(accountant.get_epsilon(delta)) if events else 0.0
+    spent: float = accountant.get_epsilon(delta) if events else 0.0
+    return spent
 
 
 def solve_noise_multiplier(target_epsilon: float, delta: float, *, sampling_rate: float, steps: int) -> float:
@@ -145,7 +150,8 @@ def check_delta(delta: float, patients: int | None = None) -> None:
         raise ConfigError(f"delta must be between 0 and 1, got {delta}")
     if patients is not None and delta > 1 / max(patients, 1):
         raise ConfigError(
-            f"delta {delta:g} is above one over {patients} patients: set privacy.delta to {0.1 / max(patients, 1):.0e} or less"
+            f"delta {delta:g} is above one over {patients} patients: "
+            f"set privacy.delta to {0.1 / max(patients, 1):.0e} or less"
         )
 
 
