@@ -80,7 +80,6 @@ def _node(options: argparse.Namespace) -> int:
     # isort: split
     from medfl.client.node import Node, Phase
     from medfl.client.runtime import build_site, gate_of, node_settings
-    from medfl.shared.health import Health
     from medfl.shared.logs import set_up_logs
 
     set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
@@ -91,6 +90,8 @@ def _node(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         health = None
         if settings.health is not None:
+            from medfl.shared.health import Health
+
             health = stack.enter_context(Health(settings.health.port, host=settings.health.host))
 
         def told(phase: Phase, text: str) -> None:

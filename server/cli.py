@@ -67,7 +67,6 @@ def _serve(options: argparse.Namespace) -> int:
     from medfl.shared.certificates import WARN_DAYS, check_certificate
     from medfl.shared.config import load_settings
     from medfl.shared.errors import ConfigError
-    from medfl.shared.health import Health
     from medfl.shared.keys import node_public_key, read_private
     from medfl.shared.logs import set_up_logs
 
@@ -92,6 +91,8 @@ def _serve(options: argparse.Namespace) -> int:
         signal.signal(which, lambda *_: stop.set())
     with ExitStack() as stack:
         if settings.health is not None:
+            from medfl.shared.health import Health
+
             health = stack.enter_context(Health(settings.health.port, host=settings.health.host))
             health.set("serving")
         endings = coordinate(settings, studies, reporter=reporter_for(Console(stderr=True)), stop=stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from threading import Event
@@ -64,6 +65,7 @@ def federate(
     """Run ``study`` among ``sites``; every virtual site approves it and releases its scores to the researcher."""
     device = device or torch.device("cpu")
     policy = permissive_policy(study)
+    logging.getLogger("medfl.site").setLevel(logging.WARNING)  # a line for each virtual site and round is too much
     workbench = Workbench(device)
     residents = {
         name: Site(

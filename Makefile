@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer: make demo, make test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+# On machines without a GPU: make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
+TORCH_INDEX ?=
+export MEDFL_DATA ?= $(abspath ../shared/data)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint types bench wheel clean help
+
+help:  ## Show what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+demo: $(VENV)/.installed  ## Install, then run a whole federation of four phantom hospitals
+	$(BIN)/medfl-sim demo --output runs/demo
+
+test: $(VENV)/.installed-dev  ## Install with the development extras, then run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev  ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev  ## Types, strict
+	$(BIN)/mypy -p medfl.shared -p medfl.strategies -p medfl.server -p medfl.client -p medfl.simulations
+
+bench: $(VENV)/.installed-dev  ## Benchmarks, as ratios to the bare loop or to the peer in the same run
+	@for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+
+wheel: $(VENV)/.installed-dev  ## Build the wheel through the source distribution
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist .
+
+clean:  ## Remove what was built, keep the environment
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: $(VENV)/bin/python constraints.txt
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(shell grep '^torch==' constraints.txt)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
