@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 from medfl.shared.errors import ConfigError
@@ -18,6 +18,9 @@ from medfl.shared.errors import ConfigError
 # Width of the privacy-loss grid. Epsilon comes out at most 1 % above that of a five times finer grid on every row of
 # the reference tables, and 100 ms of work become 20.
 GRID = 5e-4
+
+# Orders below 2 never give the smallest epsilon at deltas of use, and their series converges badly at low noise.
+_RENYI_ORDERS = [1 + order / 10 for order in range(10, 100)] + list(range(11, 64)) + [128, 256, 512]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,36 +53,15 @@ class SampledGaussian:
         return replace(self, steps=self.steps * count)
 
 
-class Account:
-    """Privacy spent so far, kept composed, so that one more charge costs milliseconds however long the history."""
-
-    def __init__(self, history: Iterable[SampledGaussian] = ()) -> None:
-        self._spent: Any = None  # PrivacyLossDistribution
-        for event in merged(history):
-            self.add(event)
-
-    def add(self, event: SampledGaussian) -> None:
-        """Compose one more event."""
-        self._spent = self._with(event)
-
-    def epsilon(self, delta: float, *, also: SampledGaussian | None = None) -> float:
-        """Smallest epsilon for ``delta`` that covers everything added, and ``also`` on top; 0 for nothing."""
-        check_delta(delta)
-        spent = self._spent if also is None else self._with(also)
-        return 0.0 if spent is None else float(spent.get_epsilon_for_delta(delta))
-
-    def _with(self, event: SampledGaussian) -> Any:
-        loss = _composed(event)
-        return loss if self._spent is None else self._spent.compose(loss)
-
-
 def epsilon(history: Iterable[SampledGaussian], delta: float) -> float:
-    """PLD epsilon of ``history``; 0 when empty.
+    """Smallest PLD epsilon that covers ``history`` at ``delta``; 0 when empty. About 50 ms for each distinct mechanism.
 
     >>> round(epsilon([SampledGaussian(noise_multiplier=1.0, sampling_rate=1 / 63, steps=6300)], 1e-5), 1)
     8.2
     """
-    return Account(history).epsilon(delta)
+    check_delta(delta)
+    losses = [_composed(event) for event in merged(history)]
+    return float(reduce(lambda a, b: a.compose(b), losses).get_epsilon_for_delta(delta)) if losses else 0.0
 
 
 def renyi_epsilon(history: Iterable[SampledGaussian], delta: float) -> float:
@@ -91,15 +73,14 @@ def renyi_epsilon(history: Iterable[SampledGaussian], delta: float) -> float:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, rdp
 
     check_delta(delta)
-    accountant = rdp.RdpAccountant()
+    accountant = rdp.RdpAccountant(_RENYI_ORDERS)
     events = merged(history)
     for event in events:
         if event.images_per_patient > 1:
             raise ConfigError("Renyi accounting has no rule for several images of one patient: use epsilon()")
         step = PoissonSampledDpEvent(event.sampling_rate, GaussianDpEvent(event.noise_multiplier))
         accountant.compose(step, event.steps)
-    spent: float = accountant.get_epsilon(delta) if events else 0.0
-    return spent
+    return float(accountant.get_epsilon(delta)) if events else 0.0
 
 
 def solve_noise_multiplier(target_epsilon: float, delta: float, *, sampling_rate: float, steps: int) -> float:
@@ -130,7 +111,7 @@ def solve_noise_multiplier(target_epsilon: float, delta: float, *, sampling_rate
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
     digits = 3 - math.floor(math.log10(high))
-    return math.ceil(high * 10**digits) / 10**digits
+    return float(math.ceil(high * 10**digits) / 10**digits)
 
 
 def merged(history: Iterable[SampledGaussian]) -> list[SampledGaussian]:

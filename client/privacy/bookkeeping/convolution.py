@@ -1,0 +1,176 @@
+"""Rule for Conv1-3d and ConvTranspose1-3d: any stride, dilation, groups and padding."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+
+from medfl.client.privacy.bookkeeping.rule import (
+    Deferred,
+    UnitGradients,
+    sum_over_positions,
+    trained,
+    zero_where_dropped,
+)
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# Norms from position-by-position products cost T^2 (D + P) operations against D P T of instantiating, but run as two
+# dense matrix products, and instantiating also writes units x D x P numbers. Measured break-even on two CPUs: 30.
+_DENSE_ADVANTAGE = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+
+class ConvolutionRule:
+    """See :class:`~medfl.client.privacy.bookkeeping.rule.Rule`."""
+
+    def prepare(self, module: _ConvNd, x: Tensor, /) -> Tensor:
+        """Pad as the module would, except for plain symmetric zeros, which the convolution does itself."""
+        if not _pads_before(module):
+            return x
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+
+    def forward(self, module: _ConvNd, x: Tensor, /) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Convolve; keep the (padded) input."""
+        at = _geometry(module)
+        y = torch.convolution(
+            x,
+            module.weight,
+            module.bias,
+            at.stride,
+            at.padding,
+            at.dilation,
+            at.transposed,
+            at.output_padding,
+            at.groups,
+        )
+        return y, (x,)
+
+    def input_gradient(self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor:
+        """One batched call."""
+        return _backward(g, saved[0], module.weight.to(g.dtype), _geometry(module), (True, False, False))[0]
+
+    def unit_gradients(self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool) -> UnitGradients:
+        """Weight: instantiated by one grouped call, or deferred where few positions meet many weights."""
+        found: UnitGradients = {}
+        if trained(module, "bias"):
+            found["bias"] = sum_over_positions(g)
+        if trained(module, "weight"):
+            x, at = saved[0], _geometry(module)
+            if at.transposed:
+                # A transposed convolution is the input gradient of a plain one: its weight gradient is the plain
+                # one's with input and output gradient exchanged.
+                x, g = g, x
+            at = _Geometry(at.stride, at.padding, at.dilation, False, [0] * len(at.stride), at.groups)
+            if defer and _is_deferred_cheaper(module.weight, g, at):
+                found["weight"] = Deferred(
+                    _squared_norms(module.weight, x, g, at), partial(_weighted_sum, module.weight, x, g, at)
+                )
+            else:
+                found["weight"] = _instantiated(module.weight, x, g, at)
+        return found
+
+
+def _pads_before(module: _ConvNd) -> bool:
+    if module.transposed:
+        return False
+    if module.padding_mode != "zeros":
+        return True
+    sides = module._reversed_padding_repeated_twice  # for padding="same" the two sides of an axis can differ
+    return isinstance(module.padding, str) and any(a != b for a, b in zip(sides[::2], sides[1::2], strict=True))
+
+
+def _geometry(module: _ConvNd) -> _Geometry:
+    padding: list[int]
+    if _pads_before(module):
+        padding = [0] * len(module.kernel_size)
+    elif isinstance(module.padding, str):
+        padding = list(reversed(module._reversed_padding_repeated_twice[::2]))
+    else:
+        padding = [int(side) for side in module.padding]
+    return _Geometry(
+        list(module.stride),
+        padding,
+        list(module.dilation),
+        module.transposed,
+        list(module.output_padding),
+        module.groups,
+    )
+
+
+def _backward(
+    g: Tensor, x: Tensor, weight: Tensor, at: _Geometry, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        g,
+        x,
+        weight,
+        None,
+        at.stride,
+        at.padding,
+        at.dilation,
+        at.transposed,
+        at.output_padding,
+        at.groups,
+        list(wanted),
+    )
+    return found
+
+
+def _is_deferred_cheaper(weight: Tensor, g: Tensor, at: _Geometry) -> bool:
+    if at.groups != 1 or (g.dim() != 4 and any(step != 1 for step in at.dilation)):
+        return False
+    positions, outputs = g.shape[2:].numel(), weight.shape[0]
+    inputs = weight.numel() // outputs
+    return positions**2 * (inputs + outputs) < _DENSE_ADVANTAGE * inputs * outputs
+
+
+def _instantiated(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
+    """(units, *weight.shape). The batch becomes groups of one convolution, so no weight gradient is summed."""
+    units = x.shape[0]
+    pointwise = all(size == 1 for size in weight.shape[2:]) and set(at.stride) == {1} and not any(at.padding)
+    if at.groups == 1 and pointwise:
+        return torch.bmm(g.flatten(2), x.flatten(2).mT).view(units, *weight.shape)
+    stacked = weight.detach().to(g.dtype).expand(units, *weight.shape).reshape(-1, *weight.shape[1:])
+    grouped = _Geometry(at.stride, at.padding, at.dilation, False, at.output_padding, at.groups * units)
+    flat_g, flat_x = g.reshape(1, -1, *g.shape[2:]), x.reshape(1, -1, *x.shape[2:])
+    return _backward(flat_g, flat_x, stacked, grouped, (False, True, False))[1].view(units, *weight.shape)
+
+
+def _squared_norms(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
+    """||sum_t g_t x_t'||^2 = sum over positions s, t of (x_s . x_t)(g_s . g_t), for each unit."""
+    patches, outputs = _patches(x, weight.shape[2:], at), g.flatten(2)
+    return torch.einsum("uij,uij->u", patches.mT @ patches, outputs.mT @ outputs)
+
+
+def _patches(x: Tensor, kernel: torch.Size, at: _Geometry) -> Tensor:
+    """(units, inputs x kernel, positions): what the kernel sees at each output position."""
+    if len(kernel) == 2:
+        return functional.unfold(x, tuple(kernel), tuple(at.dilation), tuple(at.padding), tuple(at.stride))
+    x = functional.pad(x, [side for axis in reversed(at.padding) for side in (axis, axis)])
+    for axis, (size, step) in enumerate(zip(kernel, at.stride, strict=True)):
+        x = x.unfold(2 + axis, size, step)
+    axes = len(kernel)
+    order = (0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
+    return x.permute(order).reshape(x.shape[0], x.shape[1] * math.prod(kernel), -1)
+
+
+def _weighted_sum(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, factors: Tensor) -> Tensor:
+    g = zero_where_dropped(g, factors) * factors.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
+    return _backward(g, zero_where_dropped(x, factors), weight.detach().to(g.dtype), at, (False, True, False))[1]

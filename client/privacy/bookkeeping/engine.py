@@ -1,0 +1,152 @@
+"""The clipped sum of per-unit gradients from one backward pass that never forms the ordinary weight gradient.
+
+Each trained layer's backward returns the input gradient only and keeps what its rule needs; when the pass is over,
+the norms are known and the clipped gradients are added up. Source: Bu et al. 2023, https://arxiv.org/abs/2210.00038.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medfl.client.privacy.bookkeeping.rule import Deferred, Rule, UnitGradients, zero_where_dropped
+from medfl.client.privacy.bookkeeping.rules import layers_with_rules
+from medfl.client.privacy.clipped import ClippedSum, LossFunction, UnitData, clip_factors, trainable
+from medfl.shared.errors import ConfigError
+
+
+def clipped_sum_by_bookkeeping(
+    network: nn.Module, loss: LossFunction, units: Sequence[UnitData], clip_norm: float
+) -> ClippedSum:
+    """Like :func:`~medfl.client.privacy.clipped.clipped_sum_by_loop` for units of one row and equal shapes, faster.
+
+    Exact: in float64 the two agree to 1e-14. ``network`` is left as it was found; ``p.grad`` is not touched.
+
+    Raises:
+        ConfigError: a trainable layer has no rule, or folds units into each other's rows. Nothing was computed then.
+    """
+    parameters = trainable(network)
+    tape = _Tape(len(units))
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        with _recorded(network, tape):
+            outputs = network(torch.cat([images for images, _ in units]))
+            if not isinstance(outputs, Tensor) or len(outputs) != len(units):
+                raise ConfigError("the network's output is not one row for each unit: set privacy.engine to loop")
+            # The loss is called once a unit, so that no loss, however written, can couple units.
+            rows = zip(torch.split(outputs, 1), (labels for _, labels in units), strict=True)
+            torch.stack([loss(output, labels) for output, labels in rows]).sum().backward()  # type: ignore[no-untyped-call]
+        if any(parameter.grad is not None for parameter in parameters):
+            raise ConfigError("a parameter is used outside its own layer: set privacy.engine to loop")
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+    norms = tape.norms(parameters)
+    factors = clip_factors(norms, clip_norm)
+    return ClippedSum([tape.clipped(parameter, factors) for parameter in parameters], norms)
+
+
+class _Tape:
+    """What one backward pass leaves of each parameter: one entry for each use."""
+
+    def __init__(self, units: int) -> None:
+        self.units = units
+        self.uses: Counter[nn.Parameter] = Counter()
+        self._found: dict[nn.Parameter, Tensor | Deferred] = {}
+
+    def add(self, module: nn.Module, found: UnitGradients) -> None:
+        for name, gradient in found.items():
+            parameter = module.get_parameter(name)
+            known = self._found.get(parameter)
+            if isinstance(known, Tensor) and isinstance(gradient, Tensor):
+                self._found[parameter] = known + gradient.view_as(known)  # used twice: the gradient is the sum
+            else:
+                self._found[parameter] = gradient
+
+    def norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """l2 norms (units,) over all parameters."""
+        squares = [self._squares(self._found[parameter]) for parameter in parameters if parameter in self._found]
+        if not squares:
+            return torch.zeros(self.units)
+        return torch.stack(squares).sum(0).sqrt()
+
+    def _squares(self, gradient: Tensor | Deferred) -> Tensor:
+        if isinstance(gradient, Deferred):
+            squares = gradient.squared_norms
+            return squares if squares.dtype == torch.float64 else squares.float()
+        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        norms: Tensor = torch.linalg.vector_norm(gradient.reshape(self.units, -1), dim=1, dtype=wide)
+        return norms.square()
+
+    def clipped(self, parameter: nn.Parameter, factors: Tensor) -> Tensor:
+        """Sum of factor * gradient in the parameter's shape; frees what was kept."""
+        gradient = self._found.pop(parameter, None)
+        if gradient is None:  # not used by this network: it contributes nothing, and still gets noise
+            return torch.zeros_like(parameter)
+        if isinstance(gradient, Deferred):
+            return gradient.weighted_sum(factors).view_as(parameter).to(parameter.dtype)
+        flat = zero_where_dropped(gradient, factors).reshape(self.units, -1)
+        return torch.mv(flat.t(), factors.to(flat.dtype)).view_as(parameter).to(parameter.dtype)
+
+
+class _Layer(torch.autograd.Function):
+    """A trained layer whose parameters autograd does not see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _token: Tensor, module: nn.Module, rule: Rule, tape: _Tape) -> Tensor:
+        y, saved = rule.forward(module, x)
+        ctx.module, ctx.rule, ctx.tape = module, rule, tape
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        module, rule, tape, g = ctx.module, ctx.rule, ctx.tape, gradients[0]
+        # Under autocast a layer's input and its output gradient can differ in precision.
+        saved = tuple(t.to(g.dtype) if t.is_floating_point() else t for t in ctx.saved_tensors)
+        once = all(tape.uses[parameter] == 1 for parameter in module.parameters(recurse=False))
+        tape.add(module, rule.unit_gradients(module, saved, g, defer=once))
+        return rule.input_gradient(module, saved, g) if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+@contextmanager
+def _recorded(network: nn.Module, tape: _Tape) -> Iterator[None]:
+    """Run the trained layers of ``network`` through their rules onto ``tape``."""
+    rules, broadcast = layers_with_rules(network)
+    token = torch.zeros((), requires_grad=True)  # makes autograd visit layers whose input has no gradient
+    expanded = []
+    try:
+        for module, rule in rules.items():
+            module.forward = partial(_recorded_forward, module, rule, tape, token)
+        for owner, name in broadcast:
+            parameter = owner.get_parameter(name)
+            copies = parameter.detach().expand(tape.units, *parameter.shape[1:]).clone().requires_grad_()
+            owner._parameters[name] = copies  # type: ignore[assignment]
+            expanded.append((owner, name, parameter, copies))
+        yield
+    finally:
+        for module in rules:
+            del module.forward
+        for owner, name, parameter, copies in expanded:
+            owner._parameters[name] = parameter
+            if copies.grad is not None:
+                tape.add(owner, {name: copies.grad})
+
+
+def _recorded_forward(module: nn.Module, rule: Rule, tape: _Tape, token: Tensor, x: Tensor, *more: Any) -> Tensor:
+    if more or x.shape[0] != tape.units:
+        raise ConfigError(
+            f"a {type(module).__name__} layer sees {x.shape[0]} rows for {tape.units} units, so gradients cannot be "
+            "told apart by row: set privacy.engine to loop"
+        )
+    tape.uses.update(parameter for parameter in module.parameters(recurse=False))
+    y: Tensor = _Layer.apply(rule.prepare(module, x), token, module, rule, tape)  # type: ignore[no-untyped-call]
+    return y

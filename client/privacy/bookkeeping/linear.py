@@ -1,0 +1,80 @@
+"""Rules for Linear and Embedding."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medfl.client.privacy.bookkeeping.rule import Deferred, UnitGradients, trained, zero_where_dropped
+
+
+class LinearRule:
+    """Linear over the last axis of (units, ..., features); see :class:`~medfl.client.privacy.bookkeeping.rule.Rule`."""
+
+    def prepare(self, module: nn.Linear, x: Tensor, /) -> Tensor:
+        """Nothing to do."""
+        return x
+
+    def forward(self, module: nn.Linear, x: Tensor, /) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Multiply; keep the input."""
+        return functional.linear(x, module.weight, module.bias), (x,)
+
+    def input_gradient(self, module: nn.Linear, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor:
+        """``g @ weight``."""
+        return g @ module.weight.to(g.dtype)
+
+    def unit_gradients(
+        self, module: nn.Linear, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool
+    ) -> UnitGradients:
+        """With one position a unit's gradient is an outer product, whose norm is the product of two norms."""
+        units, found = g.shape[0], UnitGradients()
+        g = g.reshape(units, -1, g.shape[-1])
+        x = saved[0].reshape(units, -1, saved[0].shape[-1])
+        if trained(module, "bias"):
+            found["bias"] = g.sum(1)
+        if trained(module, "weight"):
+            positions = g.shape[1]
+            if defer and positions == 1:
+                squared = x.square().sum((1, 2)) * g.square().sum((1, 2))
+                found["weight"] = Deferred(squared, partial(_weighted_sum, x, g))
+            elif defer and 2 * positions**2 < module.weight.numel():
+                squared = torch.einsum("uij,uij->u", x @ x.mT, g @ g.mT)
+                found["weight"] = Deferred(squared, partial(_weighted_sum, x, g))
+            else:
+                found["weight"] = g.mT @ x
+        return found
+
+
+class EmbeddingRule:
+    """Embedding of integer codes (units, ...); see :class:`~medfl.client.privacy.bookkeeping.rule.Rule`."""
+
+    def prepare(self, module: nn.Embedding, x: Tensor, /) -> Tensor:
+        """Nothing to do."""
+        return x
+
+    def forward(self, module: nn.Embedding, x: Tensor, /) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Look up; keep the codes."""
+        return functional.embedding(x, module.weight), (x,)
+
+    def input_gradient(self, module: nn.Embedding, saved: tuple[Tensor, ...], g: Tensor, /) -> None:
+        """Codes have no gradient."""
+
+    def unit_gradients(
+        self, module: nn.Embedding, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool
+    ) -> UnitGradients:
+        """Each row of the table gets the sum of the output gradients where it was looked up."""
+        units, width = g.shape[0], g.shape[-1]
+        codes = saved[0].reshape(units, -1, 1).expand(-1, -1, width)
+        table = g.new_zeros(units, *module.weight.shape).scatter_add_(1, codes, g.reshape(units, -1, width))
+        if module.padding_idx is not None:
+            table[:, module.padding_idx] = 0
+        return {"weight": table}
+
+
+def _weighted_sum(x: Tensor, g: Tensor, factors: Tensor) -> Tensor:
+    """From ``x`` (units, positions, inputs) and ``g`` (units, positions, outputs): (outputs, inputs)."""
+    g = zero_where_dropped(g, factors) * factors.to(g.dtype).view(-1, 1, 1)
+    return g.flatten(0, 1).mT @ zero_where_dropped(x, factors).flatten(0, 1)

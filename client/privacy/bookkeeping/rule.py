@@ -1,0 +1,75 @@
+"""What a layer must supply so that its gradient can be had for each unit: the contract of a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A weight gradient known by its norms only; formed once, already clipped and summed, when the factors are known.
+
+    Never instantiating it saves units x parameters numbers ("ghost norm": Goodfellow 2015,
+    https://arxiv.org/abs/1510.01799; convolutions: Rochette et al. 2019, https://arxiv.org/abs/1912.06015).
+    """
+
+    squared_norms: Tensor  # (units,)
+    weighted_sum: Callable[[Tensor], Tensor]  # factors (units,) -> sum of factor * gradient; a factor 0 adds exactly 0
+
+
+UnitGradients = dict[str, Tensor | Deferred]
+"""By parameter name: gradients (units, *shape of the parameter), or their deferred form."""
+
+
+class Rule(Protocol):
+    """How one family of layers runs forward and backward with the summed weight gradient left out.
+
+    ``saved`` passes from ``forward`` to the two others. A unit's gradient must depend on that unit's rows only.
+    """
+
+    def prepare(self, module: Any, x: Tensor, /) -> Tensor:
+        """Differentiable work before the layer proper (padding); most rules return ``x``."""
+        ...
+
+    def forward(self, module: Any, x: Tensor, /) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Output, and what to keep for the backward pass."""
+        ...
+
+    def input_gradient(self, module: Any, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor | None:
+        """Gradient with respect to ``x``, given ``g``, that of the output; None where ``x`` cannot have one."""
+        ...
+
+    def unit_gradients(self, module: Any, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool) -> UnitGradients:
+        """Gradient of each trainable parameter for each unit. Without ``defer``, every one is instantiated."""
+        ...
+
+
+def trained(module: nn.Module, name: str) -> bool:
+    """Whether ``module`` has a parameter ``name`` that is to be trained."""
+    parameter = module._parameters.get(name)
+    return parameter is not None and parameter.requires_grad
+
+
+def zero_where_dropped(values: Tensor, factors: Tensor) -> Tensor:
+    """``values`` (units, ...) with the rows of dropped units zeroed, because 0 * NaN is NaN."""
+    dropped = factors == 0
+    if bool(dropped.any()):
+        return values.masked_fill(dropped.view(-1, *[1] * (values.dim() - 1)), 0)
+    return values
+
+
+def sum_over_positions(g: Tensor) -> Tensor:
+    """(units, channels, *space) -> (units, channels)."""
+    return g.flatten(2).sum(2) if g.dim() > 2 else g
+
+
+def dot_over_positions(x: Tensor, g: Tensor) -> Tensor:
+    """Sum over space of ``x * g``: two times (units, channels, *space) -> (units, channels), without a temporary."""
+    units, channels = x.shape[:2]
+    product = torch.bmm(x.reshape(units * channels, 1, -1), g.reshape(units * channels, -1, 1))
+    return product.view(units, channels)

@@ -1,0 +1,58 @@
+"""The clipped sum of a step's per-unit gradients, and its slow reference: one backward pass for each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""(network output (n, ...), labels (n, ...)) -> scalar mean over the n rows."""
+
+UnitData = tuple[Tensor, Tensor]
+"""All rows one unit contributes to a step: images (n, channels, *space) and labels (n, ...)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClippedSum:
+    """Sum over units of their gradients, each scaled down to the clip norm. Not yet private: noise is still missing."""
+
+    sums: list[Tensor]  # one for each trainable parameter, in its shape
+    norms: Tensor  # (units,) l2 norms before the clip; not finite where the unit was dropped
+
+
+def trainable(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters to be trained, each once."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
+    """Scale of each unit's gradient: min(1, clip / norm), and 0 for a norm that is not finite.
+
+    A unit that breaks (NaN in an image, overflow) is dropped whatever the others are, so its removal moves the sum
+    by nothing. float32 norms are good to 1e-4, so the clip is set that much lower and the bound holds exactly.
+    """
+    slack = 1e-4 if norms.dtype == torch.float32 else 1e-12
+    factors = (clip_norm * (1 - slack) / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+    return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))
+
+
+def clipped_sum_by_loop(
+    network: nn.Module, loss: LossFunction, units: Sequence[UnitData], clip_norm: float
+) -> ClippedSum:
+    """One gradient of each unit's mean loss, clipped once. Works with every network that trains on one unit alone."""
+    parameters = trainable(network)
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    norms = []
+    for images, labels in units:
+        gradients = list(
+            torch.autograd.grad(loss(network(images), labels), parameters, allow_unused=True, materialize_grads=True)
+        )
+        norm = torch.nn.utils.get_total_norm(gradients)
+        factor = float(clip_factors(norm, clip_norm))
+        if factor > 0:  # adding 0 * NaN would poison the sum
+            torch._foreach_add_(sums, gradients, alpha=factor)
+        norms.append(norm)
+    return ClippedSum(sums, torch.stack(norms) if norms else torch.zeros(0))

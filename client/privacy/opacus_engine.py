@@ -1,0 +1,53 @@
+"""The clipped sum by Opacus' per-sample gradient hooks (Yousefpour et al. 2021, https://arxiv.org/abs/2109.12298)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from medfl.client.privacy.bookkeeping.rule import zero_where_dropped
+from medfl.client.privacy.clipped import ClippedSum, LossFunction, UnitData, clip_factors, trainable
+from medfl.shared.errors import ConfigError
+
+
+def clipped_sum_by_opacus(
+    network: nn.Module, loss: LossFunction, units: Sequence[UnitData], clip_norm: float
+) -> ClippedSum:
+    """Like :func:`~medfl.client.privacy.clipped.clipped_sum_by_loop` for units of one row and equal shapes.
+
+    Raises:
+        ConfigError: Opacus is not installed, or the network registers a module twice, which Opacus would count twice.
+    """
+    try:
+        from opacus.grad_sample import GradSampleModule
+    except ImportError:
+        raise ConfigError(
+            "privacy.engine opacus needs the package opacus: pip install opacus, or set bookkeeping"
+        ) from None
+    names = [name for name, _ in network.named_modules(remove_duplicate=False)]
+    if len(names) != len(list(network.modules())):
+        raise ConfigError("Opacus counts modules that are registered twice doubly: set privacy.engine to bookkeeping")
+    parameters = trainable(network)
+    wrapped = GradSampleModule(network, loss_reduction="sum")
+    try:
+        outputs = wrapped(torch.cat([images for images, _ in units]))
+        rows = zip(torch.split(outputs, 1), (labels for _, labels in units), strict=True)
+        torch.stack([loss(output, labels) for output, labels in rows]).sum().backward()  # type: ignore[no-untyped-call]
+        found = [_per_unit(parameter, len(units)) for parameter in parameters]
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        wrapped.to_standard_module()
+    norms = torch.stack([g.reshape(len(units), -1).norm(dim=1) for g in found]).norm(dim=0)
+    factors = clip_factors(norms, clip_norm)
+    return ClippedSum([torch.einsum("u,u...->...", factors, zero_where_dropped(g, factors)) for g in found], norms)
+
+
+def _per_unit(parameter: nn.Parameter, units: int) -> Tensor:
+    """Gradients (units, *shape); zeros for a parameter the network did not use."""
+    found = getattr(parameter, "grad_sample", None)
+    if found is None:
+        return parameter.new_zeros(units, *parameter.shape)
+    return sum(found) if isinstance(found, list) else found  # type: ignore[return-value]

@@ -1,0 +1,96 @@
+"""One private gradient: sample, clip each patient once, add noise, divide by the expected number of patients.
+
+Clip and noise stay in one file so that neither can be had without the other. Everything after it (momentum, Adam,
+proximal terms, averaging) is post-processing and costs no privacy. Source: Abadi et al. 2016,
+https://arxiv.org/abs/1607.00133; patients as the unit: McMahan et al. 2018, https://arxiv.org/abs/1710.06963.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from medfl.client.privacy.bookkeeping.engine import clipped_sum_by_bookkeeping
+from medfl.client.privacy.clipped import ClippedSum, LossFunction, UnitData, clipped_sum_by_loop, trainable
+from medfl.client.privacy.opacus_engine import clipped_sum_by_opacus
+from medfl.client.privacy.randomness import NoiseSource, noisy
+from medfl.shared.errors import ConfigError
+from medfl.shared.privacy.settings import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What happened in one step. Exact counts of patients are no part of the guarantee: they never leave the site."""
+
+    drawn: int
+    dropped: int  # gradients that were not finite
+    clipped: int
+
+
+def sample_patients(patients: int, sampling_rate: float, generator: NoiseSource) -> NDArray[np.int64]:
+    """Indices of this step's patients: each independently with probability ``sampling_rate`` (may be none)."""
+    return np.flatnonzero(generator.bernoulli(patients, sampling_rate))
+
+
+def private_gradients(
+    network: nn.Module,
+    loss: LossFunction,
+    patients: Sequence[UnitData],
+    *,
+    clip_norm: float,
+    noise_multiplier: float,
+    expected_patients: float,
+    generator: NoiseSource,
+    engine: Engine = Engine.BOOKKEEPING,
+) -> StepFacts:
+    """Write one DP-SGD gradient into ``p.grad`` of every trainable parameter of ``network``.
+
+    Args:
+        network: without BatchNorm (see :mod:`medfl.client.privacy.refusals`), in training mode.
+        loss: mean over the rows of one patient. It is called for each patient apart, so it may couple a
+            patient's own slices (Dice over the volume) and never couples patients.
+        patients: what :func:`sample_patients` drew, each with all rows it contributes: slices, patches,
+            augmentations. May be empty: pure noise is then released, and the step counts like any other.
+        clip_norm: largest l2 norm of one patient's gradient, over all parameters together.
+        noise_multiplier: standard deviation of the noise on the sum, in clip norms.
+        expected_patients: sampling rate times patients, as planned: dividing by the number drawn would tell it.
+        generator: the site's :class:`~medfl.client.privacy.randomness.SecureGenerator`.
+        engine: used when every patient has one row of one shape; otherwise patients are taken one by one.
+
+    Raises:
+        ConfigError: a setting is out of range, or the engine has no rule for a layer. ``p.grad`` is then unchanged.
+    """
+    for name, value in (
+        ("clip_norm", clip_norm),
+        ("noise_multiplier", noise_multiplier),
+        ("expected_patients", expected_patients),
+    ):
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name} must be positive and finite, got {value}: set it under privacy:")
+    clipped = clipped_sum(network, loss, patients, clip_norm, engine)
+    for parameter, total in zip(trainable(network), clipped.sums, strict=True):
+        released = noisy(total, noise_multiplier * clip_norm, generator).div_(expected_patients)
+        parameter.grad = released.to(parameter.dtype)
+    finite = clipped.norms.isfinite()
+    return StepFacts(len(patients), int((~finite).sum()), int((finite & (clipped.norms > clip_norm)).sum()))
+
+
+def clipped_sum(
+    network: nn.Module, loss: LossFunction, patients: Sequence[UnitData], clip_norm: float, engine: Engine
+) -> ClippedSum:
+    """Sum of the patients' clipped gradients, by the fastest way the engine and the patients' shapes allow."""
+    shapes = {(images.shape, labels.shape) for images, labels in patients}
+    if len(shapes) == 1 and len(patients[0][0]) == 1:
+        match engine:
+            case Engine.BOOKKEEPING:
+                return clipped_sum_by_bookkeeping(network, loss, patients, clip_norm)
+            case Engine.OPACUS:
+                return clipped_sum_by_opacus(network, loss, patients, clip_norm)
+            case Engine.LOOP:
+                pass
+    return clipped_sum_by_loop(network, loss, patients, clip_norm)
