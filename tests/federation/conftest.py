@@ -88,6 +88,7 @@ class Lab:
 
     def node_settings(self, site: str, port: int, **changes: object) -> NodeSettings:
         files = self.consortium.sites[site]
+        changes.setdefault("wait_s", 1)
         return NodeSettings(fleet_settings(files, port, **changes), self.folder / site)
 
     def node(

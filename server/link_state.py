@@ -1,0 +1,108 @@
+"""The coordinator's memory of nodes, runs and messages, and the web application that nodes talk to: Flower's.
+
+One of the three ``server/link*.py`` files, the only ones of the server that touch Flower's private modules.
+Nodes and run series live in a database file, so that a restarted coordinator is the one the sites know. Payloads live
+in memory: an interrupted run is closed at the next start, and no site's update touches the coordinator's disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+from fastapi import FastAPI
+from flwr.common.constant import Status
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.error import http_error_translator
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.routers.health import router as health_router
+from flwr.supercore.run import RunStatus
+from flwr.supercore.state.schema.linkstate_models import MessageRes as ReplyRow
+from flwr.supercore.state.schema.linkstate_models import Node as NodeRow
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from flwr.superlink.routers.fleet.router import router as fleet_router
+from sqlalchemy import select, update
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.types import ASGIApp
+
+
+class FleetState(SqlLinkState):
+    """Flower's link state in a SQLite file, payloads in memory, without the bookkeeping that nobody reads here.
+
+    Flower asks the database two or three times per request for what cannot have changed; on a small machine that was
+    more than half of a round's time.
+    """
+
+    def __init__(self, database: Path) -> None:
+        super().__init__(str(database), NoOpFederationManager(), InMemoryObjectStore())
+        self.open_run: int | None = None  # the run that Link.run keeps open
+        self._node_ids: dict[bytes, int] = {}
+        self.initialize()
+
+    def get_run_status(self, run_ids: set[int]) -> dict[int, RunStatus]:
+        """The open run is running; the database knows about others."""
+        if self.open_run is not None and run_ids == {self.open_run}:
+            return {self.open_run: RunStatus(Status.RUNNING, "", "")}
+        return super().get_run_status(run_ids)
+
+    def get_node_id_by_public_key(self, public_key: bytes) -> int | None:
+        """As Flower's, asked of the database once per key and roster."""
+        node_id = self._node_ids.get(public_key)
+        if node_id is None and (node_id := super().get_node_id_by_public_key(public_key)) is not None:
+            self._node_ids[public_key] = node_id
+        return node_id
+
+    def delete_node(self, owner_aid: str, node_id: int) -> None:
+        """As Flower's."""
+        super().delete_node(owner_aid, node_id)
+        self._node_ids.clear()
+
+    def readmit(self, public_key: bytes) -> None:
+        """Let a removed node in again under its old id. Flower never does; here the roster decides."""
+        statement = update(NodeRow).where(NodeRow.public_key == public_key)
+        with self.session() as session:
+            session.execute(statement.values(status="registered", unregistered_at=None))
+
+    def replies_to(self, message_ids: Sequence[str]) -> dict[str, str]:
+        """Ids of the replies that have begun to arrive, by the instruction they answer.
+
+        Flower's own ``get_message_res`` would replace the stored reply of a node that has left since by an error.
+        """
+        query = select(ReplyRow.reply_to_message_id, ReplyRow.message_id)
+        with self.session() as session:
+            rows = session.execute(query.where(ReplyRow.reply_to_message_id.in_(message_ids)))
+            return {str(instruction): str(reply) for instruction, reply in rows}
+
+    def store_traffic(self, run_id: int, *, bytes_sent: int, bytes_recv: int) -> None:
+        """Not counted."""
+
+    def add_clientapp_runtime(self, run_id: int, runtime: float) -> None:
+        """Not counted."""
+
+
+def fleet_app(state: FleetState) -> ASGIApp:
+    """Flower's fleet interface with its authentication, and nothing else of the SuperLink.
+
+    The control and runtime interfaces, which let anyone register a node or start code, do not exist in this process.
+    """
+    middleware = [
+        Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
+        Middleware(ProtobufTranslationMiddleware),
+        Middleware(NodeAuthMiddleware),
+    ]
+    app = FastAPI(openapi_url=None, middleware=middleware)
+    app.include_router(health_router)
+    app.include_router(fleet_router)
+    factory = LinkStateFactory(state.database_url, state.federation_manager, ObjectStoreFactory())
+    factory.state_instance = state
+    app.state.linkstate_factory = factory
+    app.state.enable_supernode_auth = True
+    return app
