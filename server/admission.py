@@ -13,7 +13,7 @@ from medfl.shared.errors import ProtocolError
 from medfl.shared.messages import Failure, Kind, OfferAccepted, StudyOffer, outcome
 from medfl.shared.study import Study
 
-_ASK_AGAIN_S = 10.0
+_ASK_AGAIN_S = (10.0, 300.0)  # first and longest pause: a site may have to read all its images to say no again
 
 
 class Directory(Protocol):
@@ -34,6 +34,7 @@ class Admission:
         self._accepted: set[int] = set()
         self._offered: dict[str, tuple[int, float]] = {}  # message id -> node, when it expires
         self._ask_after: dict[int, float] = {}
+        self._pause_s: dict[int, float] = {}
         self.refusals: dict[str, str] = {}  # site -> why not, in the site's own code words
 
     def refresh(self) -> None:
@@ -87,9 +88,11 @@ class Admission:
         node, name = asked[0], online.get(asked[0], "a site that left")
         if why := _refusal(reply):
             self.refusals[name] = why
-            self._ask_after[node] = now + _ASK_AGAIN_S
+            pause = self._pause_s.get(node, _ASK_AGAIN_S[0])
+            self._ask_after[node], self._pause_s[node] = now + pause, min(2 * pause, _ASK_AGAIN_S[1])
         else:
             self._accepted.add(node)
+            self._pause_s.pop(node, None)
             self.refusals.pop(name, None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,9 +31,12 @@ class LogLines:
         self._rounds = study.rounds.count
         log.info("study %s (%s): rounds %d to %d", study.name, study.digest[:12], next_round, study.rounds.count)
 
-    def waiting(self, online: Sequence[str], taking_part: Sequence[str], needed: int) -> None:
+    def waiting(
+        self, online: Sequence[str], taking_part: Sequence[str], needed: int, refusals: Mapping[str, str]
+    ) -> None:
         """Say so when what is awaited has changed."""
         line = f"waiting for sites: {len(taking_part)} of {needed} take part, online: {', '.join(online) or 'none'}"
+        line += "".join(f"; {site} does not: {why}" for site, why in sorted(refusals.items()))
         if line != self._last_wait:
             log.info(line)
             self._last_wait = line
@@ -81,10 +84,12 @@ class LiveTable:
         self._live = Live(console=self._console, refresh_per_second=4, get_renderable=self._render)
         self._live.start()
 
-    def waiting(self, online: Sequence[str], taking_part: Sequence[str], needed: int) -> None:
+    def waiting(
+        self, online: Sequence[str], taking_part: Sequence[str], needed: int, refusals: Mapping[str, str]
+    ) -> None:
         """Show who is awaited."""
         for name in online:
-            self._state[name] = "ready" if name in taking_part else "considering the study"
+            self._state[name] = "ready" if name in taking_part else refusals.get(name, "considering the study")
         self._overall = f"{len(taking_part)} of {needed} sites needed take part"
 
     def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:

@@ -31,8 +31,10 @@ class Reporter(Protocol):
         """The study begins, or goes on, with ``next_round``."""
         ...
 
-    def waiting(self, online: Sequence[str], taking_part: Sequence[str], needed: int) -> None:
-        """Sites are awaited."""
+    def waiting(
+        self, online: Sequence[str], taking_part: Sequence[str], needed: int, refusals: Mapping[str, str]
+    ) -> None:
+        """Sites are awaited; ``refusals`` says why some that were asked do not take part."""
         ...
 
     def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
@@ -54,7 +56,9 @@ class Silent:
     def started(self, study: Study, next_round: int) -> None:
         """Nothing."""
 
-    def waiting(self, online: Sequence[str], taking_part: Sequence[str], needed: int) -> None:
+    def waiting(
+        self, online: Sequence[str], taking_part: Sequence[str], needed: int, refusals: Mapping[str, str]
+    ) -> None:
         """Nothing."""
 
     def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
@@ -106,10 +110,12 @@ class Several:
         for reporter in self._reporters:
             reporter.started(study, next_round)
 
-    def waiting(self, online: Sequence[str], taking_part: Sequence[str], needed: int) -> None:
+    def waiting(
+        self, online: Sequence[str], taking_part: Sequence[str], needed: int, refusals: Mapping[str, str]
+    ) -> None:
         """Tell all."""
         for reporter in self._reporters:
-            reporter.waiting(online, taking_part, needed)
+            reporter.waiting(online, taking_part, needed, refusals)
 
     def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
         """Tell all."""

@@ -152,7 +152,8 @@ class Rounds:
             ready = self._admission.taking_part()
             if len(ready) >= needed and (self._admission.awaited == 0 or time.monotonic() > settled):
                 return self._sample(ready)
-            self._reporter.waiting(sorted(self._directory.online().values()), sorted(ready.values()), needed)
+            online = sorted(self._directory.online().values())
+            self._reporter.waiting(online, sorted(ready.values()), needed, self._admission.refusals)
             if time.monotonic() > until:
                 break
             self._stop.wait(_POLL_S)

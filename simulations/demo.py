@@ -6,6 +6,7 @@ import importlib.resources
 import json
 import shutil
 import socket
+import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -33,12 +34,15 @@ HOSPITALS = ("north", "south", "east", "west")
 PATIENTS = 12
 SEED = 2026
 
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
 
 @dataclass(frozen=True)
 class Places:
     """Where the demonstration keeps what; each hospital's folder stands for a machine of its own."""
 
     root: Path
+    names: tuple[str, ...] = HOSPITALS
 
     @property
     def coordinator(self) -> Path:
@@ -61,11 +65,12 @@ def run_demo(output: Path, *, console: Console | None = None) -> int:
     )
     places = Places(output.resolve())
     _clear(places.root)
-    console.print(f"1. {len(HOSPITALS)} hospitals, {PATIENTS} patients each: DICOM CT series and SEG labels")
-    _write_images(places, console)
+    console.print(f"1. {len(places.names)} hospitals, {PATIENTS} patients each: DICOM CT series and SEG labels")
+    with console.status("drawing patients"):
+        write_images(places, patients=PATIENTS)
     console.print("2. keys, certificates, the consortium, and each site's approval of the study")
     port = set_up(places, study)
-    console.print(f"3. medfl-server and {len(HOSPITALS)} medfl-client processes on port {port}")
+    console.print(f"3. medfl-server and {len(places.names)} medfl-client processes on port {port}")
     _federate(places, study, console)
     console.print("4. what each hospital reaches alone with the same budget, and without a network")
     rows = _compare(places, study, console)
@@ -83,13 +88,13 @@ def run_folder(places: Places, study: Study) -> Path:
 
 def set_up(places: Places, study: Study) -> int:
     """Enrol all hospitals as their administrators would, write every configuration; returns the coordinator's port."""
-    requests = [make_request(places.hospital(name) / "keys", name) for name in HOSPITALS]
+    requests = [make_request(places.hospital(name) / "keys", name) for name in places.names]
     found_consortium(places.coordinator, requests, hosts=["127.0.0.1", "localhost"])
     port = free_port()
     (places.coordinator / "study.json").write_bytes(study.canonical())  # JSON is YAML
     sites = "".join(
         f"  - {{name: {name}, node_key: sites/{name}/node.key.pub, site_key: sites/{name}/site.key.pub}}\n"
-        for name in HOSPITALS
+        for name in places.names
     )
     (places.coordinator / "consortium.yaml").write_text(
         "consortium: demo\n"
@@ -99,7 +104,7 @@ def set_up(places: Places, study: Study) -> int:
         f"sites:\n{sites}",
         "utf-8",
     )
-    for name in HOSPITALS:
+    for name in places.names:
         home, files = places.hospital(name), SiteFiles(places.coordinator / "sites" / name)
         for certificate in (files.authority, files.certificate):
             shutil.copy(certificate, home / "keys")
@@ -137,35 +142,22 @@ def _clear(root: Path) -> None:
     marker.touch()
 
 
-def _write_images(places: Places, console: Console) -> None:
-    with console.status("drawing patients"), ProcessPoolExecutor(2) as pool:
+def write_images(places: Places, *, patients: int) -> None:
+    """Give every hospital its own scanner's DICOM series and SEG labels."""
+    with ProcessPoolExecutor(2) as pool:
         jobs = [
-            pool.submit(write_hospital, private_folder(places.hospital(name)) / "dicom", index, PATIENTS, SEED)
-            for index, name in enumerate(HOSPITALS)
+            pool.submit(write_hospital, private_folder(places.hospital(name)) / "dicom", index, patients, SEED)
+            for index, name in enumerate(places.names)
         ]
         for job in jobs:
             job.result()
 
 
 def _federate(places: Places, study: Study, console: Console) -> None:
-    threads = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with Processes() as running:
-        server = running.start(
-            "medfl-server",
-            "medfl.server.cli",
-            ["--config", str(places.coordinator / "consortium.yaml")],
-            log=places.coordinator / "medfl-server.log",
-            environment=threads,
-        )
-        for name in HOSPITALS:
-            home = places.hospital(name)
-            running.start(
-                name,
-                "medfl.client.cli",
-                ["--site", str(home / "site.yaml")],
-                log=home / "medfl-client.log",
-                environment=threads,
-            )
+        server = start_server(places, running)
+        for name in places.names:
+            start_client(places, name, running)
         watch = _Watch(places, study)
         with Live(console=console, refresh_per_second=4, get_renderable=watch.render, transient=False):
             while server.poll() is None:
@@ -179,13 +171,36 @@ def _federate(places: Places, study: Study, console: Console) -> None:
         raise MedFLError(f"{wrong} did not end well: see the logs below {places.root}")
 
 
+def start_server(places: Places, running: Processes) -> subprocess.Popen[bytes]:
+    """``medfl-server --config consortium.yaml`` as a process, its output in medfl-server.log."""
+    return running.start(
+        "medfl-server",
+        "medfl.server.cli",
+        ["--config", str(places.coordinator / "consortium.yaml")],
+        log=places.coordinator / "medfl-server.log",
+        environment=_ONE_THREAD,
+    )
+
+
+def start_client(places: Places, name: str, running: Processes) -> subprocess.Popen[bytes]:
+    """``medfl-client --site site.yaml`` of one hospital as a process, its output in medfl-client.log."""
+    home = places.hospital(name)
+    return running.start(
+        name,
+        "medfl.client.cli",
+        ["--site", str(home / "site.yaml")],
+        log=home / "medfl-client.log",
+        environment=_ONE_THREAD,
+    )
+
+
 class _Watch:
     """Reads the coordinator's and the hospitals' own metrics files while they grow."""
 
     def __init__(self, places: Places, study: Study) -> None:
         self._study = study
         self._server = run_folder(places, study) / "metrics.jsonl"
-        self._sites = {name: site_metrics(places, name, study) for name in HOSPITALS}
+        self._sites = {name: site_metrics(places, name, study) for name in places.names}
         self._rows: list[dict[str, Any]] = []
         self._last: dict[str, dict[str, dict[str, Any]]] = {}
         self._began = time.monotonic()
@@ -244,10 +259,10 @@ class ComparisonRow:
 
 def _compare(places: Places, study: Study, console: Console) -> list[ComparisonRow]:
     with console.status("training each hospital alone"), ProcessPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(_one_alone, places.hospital(name) / "site.yaml", study) for name in HOSPITALS}
+        jobs = {name: pool.submit(_one_alone, places.hospital(name) / "site.yaml", study) for name in places.names}
         results = {name: job.result() for name, job in jobs.items()}
     rows = []
-    for name in HOSPITALS:
+    for name in places.names:
         last = [row for row in read_rows(site_metrics(places, name, study)) if row["set"] == "validation"][-1]
         rows.append(ComparisonRow(name, last["scores"]["dice"], *results[name]))
     return rows

@@ -1,0 +1,153 @@
+"""Real processes over loopback: a federation that finishes although a site is killed and the coordinator too."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from medfl.shared.config import parse_settings
+from medfl.shared.study import Study
+from medfl.simulations.demo import (
+    Places,
+    read_rows,
+    run_folder,
+    set_up,
+    site_metrics,
+    start_client,
+    start_server,
+    write_images,
+)
+from medfl.simulations.processes import Processes
+
+pytestmark = pytest.mark.e2e
+
+STUDY = """
+name: small
+task: segmentation
+data:
+  modality: ct
+  dimensions: 2
+  classes: [background, lesion]
+  label_map: {Lesion: lesion}
+  preprocessing: {normalise: window, window: [-60, 200], size: [32, 32], fit: resize, slices: {per_case: 4}}
+model: {name: unet, channels: [4, 8], residual_units: 0}
+training: {loss: dice-ce, epochs: 1, batch_size: 8}
+rounds: {count: 6, minimum_sites: 2, deadline_s: 60, patience_s: 60}
+privacy: {mode: none}
+secure_aggregation: {mode: none}
+"""
+
+
+@pytest.fixture(scope="module")
+def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    places = Places(tmp_path_factory.mktemp("federation"), names=("north", "south", "east"))
+    write_images(places, patients=8)
+    return places
+
+
+@pytest.fixture
+def study() -> Study:
+    return parse_settings(STUDY, Study, name="small.yaml")
+
+
+@pytest.fixture
+def running() -> Iterator[Processes]:
+    with Processes() as processes:
+        yield processes
+
+
+def test_a_study_finishes_although_a_site_and_the_coordinator_are_killed(
+    hospitals: Places, study: Study, running: Processes
+) -> None:
+    set_up(hospitals, study)
+    server = start_server(hospitals, running)
+    clients = {name: start_client(hospitals, name, running) for name in hospitals.names}
+    metrics = run_folder(hospitals, study) / "metrics.jsonl"
+
+    wait_for(lambda: len(read_rows(metrics)) >= 1)
+    clients["east"].kill()  # SIGKILL: two sites are the quorum
+    clients["east"].wait()
+    wait_for(lambda: len(read_rows(metrics)) >= 2)
+    server.kill()
+    server.wait()
+    server = start_server(hospitals, running)
+    clients["east"] = start_client(hospitals, "east", running)
+
+    assert server.wait(120) == 0
+    rows = read_rows(metrics)
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[0]["outcomes"] == {"north": "trained", "south": "trained", "east": "trained"}
+    ending = json.loads((run_folder(hospitals, study) / "ending.json").read_text())
+    assert ending == {"ending": "done", "round": 6, "study": study.digest}
+    assert load_file(run_folder(hospitals, study) / "model.safetensors")
+    codes = running.stop_all()
+    assert {name: codes[name] for name in hospitals.names} == {"north": 0, "south": 0, "east": 0}
+
+    assert_nothing_of_a_patient_was_written(hospitals)
+    assert rows[-1]["site_scores"] == {}, "no policy releases site metrics here"
+    assert read_rows(site_metrics(hospitals, "north", study))[-1]["scores"]["loss"] > 0
+
+
+def test_check_tells_what_is_wrong_by_its_exit_status(hospitals: Places, study: Study, running: Processes) -> None:
+    set_up_again = not (hospitals.hospital("north") / "site.yaml").exists()
+    if set_up_again:
+        set_up(hospitals, study)
+    site = hospitals.hospital("north") / "site.yaml"
+    study_file = hospitals.coordinator / "study.json"
+
+    unreachable = check("medfl.client.cli", "--site", site)
+    assert unreachable.returncode == 5
+    assert "not reachable" in unreachable.stderr
+    ready = check("medfl.server.cli", "--config", hospitals.coordinator / "consortium.yaml")
+    assert ready.returncode == 0
+    assert study.digest in ready.stdout
+
+    other = site.with_name("other.yaml")
+    other.write_text(site.read_text().replace(study.digest, "0" * 64))
+    refused = check("medfl.client.cli", "--site", other, "--study", study_file)
+    assert refused.returncode == 3
+    assert "not approved here" in refused.stderr
+    other.write_text(site.read_text().replace("folder: dicom", "folder: nowhere"))
+    assert check("medfl.client.cli", "--site", other, "--study", study_file).returncode == 4
+    other.write_text(site.read_text().replace("policy:", "polcy:"))
+    misspelt = check("medfl.client.cli", "--site", other)
+    assert misspelt.returncode == 2
+    assert "did you mean 'policy'?" in misspelt.stderr
+
+
+def check(module: str, option: str, file: Path, *more: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, option, str(file), "--check", *map(str, more)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def wait_for(condition: object, seconds: float = 90.0) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < ends, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def assert_nothing_of_a_patient_was_written(places: Places) -> None:
+    """The phantoms' names and identifiers all hold PHANTOM-; no file outside the image folders may."""
+    written = [path for path in places.root.rglob("*") if path.is_file() and "dicom" not in path.parts]
+    assert len(written) > 20
+    guilty = [path for path in written if b"PHANTOM-" in path.read_bytes()]
+    assert guilty == []
+
+
+def test_a_client_stops_within_seconds_of_sigterm(hospitals: Places, running: Processes, study: Study) -> None:
+    if not (hospitals.hospital("south") / "site.yaml").exists():
+        set_up(hospitals, study)
+    client = start_client(hospitals, "south", running)
+    log = hospitals.hospital("south") / "medfl-client.log"
+    wait_for(lambda: log.exists() and "not reachable" in log.read_text())
+    client.send_signal(signal.SIGTERM)
+    assert client.wait(10) == 0
