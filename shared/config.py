@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -17,17 +17,22 @@ from medfl.shared.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """Base of every settings section: unknown keys refused, frozen, no lax booleans, values never echoed in errors.
+    """Base of every settings section: unknown keys refused, frozen, finite numbers, values never echoed in errors.
 
     Declare paths as :data:`LocalPath`, so that they are taken from the folder of the file that names them.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def _from_the_files_folder(path: Path, info: ValidationInfo) -> Path:
     folder = (info.context or {}).get("folder")
-    path = Path(os.path.expandvars(path)).expanduser()
+    try:
+        path = Path(os.path.expandvars(path)).expanduser()
+    except RuntimeError:
+        raise ValueError("no such user has a home folder here: write the path itself") from None
     if missing := re.match(r".*\$\{?([A-Za-z_][A-Za-z0-9_]*)", str(path)):
         raise ValueError(f"environment variable {missing[1]} is not set: export it, or write the path itself")
     return path if folder is None or path.is_absolute() else Path(os.path.normpath(folder / path))
@@ -38,6 +43,7 @@ LocalPath = Annotated[Path, AfterValidator(_from_the_files_folder)]
 
 S = TypeVar("S", bound=BaseModel)
 Location = tuple[str | int, ...]
+_DEEPEST = 64
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -89,12 +95,14 @@ def parse_settings(
         mark = error.problem_mark
         where = f"{mark.line + 1}:{mark.column + 1}: " if mark else ""
         raise ConfigError(f"{name}:{where}{error.problem}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # PyYAML's constructors of tags such as !!int raise whatever their parsing meets
         raise ConfigError(f"{name}: is not valid YAML ({type(error).__name__})") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{name}:1:1: must be a mapping of keys to values")
     raw.update(overrides or {})
-    expanded = _expand(raw, name, folder)
+    expanded = _expand(raw, (), lambda where, what: ConfigError(_placed(name, marks, where, what)), folder)
     try:
         return model.model_validate(expanded, context={"folder": folder})
     except ValidationError as error:
@@ -127,44 +135,58 @@ def _marks(node: yaml.Node, name: str) -> dict[Location, yaml.Mark]:
     return marks
 
 
-def _expand(value: Any, name: str, folder: Path | None) -> Any:
+def _expand(value: Any, where: Location, mistake: Callable[[Location, str], ConfigError], folder: Path | None) -> Any:
+    if len(where) > _DEEPEST:  # an alias inside its own anchor never ends
+        raise mistake(where[:1], "is nested too deeply")
     if isinstance(value, dict):
-        return {key: _expand(item, name, folder) for key, item in value.items()}
+        return {key: _expand(item, (*where, str(key)), mistake, folder) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item, name, folder) for item in value]
-    if isinstance(value, str) and (match := re.fullmatch(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", value)):
-        if match[1] not in os.environ:
-            raise ConfigError(f"{name}: environment variable {match[1]} is not set")
-        return os.environ[match[1]]
-    if isinstance(value, str) and value.startswith("file:"):
-        return _read_secret(value[5:], name, folder)
+        return [_expand(item, (*where, index), mistake, folder) for index, item in enumerate(value)]
+    try:
+        if isinstance(value, str) and (match := re.fullmatch(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", value)):
+            if match[1] not in os.environ:
+                raise ValueError(f"environment variable {match[1]} is not set: export it")
+            return os.environ[match[1]]
+        if isinstance(value, str) and value.startswith("file:"):
+            return _read_secret(value[5:], folder)
+    except ValueError as error:
+        raise mistake(where, str(error)) from None
     return value
 
 
-def _read_secret(reference: str, name: str, folder: Path | None) -> str:
+def _read_secret(reference: str, folder: Path | None) -> str:
     """Content of a secret file, taken from ``$CREDENTIALS_DIRECTORY`` (systemd) when it is there."""
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
     path = Path(reference)
+    if "\0" in reference:
+        raise ValueError("the name of a secret file cannot be read: it holds a null character")
     if credentials and (Path(credentials) / path.name).is_file():
         path = Path(credentials) / path.name
     elif folder is not None and not path.is_absolute():
         path = folder / path
     try:
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise ConfigError(f"{name}: secret file {path} can be read by others: run chmod 600 on it")
+            raise ValueError(f"secret file {path} can be read by others: run chmod 600 on it")
         return path.read_text("utf-8").strip()
     except OSError as error:
-        raise ConfigError(f"{name}: secret file {path} cannot be read ({error.strerror})") from None
+        raise ValueError(f"secret file {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"secret file {path} cannot be read (not UTF-8 text)") from None
 
 
 def _line(name: str, marks: dict[Location, yaml.Mark], raw: Any, model: type[BaseModel], error: Any) -> str:
     where = _in_file(error["loc"], raw)
-    mark = next((marks[where[:n]] for n in range(len(where), -1, -1) if where[:n] in marks), None)
-    position = f"{mark.line + 1}:{mark.column + 1}: " if mark else ""
     message = _wording(error)
     if error["type"] == "extra_forbidden" and where:
         known = difflib.get_close_matches(str(where[-1]), _keys_at(model, where[:-1]), 1)
         message += f" (did you mean '{known[0]}'?)" if known else ""
+    return _placed(name, marks, where, message)
+
+
+def _placed(name: str, marks: dict[Location, yaml.Mark], where: Location, message: str) -> str:
+    """One line of an error: the place of the key, or of the nearest section around it that is in the file."""
+    mark = next((marks[where[:n]] for n in range(len(where), -1, -1) if where[:n] in marks), None)
+    position = f"{mark.line + 1}:{mark.column + 1}: " if mark else ""
     key = ".".join(map(str, where))
     return f"{name}:{position}{key + ': ' if key else ''}{message}"
 
