@@ -76,7 +76,7 @@ class FleetSettings:
     max_object_bytes: int = 16 * 1024 * 1024  # one piece, either way
     max_message_bytes: int = 4 * 1024**3  # a whole message, either way
     max_objects: int = 10_000
-    wait_s: int = 2  # how long an empty question may be held; also how long a stop may take
+    wait_s: int = 2  # how long an empty question may be held by a coordinator that can
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -102,6 +103,7 @@ class Node:
         self._on_change = on_change
         self._fleet = Fleet(settings.fleet)
         self._stop = threading.Event()
+        self._asker = ThreadPoolExecutor(1, thread_name_prefix="ask")
         self._states = SeriesStates(settings.state_dir)
         self._runs: dict[int, Run] = {}
         self._told: tuple[Phase, str] | None = None
@@ -124,10 +126,11 @@ class Node:
                         patience.pause()
                 self._leave()
             finally:
+                self._asker.shutdown(wait=False)
                 self._fleet.close()
 
     def stop(self) -> None:
-        """Make :meth:`run` return: within seconds when idle, else when the app does. Safe in a signal handler."""
+        """Make :meth:`run` return: at once when idle, else when the app does. To be called from another thread."""
         self._stop.set()
 
     def _session(self, patience: Patience) -> None:
@@ -141,13 +144,20 @@ class Node:
         with self._heartbeat(node_id):
             while not self._stop.is_set():
                 asked_at = time.monotonic()
-                order = self._fleet.next_order(node_id)
+                order = self._next_order(node_id)
                 if order is not None:
                     pause_s = POLL_S[0]
                     self._work(order)
                 elif time.monotonic() - asked_at < 0.5 * self.settings.fleet.wait_s:  # it was not held
                     self._stop.wait(pause_s * random.uniform(0.8, 1.2))
                     pause_s = min(pause_s * 1.5, POLL_S[1])
+
+    def _next_order(self, node_id: int) -> Order | None:
+        """Ask for work. A stop does not wait for the answer: the coordinator learns by our leaving what is lost."""
+        answer = self._asker.submit(self._fleet.next_order, node_id)
+        while not answer.done() and not self._stop.is_set():
+            wait([answer], timeout=0.1)
+        return answer.result() if answer.done() else None
 
     def _work(self, order: Order) -> None:
         """Answer one message. What cannot be answered is dropped; a broken connection ends the session."""

@@ -37,6 +37,7 @@ from medfl.shared.errors import ProtocolError
 log = logging.getLogger("medfl.link")
 
 LOOK_AGAIN_S = 0.5  # replies ring a bell; lost nodes do not
+GRACE_S = 1.0  # after its time to live a message is reported as expired, unless its sender stopped waiting before
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ class LinkGrid(Grid):
         return self._state.get_node_info(node_ids=list(self.get_node_ids()))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Hand over ``messages``; returns their ids, ``""`` for a node that is not enrolled.
+        """Hand over ``messages``; returns their ids. A node that is not there is reported by its reply.
 
         Raises:
             ProtocolError: the run has been closed, or a single object is larger than a node accepts.
@@ -126,7 +127,7 @@ class LinkGrid(Grid):
         for message in batch:
             message.metadata.ttl = min(message.metadata.ttl, timeout or message.metadata.ttl)
         limit = max((message.metadata.ttl for message in batch), default=0.0)
-        waiting = {message_id for message_id in self.push_messages(batch) if message_id}
+        waiting = set(self.push_messages(batch))
         return self._stream(waiting, time.monotonic() + limit)
 
     def _stream(self, waiting: set[str], until: float) -> Iterator[Message]:
@@ -145,30 +146,29 @@ class LinkGrid(Grid):
             self._forget(waiting)
 
     def _push(self, message: Message) -> str:
-        # Equal instructions would be one object: their times of creation differ by at least a microsecond.
-        self._last_created_at = max(message.metadata.created_at, self._last_created_at + 1e-6)
+        # Time to live counts from here. Equal instructions would be one object: their times differ by a microsecond.
+        self._last_created_at = max(time.time(), self._last_created_at + 1e-6)
         message.metadata.created_at = self._last_created_at
         run_id = self._run.run_id
         head = remove_content_from_message(message)
         message_id = message.object_id
         message.metadata.__dict__["_message_id"] = head.metadata.__dict__["_message_id"] = message_id
         session = self._state.start_session(run_id)
+        self._sent[message_id] = _Sent(head)
         stored, missing = self._state.store_message_and_object_tree(head, get_object_tree(message), session)
-        if not stored:
-            if self._state.get_run_info(run_ids=[run_id])[0].status.status == Status.FINISHED:
-                raise ProtocolError("the run has been closed: start it again")
-            return ""
+        if not stored and self._state.get_run_info(run_ids=[run_id])[0].status.status == Status.FINISHED:
+            raise ProtocolError("the run has been closed: start it again")
         wanted = set(missing)
         for object_id, part in get_all_nested_objects(message).items():
             if object_id in wanted:
                 content = part.deflate()
-                if len(content) + 1024 > self._max_object_bytes:
+                if len(content) > self._max_object_bytes:
+                    self._forget([message_id])
                     raise ProtocolError(
                         f"a {type(part).__name__} of {len(content)} bytes is more than a node accepts in one piece: "
                         "put arrays into an ArrayRecord"
                     )
                 self._state.store_object(run_id, session, object_id, content)
-        self._sent[message_id] = _Sent(head)
         return message_id
 
     def _left_at(self, wanted: list[tuple[str, _Sent]]) -> dict[int, float]:
@@ -193,7 +193,7 @@ class LinkGrid(Grid):
         unfinished: Message | None = None
         if left_at[order.dst_node_id] > order.created_at:
             unfinished = _error(sent, ErrorCode.NODE_UNAVAILABLE)
-        elif order.created_at + order.ttl < time.time():
+        elif order.created_at + order.ttl + GRACE_S < time.time():
             unfinished = _error(sent, ErrorCode.MESSAGE_UNAVAILABLE)
         if sent.reply is None:
             return unfinished

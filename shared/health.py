@@ -1,4 +1,4 @@
-"""The standard gRPC health service, for Kubernetes, load balancers and ``grpc_health_probe``; on loopback by default."""
+"""The standard gRPC health service, for Kubernetes and load balancers; on loopback unless told otherwise."""
 
 from __future__ import annotations
 
