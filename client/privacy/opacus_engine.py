@@ -18,7 +18,7 @@ def clipped_sum_by_opacus(
     """Like :func:`~medfl.client.privacy.clipped.clipped_sum_by_loop` for units of one row and equal shapes.
 
     Raises:
-        ConfigError: Opacus is not installed, or the network registers a module twice, which Opacus would count twice.
+        ConfigError: Opacus is not installed, or the network registers a layer twice, which Opacus would count twice.
     """
     try:
         from opacus.grad_sample import GradSampleModule
@@ -26,9 +26,9 @@ def clipped_sum_by_opacus(
         raise ConfigError(
             "privacy.engine opacus needs the package opacus: pip install opacus, or set bookkeeping"
         ) from None
-    names = [name for name, _ in network.named_modules(remove_duplicate=False)]
-    if len(names) != len(list(network.modules())):
-        raise ConfigError("Opacus counts modules that are registered twice doubly: set privacy.engine to bookkeeping")
+    owners = [id(p) for m in _registered(network) for p in m.parameters(recurse=False) if p.requires_grad]
+    if len(owners) != len(set(owners)):
+        raise ConfigError("Opacus counts layers that are registered twice doubly: set privacy.engine to bookkeeping")
     parameters = trainable(network)
     wrapped = GradSampleModule(network, loss_reduction="sum")
     try:
@@ -43,6 +43,10 @@ def clipped_sum_by_opacus(
     norms = torch.stack([g.reshape(len(units), -1).norm(dim=1) for g in found]).norm(dim=0)
     factors = clip_factors(norms, clip_norm)
     return ClippedSum([torch.einsum("u,u...->...", factors, zero_where_dropped(g, factors)) for g in found], norms)
+
+
+def _registered(network: nn.Module) -> list[nn.Module]:
+    return [module for _, module in network.named_modules(remove_duplicate=False)]
 
 
 def _per_unit(parameter: nn.Parameter, units: int) -> Tensor:

@@ -49,17 +49,16 @@ class ConvolutionRule:
     def forward(self, module: _ConvNd, x: Tensor, /) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Convolve; keep the (padded) input."""
         at = _geometry(module)
-        y = torch.convolution(
-            x,
-            module.weight,
-            module.bias,
-            at.stride,
-            at.padding,
-            at.dilation,
-            at.transposed,
-            at.output_padding,
-            at.groups,
-        )
+        if module.transposed:
+            transpose = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[
+                x.dim() - 3
+            ]
+            y = transpose(
+                x, module.weight, module.bias, at.stride, at.padding, at.output_padding, at.groups, at.dilation
+            )
+        else:
+            convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[x.dim() - 3]
+            y = convolve(x, module.weight, module.bias, at.stride, at.padding, at.dilation, at.groups)
         return y, (x,)
 
     def input_gradient(self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor:
