@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from medfl.shared.errors import DataError, ProtocolError
 from medfl.shared.files import PRIVATE_FILE, private_folder, write_whole
+from medfl.shared.messages import TrainReply
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 
@@ -36,6 +38,14 @@ class Records(Protocol):
 
     def personal(self, digest: str) -> Flat | None:
         """The site's personal tensors of a study, or None."""
+        ...
+
+    def keep_answer(self, digest: str, asked: str, reply: TrainReply) -> None:
+        """Keep the last training's result of a study, by what was asked."""
+        ...
+
+    def answer(self, digest: str, asked: str) -> TrainReply | None:
+        """The kept result, when it is the one to ``asked``."""
         ...
 
 
@@ -66,6 +76,13 @@ class MemoryRecords:
     def personal(self, digest: str) -> Flat | None:
         """The personal tensors of a study, or None."""
         return self._personal.get(digest)
+
+    def keep_answer(self, digest: str, asked: str, reply: TrainReply) -> None:
+        """Nothing: hundreds of virtual sites would keep hundreds of models, and their coordinator loses no reply."""
+
+    def answer(self, digest: str, asked: str) -> TrainReply | None:
+        """Nothing is kept."""
+        return None
 
 
 class FolderRecords:
@@ -114,6 +131,23 @@ class FolderRecords:
                 "or remove the study's folder below state/studies to start them anew"
             ) from None
         return np.asarray(weights, dtype=np.float32)
+
+    def keep_answer(self, digest: str, asked: str, reply: TrainReply) -> None:
+        """Replace the study's last result, atomically."""
+        about = {"asked": asked, "examples": reply.examples, "tally": dict(reply.tally)}
+        content = save({"update": reply.update}, metadata={"medfl": json.dumps(about)})
+        write_whole(private_folder(self._of(digest)) / "answer.safetensors", content)
+
+    def answer(self, digest: str, asked: str) -> TrainReply | None:
+        """The study's last result when it is the one to ``asked``. A damaged file counts as absent: it is retrained."""
+        try:
+            with safe_open(self._of(digest) / "answer.safetensors", framework="numpy") as file:
+                about = json.loads((file.metadata() or {})["medfl"])
+                if about["asked"] != asked:
+                    return None
+                return TrainReply(file.get_tensor("update"), about["examples"], about["tally"])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
 
     def _of(self, digest: str) -> Path:
         return self._folder / digest

@@ -57,6 +57,7 @@ def build_site(settings: SiteSettings) -> Site:
         load_data=lambda study: load_data(settings, study, device),
         workbench=Workbench(device),
         records=FolderRecords(settings.state),
+        ledger=settings.state / "ledger.jsonl",
     )
 
 

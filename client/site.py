@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,14 +15,20 @@ import torch
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.client.policy import Policy
+from medfl.client.privacy.ledger import Ceilings, Ledger
+from medfl.client.privacy.refusals import require_private_network
 from medfl.client.records import Records
+from medfl.client.training.charged import PrivateRound, fix_plan, train_charged
 from medfl.client.training.evaluate import evaluate
 from medfl.client.training.plain import train_plain
 from medfl.client.workbench import Bench, Workbench
-from medfl.shared.errors import DataError, ProtocolError
+from medfl.shared.errors import ConfigError, DataError, ProtocolError
+from medfl.shared.files import private_folder
 from medfl.shared.messages import UNKNOWN_STUDY, EvaluateReply, ModelRequest, OfferAccepted, StudyOffer, TrainReply
 from medfl.shared.metrics import EXAMPLES, headline, read
+from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy, Unit
 from medfl.shared.study import Study
+from medfl.shared.weights import weights_digest
 
 log = logging.getLogger("medfl.site")
 
@@ -45,6 +52,7 @@ class Site:
         load_data: LoadData,
         workbench: Workbench,
         records: Records,
+        ledger: Path,
         today: Callable[[], datetime.date] = datetime.date.today,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -53,9 +61,11 @@ class Site:
         self._load_data = load_data
         self._workbench = workbench
         self._records = records
+        self._ledger_path = ledger
         self._today = today
         self._progress = progress
         self._data: tuple[bytes, SiteData] | None = None
+        self._open_ledger: Ledger | None = None
 
     def consider(self, offer: StudyOffer) -> OfferAccepted:
         """Accept ``offer`` when the policy permits it, the network can be built and the data are there.
@@ -65,34 +75,65 @@ class Site:
         """
         study = Study.from_canonical(offer.canonical, digest=offer.digest)
         self._policy.permit(study, today=self._today())
-        self._workbench.open(study)
-        self._split(study, Split.TRAIN)
+        bench = self._workbench.open(study)
+        data = self._split(study, Split.TRAIN)
+        if isinstance(study.privacy, DpSgd):
+            require_private_network(
+                bench.network,
+                torch.randn_like(data.inputs(torch.zeros(2, dtype=torch.int64, device=data.labels.device))),
+                engine=study.privacy.engine,
+            )
+            fix_plan(self._ledger(), study, study.privacy, data)
         self._records.remember(study)
         return OfferAccepted()
 
     def train(self, request: ModelRequest) -> TrainReply:
         """Train one round from the request's weights and return the update.
 
+        The very same request again gets the very same answer, without training: so a lost reply or a restarted
+        coordinator costs neither time nor privacy.
+
         Raises:
             PolicyRefusal, ProtocolError, DataError, TrainingError: why not; nothing has left then.
         """
         study, bench = self._prepare(request)
+        asked = f"{request.round}/{weights_digest(request.weights)}"
+        if (answer := self._records.answer(study.digest, asked)) is not None:
+            return answer
         data = self._split(study, Split.TRAIN)
-        started = time.monotonic()
-        tally = train_plain(
-            bench.network,
-            data,
-            study,
-            generator=_generator(study, self.name, request.round, data.labels.device),
-            progress=self._progress,
-        )
-        update = bench.update_from(request.weights)
-        self._policy.permit_upload(update.nbytes)
+        self._policy.permit_upload(request.weights.nbytes)
+        reply = self._train(study, bench, data, request)
         if bench.personal.tensors:
             self._records.keep_personal(study.digest, bench.personal_weights())
-        self._note(study, request.round, "train", tally, time.monotonic() - started)
-        released = tally if self._policy.release_site_metrics else {}
-        return TrainReply(update, examples=len(data.labels), tally=released)
+        self._records.keep_answer(study.digest, asked, reply)
+        return reply
+
+    def _train(self, study: Study, bench: Bench, data: TensorSet, request: ModelRequest) -> TrainReply:
+        started = time.monotonic()
+        match study.privacy:
+            case DpSgd() as privacy:
+                private = train_charged(
+                    self._ledger(),
+                    bench,
+                    study,
+                    privacy,
+                    data,
+                    round_number=request.round,
+                    weights=request.weights,
+                    progress=self._progress,
+                )
+                self._note_spent(study, request.round, private, time.monotonic() - started)
+                # Equal weights and no tally: an exact count or loss would be a release of its own.
+                return TrainReply(private.update, examples=1)
+            case ClientLevel():
+                raise ConfigError("privacy mode client-level needs secure aggregation, which this study does not use")
+            case NoPrivacy():
+                generator = _generator(study, self.name, request.round, data.labels.device)
+                tally = train_plain(bench.network, data, study, generator=generator, progress=self._progress)
+                update = bench.update_from(request.weights)
+                self._note(study, request.round, "train", tally, time.monotonic() - started)
+                released = tally if self._policy.release_site_metrics else {}
+                return TrainReply(update, examples=len(data.labels), tally=released)
 
     def evaluate(self, request: ModelRequest) -> EvaluateReply:
         """Score the request's weights on the site's held-out patients; what leaves is for the policy to say.
@@ -104,7 +145,9 @@ class Site:
         started = time.monotonic()
         tally = evaluate(bench.network, self._split(study, Split.VALIDATION), study)
         self._note(study, request.round, "validation", tally, time.monotonic() - started)
-        return EvaluateReply(tally if self._policy.release_site_metrics else {})
+        # Under differential privacy exact scores of held-out patients are never released, whatever the policy says.
+        released = self._policy.release_site_metrics and isinstance(study.privacy, NoPrivacy)
+        return EvaluateReply(tally if released else {})
 
     def _prepare(self, request: ModelRequest) -> tuple[Study, Bench]:
         study = self._records.study(request.study)
@@ -126,6 +169,47 @@ class Site:
         if data is None or len(data.labels) == 0:
             raise DataError(f"no {split.value} images for study {study.name}: run medfl-client with --check")
         return data
+
+    def _ledger(self) -> Ledger:
+        """The site's ledger, opened at the first private round and then held against other processes."""
+        if self._open_ledger is None:
+            policy = self._policy
+            ceilings = Ceilings(
+                policy.max_epsilon_per_study, policy.max_epsilon_total, policy.max_delta, Unit(policy.unit)
+            )
+            private_folder(self._ledger_path.parent)
+            self._open_ledger = Ledger(self._ledger_path, cohort=self.name, ceilings=ceilings)
+        return self._open_ledger
+
+    def _note_spent(self, study: Study, round_number: int, private: PrivateRound, seconds: float) -> None:
+        spent, plan = private.spent, private.plan
+        row = {
+            "round": round_number,
+            "set": "train",
+            "seconds": round(seconds, 3),
+            "epsilon": spent.study,
+            "epsilon_total": spent.total,
+            "delta": plan.delta,
+            "noise_multiplier": plan.noise_multiplier,
+            "unit": plan.unit.value,
+        }
+        self._records.note(study.digest, row)
+        log.info(
+            "round %d/%d trained: epsilon %.3f of %g spent on this study by each %s, %.3f in total, %.1f s",
+            round_number,
+            study.rounds.count,
+            spent.study,
+            plan.epsilon,
+            plan.unit.value,
+            spent.total,
+            seconds,
+        )
+
+    def close(self) -> None:
+        """Let go of the ledger."""
+        if self._open_ledger is not None:
+            self._open_ledger.close()
+            self._open_ledger = None
 
     def _note(self, study: Study, round_number: int, what: str, tally: dict[str, float], seconds: float) -> None:
         scores = read(tally)

@@ -15,7 +15,7 @@ from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import ProtocolError
 from medfl.shared.metrics import Scoring
 from medfl.shared.privacy.settings import NoPrivacy, PrivacySettings
-from medfl.shared.zoo import ModelSpec, ModelTask, UNetSpec, tasks_of
+from medfl.shared.zoo import ModelSpec, ModelTask, UNetSpec, check_size, tasks_of
 
 MAX_STUDY_BYTES = 256 * 1024
 
@@ -67,6 +67,12 @@ class Rounds(Settings):
     patience_s: float = Field(default=86400.0, gt=0)  # how long to wait for a quorum to come online
     evaluate_every: int = Field(default=1, ge=1)
 
+    @model_validator(mode="after")
+    def _quorum_can_be_reached(self) -> Rounds:
+        if self.sites_per_round is not None and self.sites_per_round < self.minimum_sites:
+            raise ValueError(f"sites_per_round must be at least minimum_sites, which is {self.minimum_sites}")
+        return self
+
 
 class SecureAggregation(Settings):
     """Whether updates are summed under MSA-1 masks, and how they are encoded (see docs/secure-aggregation.md)."""
@@ -106,6 +112,7 @@ class Study(Settings):
                 "model.norm: batch norm shares statistics between patients, which privacy forbids: "
                 "use norm: group or norm: instance"
             )
+        check_size(self.model, channels=self.data.channels, size=self.data.preprocessing.size)
         norm = getattr(self.model, "norm", None)
         if isinstance(self.strategy, FedBNSettings) and (
             norm is None or (norm == "instance" and isinstance(self.model, UNetSpec))

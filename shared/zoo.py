@@ -80,6 +80,22 @@ def tasks_of(spec: AnySpec) -> frozenset[ModelTask]:
     return frozenset({ModelTask.SEGMENTATION if isinstance(spec, UNetSpec) else ModelTask.CLASSIFICATION})
 
 
+def check_size(spec: AnySpec, *, channels: int, size: tuple[int, ...]) -> None:
+    """Raise ValueError when the network cannot take images of ``channels`` and ``size``."""
+    match spec:
+        case LogisticSpec(inputs=inputs) if inputs != channels * math.prod(size):
+            raise ValueError(f"model.inputs must be {channels * math.prod(size)}, channels times pixels of an image")
+        case UNetSpec():
+            smallest = math.prod(spec.step_sizes)
+            if any(extent % smallest for extent in size):
+                raise ValueError(f"data.preprocessing.size must be multiples of {smallest}, the network's strides")
+            if spec.norm == "instance" and all(extent == smallest for extent in size):
+                raise ValueError(
+                    "data.preprocessing.size leaves one pixel at the network's lowest level, which instance norm "
+                    "cannot use: choose larger images or fewer channels"
+                )
+
+
 def build_network(
     spec: AnySpec,
     *,

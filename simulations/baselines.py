@@ -13,6 +13,7 @@ from medfl.client.training.evaluate import evaluate
 from medfl.client.workbench import make_bench
 from medfl.server.reporter import Reporter
 from medfl.shared.metrics import headline, patient_dice, read
+from medfl.shared.privacy.settings import DpSgd, NoPrivacy
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.shared.zoo import ModelTask
@@ -56,6 +57,14 @@ def pooled(
         one_place = one_place.model_copy(update={"training": training})
     result = federate(one_place, {"pooled": together}, device=device, reporter=reporter).result
     return score(study, result.weights, sites, device=device)
+
+
+def unprotected(study: Study) -> Study:
+    """``study`` without differential privacy, with as many optimizer steps a round."""
+    changes: dict[str, object] = {"privacy": NoPrivacy(mode="none")}
+    if isinstance(study.privacy, DpSgd):
+        changes["training"] = study.training.model_copy(update={"steps": study.privacy.steps_per_round, "epochs": None})
+    return study.model_copy(update=changes)
 
 
 def trivial(study: Study, sites: Mapping[str, SiteData]) -> dict[str, dict[str, float]]:

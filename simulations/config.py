@@ -24,6 +24,7 @@ class Baselines(Settings):
 
     alone: StrictBool = True  # each site by itself
     pooled: StrictBool = True  # all images in one place
+    unprotected: StrictBool = True  # a private study once more without privacy; nothing where privacy is none
     trivial: StrictBool = True  # best threshold and mean mask, or the commonest class
 
 

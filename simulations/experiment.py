@@ -17,7 +17,8 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 # isort: split
 import torch
 
-from medfl.client.data.load import Progress, load_site_data
+from medfl.client.data.headers import Progress
+from medfl.client.data.load import load_site_data
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.tensors import SiteData
 from medfl.server.checkpoint import save_model
@@ -25,8 +26,9 @@ from medfl.server.reporter import MetricsFile, Reporter, Several
 from medfl.shared.errors import DataError
 from medfl.shared.files import write_whole
 from medfl.shared.metrics import headline
+from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
-from medfl.simulations.baselines import alone, pooled, trivial
+from medfl.simulations.baselines import alone, pooled, trivial, unprotected
 from medfl.simulations.config import SimulationSettings
 from medfl.simulations.federation import federate
 
@@ -153,6 +155,10 @@ def _methods(
     federated = {name: headline(scores) for name, scores in federation.site_scores.items()}
     scores: dict[str, dict[str, float]] = {}
     scores[study.strategy.name] = {name: found[1] for name in sites if (found := federated.get(name))}
+    if not isinstance(study.privacy, NoPrivacy) and settings.baselines.unprotected:
+        bare = unprotected(study)
+        by_site = federate(bare, sites, device=device, reporter=reporter).site_scores
+        scores["unprotected"] = {name: found[1] for name in sites if (found := headline(by_site[name]))}
     if settings.baselines.pooled:
         scores["pooled"] = pooled(study, sites, device=device, reporter=reporter)
     if settings.baselines.alone:

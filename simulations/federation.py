@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
+from typing import Any
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
@@ -46,11 +49,17 @@ class Federation:
 
     result: Result
     rounds: tuple[RoundReport, ...]
+    site_rows: Mapping[str, list[dict[str, Any]]]
+    """What each virtual site recorded for itself; in production this stays at the site."""
 
     @property
     def site_scores(self) -> Mapping[str, Mapping[str, float]]:
-        """Held-out scores by site of the last evaluated round."""
-        return next((r.site_scores for r in reversed(self.rounds) if r.site_scores), {})
+        """Held-out scores by site of its last evaluation."""
+        last = {
+            name: next((row["scores"] for row in reversed(rows) if row["set"] == "validation"), None)
+            for name, rows in self.site_rows.items()
+        }
+        return {name: scores for name, scores in last.items() if scores is not None}
 
 
 def federate(
@@ -62,18 +71,24 @@ def federate(
     checkpoints: CheckpointFolder | None = None,
     stop: Event | None = None,
 ) -> Federation:
-    """Run ``study`` among ``sites``; every virtual site approves it and releases its scores to the researcher."""
+    """Run ``study`` among ``sites``; every virtual site approves it and releases its scores to the researcher.
+
+    Each virtual site's ledger lives as long as the study: what a researcher tries does not add up on real patients.
+    """
     device = device or torch.device("cpu")
     policy = permissive_policy(study)
     logging.getLogger("medfl.site").setLevel(logging.WARNING)  # a line for each virtual site and round is too much
     workbench = Workbench(device)
+    ledgers = TemporaryDirectory(prefix="medfl-ledgers-")
+    records = {name: MemoryRecords() for name in sites}
     residents = {
         name: Site(
             name,
             policy=policy,
             load_data=lambda study, data=data: data,
             workbench=workbench,
-            records=MemoryRecords(),
+            records=records[name],
+            ledger=Path(ledgers.name) / name / "ledger.jsonl",
         )
         for name, data in sites.items()
     }
@@ -93,8 +108,15 @@ def federate(
         )
         outcome.append(rounds.run())
 
-    build_server_app(work)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
-    return Federation(outcome[0], tuple(history.rounds))
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    with ledgers:
+        try:
+            build_server_app(work)(grid, context)
+        finally:
+            for resident in residents.values():
+                resident.close()
+    rows = {name: kept.rows.get(study.digest, []) for name, kept in records.items()}
+    return Federation(outcome[0], tuple(history.rounds), rows)
 
 
 def permissive_policy(study: Study) -> Policy:

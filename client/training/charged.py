@@ -1,0 +1,73 @@
+"""A private round from plan to release: nothing trains uncharged, nothing leaves unrecorded."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from medfl.client.data.tensors import TensorSet
+from medfl.client.privacy.ledger import Charge, Ledger, Spent
+from medfl.client.privacy.refusals import refuse_unnoised_changes
+from medfl.client.training.private import planned_units, train_private
+from medfl.client.workbench import Bench
+from medfl.shared.privacy.plan import TrainingPlan, plan_training, warnings
+from medfl.shared.privacy.settings import DpSgd
+from medfl.shared.study import Study
+from medfl.shared.weights import Flat, weights_digest
+
+log = logging.getLogger("medfl.site")
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateRound:
+    """What one private round gave, and what the site has spent since."""
+
+    update: Flat
+    spent: Spent
+    plan: TrainingPlan
+
+
+def fix_plan(ledger: Ledger, study: Study, settings: DpSgd, data: TensorSet) -> TrainingPlan:
+    """The site's plan for ``study``: recorded the first time, the same ever after. Warnings go to the log once.
+
+    Raises:
+        ConfigError: delta above one over the patients, or noise too small for the promised epsilon.
+    """
+    known = ledger.plan(study.digest)
+    if known is not None:
+        return known
+    units, patients = planned_units(data, settings)
+    plan = plan_training(settings, units=units, patients=patients, rounds=study.rounds.count)
+    for told in warnings(settings, plan, patients=patients, rounds=study.rounds.count):
+        log.warning("%s", told)
+    return ledger.fix_plan(study.digest, plan, patients=patients)
+
+
+def train_charged(
+    ledger: Ledger,
+    bench: Bench,
+    study: Study,
+    settings: DpSgd,
+    data: TensorSet,
+    *,
+    round_number: int,
+    weights: Flat,
+    progress: Callable[[int, int], None] | None = None,
+) -> PrivateRound:
+    """Charge one round durably, train it on the weights in the bench, record the update's release durably.
+
+    Raises:
+        PolicyRefusal: the budget does not allow the round, the ledger is damaged, busy or cannot be written, or
+            training changed something that got no noise.
+    """
+    plan = fix_plan(ledger, study, settings, data)
+    training = secrets.token_hex(8)
+    ledger.charge(Charge(study.digest, round_number, training, plan.round_cost))
+    before = {name: value.clone() for name, value in bench.network.state_dict().items()}
+    train_private(bench.network, data, study, settings, plan, progress=progress)
+    refuse_unnoised_changes(before, bench.network)
+    update = bench.update_from(weights)
+    ledger.release(study.digest, training, digest=weights_digest(update), size=update.nbytes)
+    return PrivateRound(update, ledger.spent(study.digest), plan)

@@ -1,0 +1,94 @@
+"""One round of DP-SGD: units drawn independently, each gradient clipped once, noise, the ordinary optimizer."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from medfl.client.data.augment import augmenter
+from medfl.client.data.batches import Augment
+from medfl.client.data.tensors import TensorSet
+from medfl.client.privacy.clipped import UnitData
+from medfl.client.privacy.patient_gradient import private_gradients, sample_patients
+from medfl.client.privacy.randomness import SecureGenerator
+from medfl.client.training.plain import build_optimizer, gradient_rule
+from medfl.shared.losses import build_loss
+from medfl.shared.privacy.plan import TrainingPlan
+from medfl.shared.privacy.settings import DpSgd, Unit
+from medfl.shared.study import Study
+
+
+def train_private(
+    network: nn.Module,
+    data: TensorSet,
+    study: Study,
+    settings: DpSgd,
+    plan: TrainingPlan,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Train ``network`` in place for the plan's steps of one round.
+
+    Sampling, slices and noise come from a fresh generator keyed by the operating system: no seed of the study, of
+    PyTorch or of MONAI reaches them. The strategy's own term is added after the noise (it depends on no image).
+    """
+    secure = SecureGenerator()
+    draws = torch.Generator(data.labels.device).manual_seed(secrets.randbits(63))  # augmentation only
+    loss, augment = build_loss(study.training.loss), augmenter(study.data.augmentation)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(study.training, parameters)
+    adjust = gradient_rule(study, parameters)
+    units = rows_of_units(data, plan.unit)
+    network.train()
+    for step in range(plan.steps_per_round):
+        drawn = [
+            _unit(data, units[index], settings, secure, augment, draws)
+            for index in sample_patients(len(units), plan.sampling_rate, secure)
+        ]
+        optimizer.zero_grad(set_to_none=True)
+        private_gradients(
+            network,
+            loss,
+            drawn,
+            clip_norm=plan.clip_norm,
+            noise_multiplier=plan.noise_multiplier,
+            expected_patients=plan.expected_batch,
+            generator=secure,
+            engine=settings.engine,
+        )
+        adjust()
+        optimizer.step()
+        if progress is not None:
+            progress(step + 1, plan.steps_per_round)
+
+
+def rows_of_units(data: TensorSet, unit: Unit) -> list[Tensor]:
+    """Row numbers (int64) of each patient's, or of each single, image."""
+    if unit is Unit.IMAGE:
+        return list(torch.split(torch.arange(len(data), device=data.labels.device), 1))
+    return [torch.nonzero(data.patients == patient).flatten() for patient in torch.unique(data.patients)]
+
+
+def _unit(
+    data: TensorSet,
+    rows: Tensor,
+    settings: DpSgd,
+    secure: SecureGenerator,
+    augment: Augment | None,
+    draws: torch.Generator,
+) -> UnitData:
+    """All a unit contributes to this step: its slices (drawn where there are more than asked), augmented K times."""
+    if settings.unit is Unit.PATIENT and settings.slices_per_patient is not None:
+        chosen = secure.choose(len(rows), settings.slices_per_patient)
+        rows = rows[torch.from_numpy(chosen).to(rows.device)]
+    rows = rows.repeat(settings.augmentations)
+    images, labels = data.inputs(rows), data.labels.index_select(0, rows)
+    return augment(images, labels, draws) if augment else (images, labels)
+
+
+def planned_units(data: TensorSet, settings: DpSgd) -> tuple[int, int]:
+    """Number of units and of patients the accountant plans with."""
+    return len(rows_of_units(data, settings.unit)), int(torch.unique(data.patients).numel())
