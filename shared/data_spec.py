@@ -116,6 +116,8 @@ class DataSpec(Settings):
     def _consistent(self) -> DataSpec:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must differ from each other")
+        if any("/" in name or not name.isprintable() for name in self.classes):
+            raise ValueError("classes must be of printable characters without a slash, which parts the names of scores")
         if unknown := sorted(set(self.label_map.values()) - set(self.classes)):
             raise ValueError(f"label_map leads to {unknown[0]!r}, which is not among classes")
         if self.series and len(self.series) != self.channels:
