@@ -102,8 +102,10 @@ class Chain:
         return row
 
     def close(self) -> None:
-        """Unlock and close. Every row is durable already."""
-        os.close(self._file)
+        """Unlock and close; a second call does nothing. Every row is durable already."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file, self._usable = -1, False
 
     def _write(self, line: bytes) -> None:
         size = os.fstat(self._file).st_size

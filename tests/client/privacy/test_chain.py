@@ -1,0 +1,206 @@
+"""Rows are whole or absent after any crash; every kind of damage is noticed and named."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medfl.client.privacy import chain as chains
+from medfl.client.privacy.chain import GENESIS, Chain, Head
+from medfl.shared.errors import PolicyRefusal
+
+
+def written(path: Path, rows: int = 3) -> bytes:
+    chain = Chain(path)
+    for number in range(rows):
+        chain.append({"value": number})
+    chain.close()
+    return path.read_bytes()
+
+
+def values(path: Path) -> list[int]:
+    chain = Chain(path)
+    chain.close()
+    return [row["value"] for row in chain.rows]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "ledger.jsonl"
+
+
+def test_rows_are_there_after_reopening(path: Path) -> None:
+    written(path)
+    assert values(path) == [0, 1, 2]
+
+
+def test_only_the_owner_can_read_the_files(path: Path) -> None:
+    written(path)
+    assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
+
+
+def test_each_row_names_the_hash_of_the_one_before(path: Path) -> None:
+    rows = [json.loads(line) for line in written(path).splitlines()]
+    assert [row["previous"] for row in rows] == [GENESIS, rows[0]["hash"], rows[1]["hash"]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(1, 10_000))
+def test_a_last_row_torn_anywhere_is_completed(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("torn") / "ledger.jsonl"
+    content = written(path)
+    last = len(content.splitlines()[-1]) + 1
+    path.write_bytes(content[: -1 - cut % last])
+    assert values(path) == [0, 1, 2]
+    assert path.read_bytes() == content
+
+
+def test_a_row_that_was_announced_and_not_yet_written_is_completed(path: Path) -> None:
+    content = written(path)
+    path.write_bytes(b"".join(content.splitlines(keepends=True)[:-1]))
+    assert values(path) == [0, 1, 2]
+
+
+def test_the_very_first_row_torn_is_completed(path: Path) -> None:
+    content = written(path, rows=1)
+    path.write_bytes(content[:10])
+    assert values(path) == [0]
+
+
+Damage = Callable[[list[bytes]], list[bytes]]
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "edited": (lambda rows: [rows[0], rows[1].replace(b'"value":1', b'"value":9'), rows[2]], "row 2 is not as it was"),
+    "reformatted": (lambda rows: [rows[0].replace(b",", b", "), *rows[1:]], "row 1 is not as it was"),
+    "removed from the middle": (lambda rows: [rows[0], rows[2]], "row 2 is not as it was"),
+    "removed from the start": (lambda rows: rows[1:], "row 1 is not as it was"),
+    "exchanged": (lambda rows: [rows[1], rows[0], rows[2]], "row 1 is not as it was"),
+    "truncated": (lambda rows: rows[:1], "it has 1 whole rows, and row 3 was written last"),
+    "emptied": (lambda rows: [], "it has 0 whole rows, and row 3 was written last"),
+    "garbage": (lambda rows: [*rows, b"\x00\xff"], "row 4 is torn and was never announced"),
+    "repeated": (lambda rows: [*rows, rows[2]], "row 4 is not as it was"),
+    "torn and changed": (lambda rows: [*rows[:2], rows[2][:20] + b"x"], "row 3 is torn and differs"),
+    "torn in the middle": (lambda rows: [rows[0], rows[1][:20] + b"\n", rows[2]], "row 2 is not as it was"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_refused_and_named(name: str, path: Path) -> None:
+    damage, message = DAMAGES[name]
+    path.write_bytes(b"".join(damage(written(path).splitlines(keepends=True))))
+    damaged = path.read_bytes()
+    with pytest.raises(PolicyRefusal, match=message) as refusal:
+        Chain(path)
+    assert refusal.value.reason == "ledger damaged"
+    assert path.read_bytes() == damaged  # evidence is kept
+
+
+def test_a_row_rewritten_with_a_fitting_hash_breaks_the_next_one(path: Path) -> None:
+    first, *others = written(path).splitlines(keepends=True)
+    row = {**json.loads(first), "value": 7}
+    row["hash"] = chains._digest(row)
+    path.write_bytes(b"".join([chains._line(row), *others]))
+    with pytest.raises(PolicyRefusal, match="row 2 does not follow row 1"):
+        Chain(path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"not json"])
+def test_a_missing_or_broken_announcement_is_refused(content: bytes | None, path: Path) -> None:
+    written(path)
+    announcement = path.with_name("ledger.jsonl.head")
+    announcement.unlink() if content is None else announcement.write_bytes(content)
+    with pytest.raises(PolicyRefusal, match=r"ledger.jsonl.head is (missing|not as it was)"):
+        Chain(path)
+
+
+def test_a_second_process_is_kept_out_until_the_first_closes(path: Path) -> None:
+    first = Chain(path)
+    with pytest.raises(PolicyRefusal, match="another process") as refusal:
+        Chain(path)
+    assert refusal.value.reason == "ledger busy"
+    first.close()
+    Chain(path).close()
+
+
+def test_a_disk_that_fills_up_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(path)
+    chain = Chain(path)
+    real_write = os.write
+
+    def half_then_full(descriptor: int, data: bytes) -> int:
+        if len(data) > 40:
+            return real_write(descriptor, data[:40])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(chains.os, "write", lambda fd, data: half_then_full(fd, data[:-1]))
+    with pytest.raises(PolicyRefusal, match="No space left on device") as refusal:
+        chain.append({"value": 3})
+    assert refusal.value.reason == "ledger unwritable"
+    assert [row["value"] for row in chain.rows] == [0, 1, 2]
+    monkeypatch.undo()
+    chain.append({"value": 4})  # space was made
+    chain.close()
+    assert values(path) == [0, 1, 2, 4]
+
+
+def test_a_disk_that_is_full_from_the_start_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(path)
+    chain = Chain(path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(chains, "write_whole", full)
+    with pytest.raises(PolicyRefusal, match="No space left on device"):
+        chain.append({"value": 3})
+    chain.close()
+    monkeypatch.undo()
+    assert values(path) == [0, 1, 2]
+
+
+def test_when_not_even_the_torn_row_can_be_removed_the_chain_stops(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(path)
+    chain = Chain(path)
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(chains.os, "write", broken)
+    monkeypatch.setattr(chains.os, "ftruncate", broken)
+    for _ in range(2):
+        with pytest.raises(PolicyRefusal, match="cannot be written"):
+            chain.append({"value": 3})
+        monkeypatch.undo()
+    chain.close()
+    assert values(path) == [0, 1, 2, 3]  # announced: counted, although nothing was released under it
+
+
+def test_a_clock_that_jumps_back_is_written_down_and_time_does_not_run_backwards(path: Path) -> None:
+    now = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    times = iter([now, now - timedelta(days=400), now + timedelta(hours=1)])
+    chain = Chain(path, clock=lambda: next(times))
+    first, second, third = (chain.append({"value": number}) for number in range(3))
+    chain.close()
+    assert second["time"] == first["time"]
+    assert second["clock_said"].startswith("2025-01-25")
+    assert third["time"].startswith("2026-03-01T13")
+    assert "clock_said" not in third
+
+
+def test_an_older_head_is_held_and_a_foreign_or_newer_one_is_not(path: Path) -> None:
+    chain = Chain(path)
+    heads = [chain.head]
+    for number in range(2):
+        chain.append({"value": number})
+        heads.append(chain.head)
+    chain.close()
+    assert [head.rows for head in heads] == [0, 1, 2]
+    assert all(chain.holds(head) for head in heads)
+    assert not chain.holds(Head(1, heads[2].digest))
+    assert not chain.holds(Head(3, heads[2].digest))
+    assert not chain.holds(Head(0, heads[2].digest))
