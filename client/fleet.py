@@ -129,7 +129,8 @@ class Fleet:
         self._client._client.headers["prefer"] = f"wait={settings.wait_s}"
         self._workers = ThreadPoolExecutor(PARALLEL, thread_name_prefix="transfer")
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        logging.getLogger("flwr").setLevel(logging.WARNING)
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+        logging.getLogger("flwr").handlers.clear()
 
     def close(self) -> None:
         """Close connections; running transfers fail."""

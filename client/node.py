@@ -34,6 +34,7 @@ from medfl.shared.lock import only_one
 log = logging.getLogger("medfl.node")
 
 POLL_S = (0.05, 1.0)  # shortest and longest pause where a coordinator does not hold empty questions
+REJOIN_S = 5.0  # longest pause between attempts to join
 REMIND_S = 60.0  # the same trouble is logged once in this time
 
 
@@ -116,7 +117,7 @@ class Node:
             ConfigError: another node uses the same state folder.
         """
         with only_one(self.settings.state_dir):
-            patience = Patience(self._stop, limit_s=inf, first_s=0.5, longest_s=15.0)
+            patience = Patience(self._stop, limit_s=inf, first_s=0.5, longest_s=REJOIN_S)
             try:
                 while not self._stop.is_set():
                     try:

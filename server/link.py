@@ -45,6 +45,13 @@ from medfl.shared.lock import only_one
 
 log = logging.getLogger("medfl.link")
 
+_EXPECTED = (
+    "was not pre-registered",
+    "does not exist or has expired",
+    "Run is finished",
+    "timeout graceful shutdown exceeded",
+)
+
 RUN_HEARTBEAT_S = 10.0  # Flower closes a run after 60 s without
 
 
@@ -95,7 +102,7 @@ class Link:
             listener = stack.enter_context(self._listen())
             self._orders, self._replies = Bell(), Bell()
             self._state = FleetState(self._database())
-            self._close_stale_runs()
+            self._forget_the_past()
             self._long_poll = LongPoll(fleet_app(self._state), orders=self._orders, replies=self._replies)
             config = uvicorn.Config(
                 Guard(self._long_poll, self.settings.limits),
@@ -232,12 +239,15 @@ class Link:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, PRIVATE_FILE))  # SQLite gives its journals the same mode
         return path
 
-    def _close_stale_runs(self) -> None:
+    def _forget_the_past(self) -> None:
+        """Close the runs an earlier coordinator left open; nobody is online who has not come back."""
         unfinished = [Status.PENDING, Status.STARTING, Status.RUNNING]
         for run in self._state.get_run_info(statuses=unfinished):
             self._state.finish_task(run.primary_task_id or 0, SubStatus.FAILED, "")
             self._state.cleanup_run(run.run_id)
             log.warning("closed a run that an earlier coordinator left open")
+        for node in self._state.get_node_info(statuses=["online"]):
+            self._state.deactivate_node(node.node_id)
 
     def _node_of(self, site: str, key: bytes) -> int:
         if (node_id := self._state.get_node_id_by_public_key(key)) is not None:
@@ -284,14 +294,14 @@ def _quieten() -> None:
         logger = logging.getLogger(name)
         logger.setLevel(logging.ERROR)
         logger.addFilter(_not_expected)
+    logging.getLogger("flwr").handlers.clear()  # its own console: one line per event, in our format, is enough
 
 
 def _not_expected(record: logging.LogRecord) -> bool:
     """Drop what looks like an error and is not one.
 
     A reply is taken as soon as all its parts are there, even when an equal part came from another site first: the
-    late part is then of no use. Nodes' connections may stay open when the server closes.
+    late part is then of no use. Answers come after their run is over. Connections stay open when the server closes.
     """
     text = record.getMessage()
-    expected = ("was not pre-registered", "does not exist or has expired", "timeout graceful shutdown exceeded")
-    return not any(words in text for words in expected)
+    return not any(words in text for words in _EXPECTED)
