@@ -1,1 +1,1 @@
-"""The site's half of MSA-1, one file a phase."""
+"""MSA-1 at the site: one file a phase, the session that leads through them, the journal that outlives a crash."""

@@ -1,1 +1,1 @@
-"""The server's half of MSA-1, one file a phase."""
+"""MSA-1 at the coordinator: one file a phase, the round that drives them, the store that outlives a crash."""

@@ -1,1 +1,1 @@
-"""Secure-aggregation primitives both sides share (MSA-1)."""
+"""MSA-1, what both sides share: primitives, roster, encoding, message formats, the seam to a transport."""

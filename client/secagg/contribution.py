@@ -1,0 +1,55 @@
+"""What a site holds ready for a secure sum: its update, its numbers, its weight, and the model they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from medfl.shared.secagg.announcement import Purpose
+from medfl.shared.secagg.encoding import Encoded, Encoding, encode
+from medfl.shared.secagg.hashing import tagged_hash
+from medfl.shared.weights import Flat
+
+NO_VECTOR: Flat = np.empty(0, np.float32)
+NO_MODEL = bytes(32)
+"""Model digest of a sum that starts from no model (:attr:`Purpose.SETUP`)."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One site's input, kept in memory until the next one of the same study and purpose takes its place.
+
+    ``vector`` is float32 with ``encoding.length`` values and is not changed; ``weight`` is the site's planned or
+    banded number of patients; ``scalars`` has the names of ``encoding.scalars``.
+    """
+
+    study: bytes  # digest
+    purpose: Purpose
+    model: bytes  # digest of the weights the update starts from
+    encoding: Encoding
+    weight: int
+    vector: Flat = field(default_factory=lambda: NO_VECTOR)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Hash of the numbers before encoding: tells the same update from a retrained one."""
+        numbers = json.dumps([self.weight, sorted(self.scalars.items())]).encode()
+        vector = hashlib.sha256(np.ascontiguousarray(self.vector).data).digest()
+        return tagged_hash(b"contribution", self.encoding.digest, numbers, vector)
+
+    def encode(self) -> Encoded:
+        """The numbers as integers. Raises TrainingError when one is not finite, ProtocolError when they do not fit."""
+        return encode(
+            self.vector,
+            self.encoding,
+            weight=self.weight,
+            scalars=self.scalars,
+            rounding_key=secrets.token_bytes(32) if self.encoding.stochastic else b"",
+        )

@@ -1,0 +1,228 @@
+"""What a site must never forget, even when killed: which rounds it has answered, and how to finish the open one.
+
+SQLite, because it is the one well-kept store in the standard library that commits atomically through a power cut.
+What is needed to finish an open round is encrypted with a key file beside it, and deleted when the next round begins.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from medfl.shared.errors import DataError
+from medfl.shared.files import PRIVATE_FILE, private_folder
+from medfl.shared.keys import read_private, write_new
+from medfl.shared.secagg.announcement import Announcement, Purpose
+from medfl.shared.secagg.reasons import Reason
+
+_SCHEMA = """
+CREATE TABLE seen (study BLOB, purpose INTEGER, round INTEGER, attempt INTEGER, PRIMARY KEY (study, purpose));
+CREATE TABLE consumed (
+    study BLOB, purpose INTEGER, round INTEGER, model BLOB, survivors BLOB, contribution BLOB,
+    PRIMARY KEY (study, purpose, round));
+CREATE INDEX consumed_models ON consumed (study, purpose, model);
+CREATE TABLE weights (study BLOB, epoch INTEGER, weight INTEGER, PRIMARY KEY (study, epoch));
+CREATE TABLE open_rounds (context BLOB PRIMARY KEY, study BLOB, sealed BLOB);
+"""
+_NONCE_BYTES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumedRound:
+    """A sum that may have become public: over these sites, with this contribution of this site."""
+
+    round: int
+    survivors: bytes  # site ids, u16 each
+    contribution: bytes  # digest
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What the journal says about one study, purpose and model."""
+
+    last_seen: tuple[int, int]  # (round, attempt); (-1, -1) when none
+    last_consumed: int  # round; -1 when none
+    same_model: tuple[ConsumedRound, ...]
+    weight_ceiling: int | None  # of this study and roster epoch
+
+
+class Journal:
+    """Durable: when a method that writes has returned, its entry survives kill -9 and a power cut."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Open or create the journal in ``folder``; None keeps it in memory, for virtual sites.
+
+        Raises:
+            DataError: the journal is damaged, missing beside its key, or cannot be written.
+            ConfigError: its key file can be read by others.
+        """
+        self._lock = Lock()
+        with _disk_errors():
+            if folder is None:
+                self._database, self._key = _create(":memory:"), secrets.token_bytes(32)
+            else:
+                self._database, self._key = _open(private_folder(folder))
+
+    def close(self) -> None:
+        """Release the file. The journal cannot be used afterwards."""
+        self._database.close()
+
+    def history(self, study: bytes, purpose: Purpose, model: bytes, *, epoch: int) -> History:
+        """What has been answered before."""
+        with self._transaction() as run:
+            seen = run("SELECT round, attempt FROM seen WHERE study=? AND purpose=?", study, purpose).fetchone()
+            last = run("SELECT max(round) FROM consumed WHERE study=? AND purpose=?", study, purpose).fetchone()[0]
+            same = run(
+                "SELECT round, survivors, contribution FROM consumed WHERE study=? AND purpose=? AND model=?"
+                " ORDER BY round",
+                study,
+                purpose,
+                model,
+            ).fetchall()
+            weight = run("SELECT weight FROM weights WHERE study=? AND epoch=?", study, epoch).fetchone()
+        return History(
+            last_seen=seen or (-1, -1),
+            last_consumed=-1 if last is None else last,
+            same_model=tuple(ConsumedRound(*row) for row in same),
+            weight_ceiling=weight[0] if weight else None,
+        )
+
+    def begin(self, announcement: Announcement, *, weight: int, epoch: int) -> None:
+        """Record that this attempt is answered and with which weight; forget how to finish earlier rounds."""
+        with self._transaction() as run:
+            run("DELETE FROM open_rounds WHERE study=?", announcement.study)
+            run(
+                "INSERT OR REPLACE INTO seen VALUES (?,?,?,?)",
+                announcement.study,
+                announcement.purpose,
+                announcement.round,
+                announcement.attempt,
+            )
+            run("INSERT OR IGNORE INTO weights VALUES (?,?,?)", announcement.study, epoch, weight)
+
+    def keep(self, context: bytes, study: bytes, secret: bytes) -> None:
+        """Keep ``secret``, encrypted: what is needed to go on with the round of ``context`` after a restart."""
+        with self._transaction() as run:
+            run("INSERT OR REPLACE INTO open_rounds VALUES (?,?,?)", context, study, self._seal(context, secret))
+
+    def consume(
+        self, announcement: Announcement, *, survivors: bytes, contribution: bytes, context: bytes, secret: bytes
+    ) -> None:
+        """Record, in one step, that the round is consumed by a sum over ``survivors``, and replace what is kept."""
+        with self._transaction() as run:
+            run(
+                "INSERT INTO consumed VALUES (?,?,?,?,?,?)",
+                announcement.study,
+                announcement.purpose,
+                announcement.round,
+                announcement.model,
+                survivors,
+                contribution,
+            )
+            run(
+                "INSERT OR REPLACE INTO open_rounds VALUES (?,?,?)",
+                context,
+                announcement.study,
+                self._seal(context, secret),
+            )
+
+    def kept(self, context: bytes) -> bytes | None:
+        """What :meth:`keep` or :meth:`consume` kept for ``context``, or None.
+
+        Raises:
+            DataError: it does not open with this journal's key.
+        """
+        with self._transaction() as run:
+            row = run("SELECT sealed FROM open_rounds WHERE context=?", context).fetchone()
+        if row is None:
+            return None
+        try:
+            return ChaCha20Poly1305(self._key).decrypt(row[0][:_NONCE_BYTES], row[0][_NONCE_BYTES:], context)
+        except InvalidTag:
+            raise DataError(
+                "the secure-aggregation journal does not fit its key file: restore both from the same backup",
+                reason=Reason.JOURNAL,
+            ) from None
+
+    def forget(self, study: bytes) -> None:
+        """Delete what is kept to finish the study's open round."""
+        with self._transaction() as run:
+            run("DELETE FROM open_rounds WHERE study=?", study)
+
+    def _seal(self, context: bytes, secret: bytes) -> bytes:
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        return nonce + ChaCha20Poly1305(self._key).encrypt(nonce, secret, context)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[_Run]:
+        with self._lock, _disk_errors():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield _Run(self._database)
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+
+
+class _Run:
+    """Executes one statement of the open transaction."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def __call__(self, statement: str, *values: bytes | int) -> sqlite3.Cursor:
+        return self._database.execute(statement, values)
+
+
+def _open(folder: Path) -> tuple[sqlite3.Connection, bytes]:
+    """The database and its key. The key is written last, so a key without its database is a loss and not a start."""
+    key_file, path = folder / "journal.key", folder / "journal.sqlite"
+    if key_file.exists():
+        if not path.exists() or path.stat().st_size == 0:
+            raise DataError(
+                f"the secure-aggregation journal is missing beside {key_file}: restore the state folder from its "
+                "latest backup. Only if no round has ever been answered here, remove the key file to start anew",
+                reason=Reason.JOURNAL,
+            )
+        return _connect(str(path)), read_private(key_file)
+    path.unlink(missing_ok=True)  # killed while it was first made
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, PRIVATE_FILE))
+    database, key = _create(str(path)), secrets.token_bytes(32)
+    write_new(key_file, key)
+    return database, key
+
+
+def _connect(name: str) -> sqlite3.Connection:
+    database = sqlite3.connect(name, isolation_level=None, check_same_thread=False)
+    database.execute("PRAGMA synchronous = EXTRA")
+    database.execute("PRAGMA secure_delete = ON")
+    database.execute("SELECT count(*) FROM sqlite_master")
+    return database
+
+
+def _create(name: str) -> sqlite3.Connection:
+    database = _connect(name)
+    database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+    return database
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise DataError(
+            f"the secure-aggregation journal cannot be used ({error}): free space, or restore the state folder from "
+            "its backup; nothing has left this site",
+            reason=Reason.JOURNAL,
+        ) from None

@@ -1,0 +1,165 @@
+"""The site's side of all secure sums: what it holds for them, and one open sum a study, led through the five phases.
+
+A phase that refuses changes nothing, and a phase that has answered is not answered again, but for the last two: they
+repeat their bytes for the same survivors, so that a lost reply or a restarted coordinator can finish the round.
+"""
+
+from __future__ import annotations
+
+import logging
+from threading import Lock
+
+from medfl.client.secagg.advertise_keys import Advertised, advertise_keys
+from medfl.client.secagg.confirm_survivors import confirm_survivors, sign_confirmation
+from medfl.client.secagg.contribution import Contribution
+from medfl.client.secagg.enrolment import Enrolment
+from medfl.client.secagg.journal import Journal
+from medfl.client.secagg.masked_input import masked_input
+from medfl.client.secagg.open_round import OpenRound
+from medfl.client.secagg.share_keys import Shared, share_keys
+from medfl.client.secagg.unmask import unmask
+from medfl.shared.errors import ProtocolError
+from medfl.shared.secagg.announcement import Announcement, Purpose
+from medfl.shared.secagg.exchange import Phase, PhaseReply, PhaseRequest
+from medfl.shared.secagg.hashing import ids_to_bytes
+from medfl.shared.secagg.messages import ConfirmationList, KeyList, ShareDelivery, SurvivorList
+from medfl.shared.secagg.prg import usable_threads
+from medfl.shared.secagg.reasons import Reason
+
+log = logging.getLogger("medfl.site")
+
+_State = Advertised | Shared | OpenRound
+
+
+class SecureSite:
+    """Answers the coordinator's requests in any order they come; only the right order gets answers."""
+
+    def __init__(self, enrolment: Enrolment, journal: Journal, *, threads: int | None = None) -> None:
+        self._enrolment = enrolment
+        self._journal = journal
+        self._threads = usable_threads() if threads is None else threads
+        self._held: dict[tuple[bytes, Purpose], Contribution] = {}
+        self._open: dict[bytes, tuple[bytes, _State]] = {}  # study -> context, state
+        self._lock = Lock()
+
+    def hold(self, contribution: Contribution) -> None:
+        """Keep ``contribution`` for the sums of its study and purpose, in place of the one before."""
+        with self._lock:
+            self._held[contribution.study, contribution.purpose] = contribution
+
+    def release(self, study: bytes) -> None:
+        """Let go of everything held for ``study``; its open round cannot be finished any more."""
+        with self._lock:
+            self._open.pop(study, None)
+            self._held = {key: held for key, held in self._held.items() if key[0] != study}
+            self._journal.forget(study)
+
+    def answer(self, phase: Phase, request: PhaseRequest) -> PhaseReply:
+        """Answer one request of the coordinator.
+
+        Raises:
+            PolicyRefusal, ProtocolError, TrainingError, DataError: why not; the coordinator may know ``reason``.
+        """
+        with self._lock:
+            match phase:
+                case Phase.ADVERTISE_KEYS:
+                    return self._advertise_keys(Announcement.parse(request.control))
+                case Phase.SHARE_KEYS:
+                    return self._share_keys(KeyList.parse(request.control))
+                case Phase.MASKED_INPUT:
+                    return self._masked_input(ShareDelivery.parse(request.control))
+                case Phase.CONFIRM_SURVIVORS:
+                    return self._confirm_survivors(SurvivorList.parse(request.control))
+                case Phase.UNMASK:
+                    return self._unmask(ConfirmationList.parse(request.control))
+
+    def _advertise_keys(self, announcement: Announcement) -> PhaseReply:
+        held = self._held.get((announcement.study, announcement.purpose))
+        if held is None:
+            raise ProtocolError(
+                "a sum was announced for which nothing is held here: this site restarted, or was not asked to train",
+                reason=Reason.NOTHING_HELD,
+            )
+        epoch = self._enrolment.roster.epoch
+        history = self._journal.history(announcement.study, announcement.purpose, announcement.model, epoch=epoch)
+        state = advertise_keys(announcement, held, self._enrolment, history)
+        self._open.pop(announcement.study, None)
+        self._journal.begin(announcement, weight=held.weight, epoch=epoch)
+        self._open[announcement.study] = (state.context, state)
+        return PhaseReply(state.advert.to_bytes())
+
+    def _share_keys(self, request: KeyList) -> PhaseReply:
+        study, state = self._state(request.context)
+        if not isinstance(state, Advertised):
+            raise _out_of_order()
+        after, message = share_keys(state, request, self._enrolment)
+        self._open[study] = (request.context, after)
+        return PhaseReply(message.to_bytes())
+
+    def _masked_input(self, request: ShareDelivery) -> PhaseReply:
+        study, state = self._state(request.context)
+        if not isinstance(state, Shared):
+            raise _out_of_order()
+        masked, reply = masked_input(state, request, self._enrolment, threads=self._threads)
+        after = OpenRound(masked)
+        self._open[study] = (request.context, after)  # before the disk: no second masking under the same keys
+        self._journal.keep(request.context, study, after.to_bytes())
+        return reply
+
+    def _confirm_survivors(self, request: SurvivorList) -> PhaseReply:
+        study, state = self._state(request.context)
+        if not isinstance(state, OpenRound):
+            raise _out_of_order()
+        if (before := state.confirmed) is not None:
+            if before.survivors != request.survivors:
+                raise ProtocolError(
+                    "another list of survivors was signed here: one sum of this round is all there is",
+                    reason=Reason.BAD_SURVIVORS,
+                )
+            return PhaseReply(sign_confirmation(before, self._enrolment).to_bytes())
+        confirmed, message = confirm_survivors(state.masked, request, self._enrolment)
+        after = OpenRound(state.masked, confirmed.survivors)
+        self._journal.consume(
+            state.masked.announcement,
+            survivors=ids_to_bytes(confirmed.survivors),
+            contribution=state.masked.contribution,
+            context=request.context,
+            secret=after.to_bytes(),
+        )
+        self._open[study] = (request.context, after)
+        return PhaseReply(message.to_bytes())
+
+    def _unmask(self, request: ConfirmationList) -> PhaseReply:
+        study, state = self._state(request.context)
+        if not isinstance(state, OpenRound) or (confirmed := state.confirmed) is None:
+            raise _out_of_order()
+        if state.reveal is not None:
+            return PhaseReply(state.reveal)
+        reveal = unmask(confirmed, request, self._enrolment).to_bytes()
+        after = state.revealed(reveal)
+        self._journal.keep(request.context, study, after.to_bytes())
+        self._open[study] = (request.context, after)
+        log.info("a masked sum over %d sites is complete", len(confirmed.survivors))
+        return PhaseReply(reveal)
+
+    def _state(self, context: bytes) -> tuple[bytes, _State]:
+        """Study and state of the open sum of ``context``, from the journal where this process has just started."""
+        for study, (known, state) in self._open.items():
+            if known == context:
+                return study, state
+        kept = self._journal.kept(context)
+        if kept is None:
+            raise _out_of_order()
+        restored = OpenRound.from_bytes(kept)
+        study = restored.masked.announcement.study
+        if restored.masked.announcement.roster != self._enrolment.roster.digest:
+            raise ProtocolError("the roster has changed since this sum began", reason=Reason.BAD_ROSTER)
+        self._open[study] = (context, restored)
+        return study, restored
+
+
+def _out_of_order() -> ProtocolError:
+    return ProtocolError(
+        "a message belongs to no sum that is open here, or comes out of order: the coordinator announces a new attempt",
+        reason=Reason.OUT_OF_ORDER,
+    )
