@@ -32,6 +32,8 @@ TENSOR = "float32"
 UNKNOWN_STUDY = "unknown study"
 """Reason of the failure after which the coordinator offers its study again."""
 
+_LONGEST_NAME = 200  # of a tally's entry: "confusion/", and two names of classes of at most 64 letters
+
 Tally = Mapping[str, float]
 """Sums over examples or patients (never means), so that tallies of several sites add up."""
 
@@ -60,7 +62,7 @@ class StudyOffer:
     @classmethod
     def parse(cls, content: RecordDict) -> StudyOffer:
         """Raises ProtocolError when malformed."""
-        config = _read_config(content, {"study", "canonical", "protocol"})
+        config = _read_config(content, {"study", "canonical", "protocol"}, others=set())
         _check_protocol(config)
         return cls(_digest(config), _value(config, "canonical", bytes))
 
@@ -208,8 +210,10 @@ def unpack(content: RecordDict, name: str) -> Flat:
         raise ProtocolError(f"the message has no single flat tensor in '{name}'")
     try:
         vector = record[TENSOR].numpy()
-    except (ValueError, TypeError, OSError, EOFError):
+    except Exception:  # numpy raises many types on bytes from elsewhere, MemoryError where a header claims too much
         raise ProtocolError(f"the tensor in '{name}' cannot be read") from None
+    if not isinstance(vector, np.ndarray):  # bytes of a zip archive, which numpy opens as well
+        raise ProtocolError(f"the tensor in '{name}' is an archive")
     if vector.dtype != np.float32 or vector.ndim != 1:
         raise ProtocolError(f"the tensor in '{name}' must be float32 with one axis, got {vector.dtype}{vector.shape}")
     return vector
@@ -230,13 +234,14 @@ def _read_config(content: RecordDict, allowed: set[str] | None, *, others: set[s
     if allowed is not None and (unknown := set(config) - allowed):
         raise ProtocolError(f"the message has unknown fields: {', '.join(sorted(unknown))[:200]}")
     if others is not None and set(content) != {"config"} | others:
-        raise ProtocolError(f"the message must hold the records config, {', '.join(sorted(others))}")
+        raise ProtocolError(f"the message must hold the records {', '.join(['config', *sorted(others)])}")
     return config
 
 
 def _read_reply(content: RecordDict, kind: str, fields: set[str], *, others: set[str] | None = None) -> ConfigRecord:
     config = _read_config(content, fields | {"outcome", "nonce", "protocol"}, others=others or set())
     _check_protocol(config)
+    _value(config, "nonce", str)
     if (got := _value(config, "outcome", str)) != kind:
         raise ProtocolError(f"expected a reply '{kind}', got '{got[:40]}'")
     return config
@@ -277,7 +282,7 @@ def _tally(content: RecordDict) -> dict[str, float]:
         raise ProtocolError("the message has no tally")
     tally: dict[str, float] = {}
     for key, value in record.items():
-        if isinstance(value, list) or not isfinite(value) or not key.isprintable() or len(key) > 100:
+        if isinstance(value, list) or not isfinite(value) or not key.isprintable() or len(key) > _LONGEST_NAME:
             raise ProtocolError("a tally must hold finite numbers under short names")
         tally[key] = float(value)
     return tally
