@@ -39,5 +39,6 @@ def sync_folder(folder: Path) -> None:
 
 def private_folder(path: Path) -> Path:
     """Create ``path`` (and its parents) for the owner only, and return it."""
-    path.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+    for folder in reversed((path, *path.parents)):  # mkdir(parents=True) would leave the parents open to others
+        folder.mkdir(exist_ok=True, mode=PRIVATE_FOLDER)
     return path
