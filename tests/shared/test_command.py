@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+
+from medfl.shared.command import run
+from medfl.shared.errors import (
+    Code,
+    ConfigError,
+    DataError,
+    MedFLError,
+    NetworkError,
+    PolicyRefusal,
+    ProtocolError,
+    TrainingError,
+)
+
+
+def failing(error: BaseException) -> int:
+    def work() -> int:
+        raise error
+
+    return run("medfl-x", work)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MedFLError("a"), 1),
+        (ConfigError("a"), 2),
+        (PolicyRefusal("a"), 3),
+        (DataError("a"), 4),
+        (NetworkError("a"), 5),
+        (ProtocolError("a"), 1),
+        (TrainingError("a"), 1),
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device"), 1),
+    ],
+)
+def test_each_error_has_its_exit_status_and_one_line(
+    error: BaseException, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(error) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("medfl-x: ")
+    assert err.count("\n") == 1
+
+
+def test_an_error_of_several_problems_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    failing(ConfigError("a\nb"))
+    assert capsys.readouterr().err == "medfl-x: a\nmedfl-x: b\n"
+
+
+def test_a_file_name_in_an_error_of_the_system_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    failing(PermissionError(13, "Permission denied", "/images/MUSTERMANN^ERIKA.dcm"))
+    assert capsys.readouterr().err == "medfl-x: the operating system refused: Permission denied\n"
+
+
+def test_what_work_returns_is_the_exit_status() -> None:
+    assert run("medfl-x", lambda: 7) == 7
+
+
+def test_each_kind_of_error_has_a_code_of_its_own() -> None:
+    kinds = [MedFLError, ConfigError, PolicyRefusal, DataError, NetworkError, ProtocolError, TrainingError]
+    assert {kind.code for kind in kinds} == set(Code)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from medfl.shared import files
+from medfl.shared.files import private_folder, write_whole
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_file_is_for_its_owner_only_unless_said_otherwise(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", b"1")
+    write_whole(tmp_path / "b", b"1", mode=0o644)
+    assert (mode(tmp_path / "a"), mode(tmp_path / "b")) == (0o600, 0o644)
+
+
+def test_content_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", b"old, and longer")
+    write_whole(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_when_the_disk_refuses_the_old_content_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    write_whole(tmp_path / "a", b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, call, full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a", b"new")
+    monkeypatch.undo()
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_content_is_on_the_disk_before_the_name_points_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(files.os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    write_whole(tmp_path / "a", b"x")
+    assert calls == ["fsync", "replace", "fsync"]  # the content, the name, the folder
+
+
+def test_a_private_folder_and_the_parents_it_makes_are_for_the_owner_only(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    made = private_folder(tmp_path / "a" / "b" / "c")
+    assert {mode(folder) for folder in (made, made.parent, made.parent.parent)} == {0o700}
+    assert mode(tmp_path) == 0o755
+    assert private_folder(made) == made
+
+
+def test_a_private_folder_where_a_file_is_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(OSError, match="exists"):
+        private_folder(tmp_path / "a")
