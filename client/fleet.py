@@ -256,8 +256,9 @@ class Fleet:
         if not isinstance(message, Message) or not _same(message, order.head) or not message.has_content():
             raise ProtocolError("the message is not the one that was announced")
         message.metadata.__dict__["_message_id"] = head.message_id
+        # Frees the coordinator's memory; it forgets the message with the reply at the latest, so nobody waits for this.
         request = ConfirmMessageReceivedRequest(node=node, run_id=head.run_id, message_object_id=head.message_id)
-        self._call(self._client.ConfirmMessageReceived, request, patience)
+        self._workers.submit(self._call, self._client.ConfirmMessageReceived, request)
         return message
 
     def send(self, reply: Message, patience: Patience, *, work_s: float = 0.0) -> int:

@@ -107,6 +107,7 @@ def create_consortium(
         check_site_name(site)
     if len(set(sites)) != len(sites):
         raise ConfigError("two sites have the same name: give each site its own")
+    _alternative_names(hosts)
     authority = create_authority(folder)
     issue_server_certificate(authority, folder, hosts, days=leaf_days)
     files = {site: create_site_files(authority, folder / "sites" / site, site, days=leaf_days) for site in sites}
@@ -142,11 +143,9 @@ def issue_server_certificate(
     authority: Authority, folder: Path, hosts: Sequence[str], *, days: float = LEAF_DAYS
 ) -> None:
     """Write ``coordinator.pem`` and ``coordinator.key`` for ``hosts``: DNS names or IP addresses that sites dial."""
-    if not hosts:
-        raise ConfigError("the coordinator needs at least one host name or address that sites can dial")
+    alternative = _alternative_names(hosts)
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "MedFL coordinator")])
-    alternative = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
     builder = _leaf(authority, subject, key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH, days)
     certificate = builder.add_extension(alternative, critical=False).sign(authority.key, hashes.SHA384())
     write_new(folder / "coordinator.key", _private_bytes(key))
@@ -278,6 +277,12 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def _alternative_names(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
+    if not hosts:
+        raise ConfigError("the coordinator needs at least one host name or address that sites can dial")
+    return x509.SubjectAlternativeName([_general_name(host) for host in hosts])
 
 
 def _general_name(host: str) -> x509.GeneralName:

@@ -1,0 +1,94 @@
+"""What the link relies on in Flower's private modules. When Flower is upgraded, read what fails here first."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.state.schema.linkstate_models import MessageRes, Node
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink import main as superlink
+from flwr.superlink.routers.fleet.router import router
+
+from medfl.server.link_state import FleetState
+
+
+def test_flowers_own_stack_has_no_layer_for_the_fleet_interface_that_ours_lacks() -> None:
+    # Ours: http_error_translator, ProtobufTranslationMiddleware, NodeAuthMiddleware. The others are for the control
+    # and runtime interfaces, which we do not serve, and for an event log, which we do not have.
+    names = [layer.cls.__name__ for layer in superlink._get_middleware()]
+    assert names == [
+        "ControlSensitiveResponseMiddleware",
+        "BaseHTTPMiddleware",
+        "ControlAuthenticationMiddleware",
+        "ControlLicenseMiddleware",
+        "ProtobufTranslationMiddleware",
+        "RuntimeTracingMiddleware",
+        "ControlEventLogMiddleware",
+        "NodeAuthMiddleware",
+        "FleetEventLogMiddleware",
+    ]
+
+
+def test_the_fleet_interface_has_the_calls_that_it_had() -> None:
+    paths = sorted(getattr(route, "path", "") for route in router.routes)
+    assert paths == [
+        f"/v1/fleet/{name}"
+        for name in (
+            "activate-node",
+            "confirm-message-received",
+            "deactivate-node",
+            "get-fab",
+            "get-run",
+            "pull-messages",
+            "pull-object",
+            "push-messages",
+            "push-object",
+            "register-node",
+            "send-node-heartbeat",
+            "unregister-node",
+        )
+    ]
+
+
+def test_the_methods_that_we_override_exist_with_the_same_parameters() -> None:
+    for name, ours in vars(FleetState).items():
+        if inspect.isfunction(ours) and name not in ("__init__", "readmit", "replies_to"):
+            theirs = getattr(SqlLinkState, name)
+            assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
+
+
+def test_the_rows_that_we_read_and_write_have_their_columns() -> None:
+    assert {"public_key", "status", "unregistered_at"} <= set(Node.__table__.columns.keys())
+    assert {"message_id", "reply_to_message_id"} <= set(MessageRes.__table__.columns.keys())
+
+
+def test_a_removed_node_is_readmitted_under_its_old_id(tmp_path: Path) -> None:
+    state = FleetState(tmp_path / "fleet.db")
+    node_id = state.create_node("aid", "name", b"key", 0, name="north")
+    assert state.activate_node(node_id, 10)
+    state.delete_node("aid", node_id)
+    assert state.get_node_id_by_public_key(b"key") is None
+    assert not state.activate_node(node_id, 10)
+    state.readmit(b"key")
+    assert state.get_node_id_by_public_key(b"key") == node_id
+    assert state.activate_node(node_id, 10)
+
+
+def test_a_message_taken_apart_and_put_together_is_the_same() -> None:
+    before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
+    TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = 1, 2, 1
+    try:
+        message = Message(RecordDict({"config": ConfigRecord({"text": "x"})}), 7, "query", ttl=5.0)
+    finally:
+        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
+    parts = {part: content.deflate() for part, content in get_all_nested_objects(message).items()}
+    assert [node.object_id for node in iterate_object_tree(get_object_tree(message))] == list(parts)
+    again = inflate_object_from_contents(message.object_id, parts)
+    assert isinstance(again, Message)
+    assert again.content["config"] == message.content["config"]
+    assert (again.metadata.run_id, again.metadata.dst_node_id, again.metadata.ttl) == (2, 7, 5.0)
