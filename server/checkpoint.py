@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path) -> None:
         self._newest, self._previous = folder / "checkpoint.safetensors", folder / "checkpoint.previous.safetensors"
+        self._evaluated = folder / "evaluated.json"
+        self._damaged = False  # the newest, as the last load found it
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write durably; the last one becomes the previous one. Raises OSError when the disk refuses."""
@@ -45,12 +48,16 @@ class CheckpointFolder:
             "study": checkpoint.study,
             "round": checkpoint.round,
             "series": checkpoint.series,
-            "digest": weights_digest(checkpoint.weights),
+            "digest": _digest(tensors),
         }
         content = save(tensors, metadata={"medfl": json.dumps(about)})
         if self._newest.exists():
-            self._newest.replace(self._previous)
+            if self._damaged:
+                self._newest.unlink()  # or it would take the place of the good one
+            else:
+                self._newest.replace(self._previous)
         write_whole(self._newest, content)
+        self._damaged = False
 
     def load(self, study: Study) -> Checkpoint | None:
         """The latest readable checkpoint of ``study``, or None where there is none."""
@@ -59,10 +66,22 @@ class CheckpointFolder:
                 continue
             checkpoint = _read(path)
             if checkpoint is None:
+                self._damaged |= path == self._newest
                 log.warning("checkpoint %s is damaged: the one before it is tried", path.name)
             elif checkpoint.study == study.digest:
                 return checkpoint
         return None
+
+    def mark_evaluated(self, round_number: int) -> None:
+        """Note durably that the scores of this round have been reported."""
+        write_whole(self._evaluated, json.dumps({"round": round_number}).encode())
+
+    def evaluated(self) -> int:
+        """The last round whose scores were reported; 0 where none was, or nobody knows."""
+        try:
+            return int(json.loads(self._evaluated.read_bytes())["round"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
 
 
 def _read(path: Path) -> Checkpoint | None:
@@ -70,13 +89,19 @@ def _read(path: Path) -> Checkpoint | None:
         with safe_open(path, framework="numpy") as file:
             about = json.loads((file.metadata() or {})["medfl"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        weights = tensors.pop("weights")
-        if weights_digest(weights) != about["digest"]:
+        if _digest(tensors) != about["digest"]:
             return None
+        weights = tensors.pop("weights")
         state = {name.removeprefix(_STATE): array for name, array in tensors.items()}
         return Checkpoint(about["study"], about["round"], weights, state, about["series"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
+
+
+def _digest(tensors: dict[str, NDArray[np.float32]]) -> str:
+    """SHA-256 over all tensors and their names."""
+    names = [(name, weights_digest(array.ravel())) for name, array in sorted(tensors.items())]
+    return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
 def save_model(path: Path, study: Study, layout: Layout, weights: Flat, *, round_number: int) -> None:

@@ -5,41 +5,31 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from threading import Event
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
-import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from medfl.server.admission import Admission, Directory
 from medfl.server.checkpoint import Checkpoint, CheckpointFolder
+from medfl.server.clear import ClearCollector
 from medfl.server.cohort import CohortGrid
-from medfl.server.exchange import exchange
+from medfl.server.collector import TRAINED, Collected, Collector, Evaluated
 from medfl.server.reporter import Reporter, RoundReport
-from medfl.server.summation import FixedPointSum
+from medfl.server.secure import SecureCollector, SecureParts
+from medfl.server.stage import Stages
 from medfl.shared.algorithms.travel import build_study_network, layouts
-from medfl.shared.errors import ProtocolError
-from medfl.shared.messages import (
-    UNKNOWN_STUDY,
-    EvaluateReply,
-    Failure,
-    Kind,
-    TrainReply,
-    outcome,
-    pack,
-    request_config,
-    unpack,
-)
-from medfl.shared.metrics import add, read
+from medfl.shared.errors import ConfigError, ProtocolError
+from medfl.shared.messages import pack, request_config, unpack
+from medfl.shared.metrics import read
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout
-from medfl.strategies.build import Needs, build_strategy, needs_of
+from medfl.strategies.build import build_strategy, needs_of
 from medfl.strategies.state import capture, restore
 
 log = logging.getLogger("medfl.server")
@@ -68,17 +58,6 @@ class Result:
     layout: Layout
 
 
-@dataclass
-class _Answers:
-    """What one training stage brought: the mean of all updates, or each one by itself."""
-
-    sum: FixedPointSum
-    single: list[Message] = field(default_factory=list)
-    outcomes: dict[str, str] = field(default_factory=dict)
-    tallies: list[Mapping[str, float]] = field(default_factory=list)
-    received_bytes: int = 0
-
-
 class Rounds:
     """Runs one study over a grid, whichever grid it is."""
 
@@ -92,7 +71,9 @@ class Rounds:
         reporter: Reporter,
         stop: Event,
         series: int | None = None,
+        secure: SecureParts | None = None,
     ) -> None:
+        """Prepare the study; ``secure`` is needed where the study asks for secure aggregation."""
         self._study = study
         self._grid = grid
         self._checkpoints = checkpoints
@@ -102,19 +83,20 @@ class Rounds:
         self._admission = Admission(study, grid, directory)
         self._directory = directory
         self._strategy = build_strategy(study)
-        self._needs = needs_of(study)
         network = build_study_network(study)
         self._layout, _ = layouts(study, network)
         self._weights = self._layout.flatten(network.state_dict())
         self._round = 0
+        stages = Stages(grid, reporter, stop, study.rounds.deadline_s, self._admission.forget)
+        self._collector = _collector(study, stages, self._layout, secure)
 
     def run(self) -> Result:
         """Run to the study's end, going on from the latest checkpoint where there is one."""
-        self._resume()
+        evaluated = self._resume()
         study, void, since = self._study, 0, time.monotonic()
-        self._reporter.started(study, self._round + 1)
+        self._reporter.started(study, self._round + 1 if evaluated else self._round)
         ending = Ending.DONE
-        while self._round < study.rounds.count:
+        while self._round < study.rounds.count or not evaluated:
             cohort = self._gather(until=since + study.rounds.patience_s)
             if self._stop.is_set():
                 ending = Ending.STOPPED
@@ -122,6 +104,10 @@ class Rounds:
             if not cohort:
                 ending = Ending.NO_QUORUM
                 break
+            if not evaluated:
+                self._evaluate_again(cohort)
+                evaluated = True
+                continue
             if self._one_round(cohort):
                 void, since = 0, time.monotonic()
                 continue
@@ -135,13 +121,15 @@ class Rounds:
         self._reporter.ended(ending.value)
         return Result(ending, self._round, self._weights, self._layout)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Take up the latest checkpoint; whether its round has been evaluated (True where there is none)."""
         if self._checkpoints is None or (checkpoint := self._checkpoints.load(self._study)) is None:
-            return
+            return True
         self._layout.check(checkpoint.weights)
         self._weights, self._round = checkpoint.weights, checkpoint.round
         restore(self._strategy, checkpoint.strategy)
         log.info("going on after round %d of study %s", self._round, self._study.name)
+        return self._checkpoints.evaluated() >= self._round
 
     def _gather(self, *, until: float) -> dict[int, str]:
         """Wait for a quorum; the sites of the next round, empty when none came in time or the study is stopped."""
@@ -167,109 +155,75 @@ class Rounds:
         return {node: ready[node] for node in sorted(drawn.sample(sorted(ready), size))}
 
     def _one_round(self, cohort: dict[int, str]) -> bool:
-        """Train, aggregate, evaluate and make durable; False when too few sites answered (nothing has changed then)."""
+        """Train, aggregate, make durable, evaluate; False when too few sites answered (nothing has changed then)."""
         number, started = self._round + 1, time.monotonic()
-        answers = self._train(number, cohort)
-        trained = [name for name, result in answers.outcomes.items() if result == "trained"]
-        if len(trained) < self._study.rounds.minimum_sites:
-            failed = ", ".join(f"{name}: {why}" for name, why in answers.outcomes.items() if name not in trained)
-            log.warning("round %d is void: %d of %d sites trained (%s)", number, len(trained), len(cohort), failed)
+        collected = self._train(number, cohort)
+        if collected.trained < self._study.rounds.minimum_sites or not collected.replies:
+            failed = ", ".join(f"{name}: {why}" for name, why in collected.outcomes.items() if why != TRAINED)
+            log.warning("round %d is void: %d of %d sites trained (%s)", number, collected.trained, len(cohort), failed)
             return False
-        self._weights = self._aggregate(number, answers)
-        scores, site_scores = self._evaluate(number, cohort)
+        self._weights = self._aggregate(number, collected)
         self._round = number
         if self._checkpoints is not None:
             state = capture(self._strategy)
             self._checkpoints.save(Checkpoint(self._study.digest, number, self._weights, state, self._series))
-        report = RoundReport(
-            round=number,
-            seconds=time.monotonic() - started,
-            outcomes=answers.outcomes,
-            training=read(add(answers.tallies)),
-            scores=scores,
-            site_scores=site_scores,
-            received_bytes=answers.received_bytes,
-        )
-        self._reporter.finished_round(report)
+        self._collector.settled()
+        self._report(collected, started, cohort)
         return True
 
-    def _train(self, number: int, cohort: dict[int, str]) -> _Answers:
-        config = request_config(self._study.digest, number)
+    def _train(self, number: int, cohort: dict[int, str]) -> Collected:
         view = CohortGrid(self._grid, cohort)
-        messages = list(self._strategy.configure_train(number, pack(self._weights), config, view))
-        answers = _Answers(FixedPointSum(self._layout.length))
-        answers.outcomes.update(dict.fromkeys((cohort[m.metadata.dst_node_id] for m in messages), "no answer"))
-        done: list[str] = []
-        self._reporter.stage(number, "training", done, list(answers.outcomes))
-        for reply in exchange(self._grid, messages, deadline_s=self._study.rounds.deadline_s, stop=self._stop):
-            name = cohort.get(reply.metadata.src_node_id)
-            if name is None or answers.outcomes[name] == "trained":
-                continue
-            answers.outcomes[name] = self._take(reply, answers)
-            done.append(name)
-            self._reporter.stage(number, "training", done, list(answers.outcomes))
-        return answers
+        quorum = self._study.rounds.minimum_sites
 
-    def _take(self, reply: Message, answers: _Answers) -> str:
-        """Add one training reply to ``answers`` and say in a few words what it was."""
-        if reply.has_error():
-            return "unavailable"
-        try:
-            if outcome(reply.content) == "failed":
-                return self._failure(reply)
-            trained = TrainReply.parse(reply.content)
-            answers.sum.add(trained.update, trained.examples)
-        except ProtocolError as error:
-            log.warning("a training reply was thrown away: %s", error)
-            return "malformed reply"
-        if self._needs is Needs.SINGLE_UPDATES:
-            answers.single.append(_as_flower(self._weights + trained.update, trained.examples))
-        answers.received_bytes += trained.update.nbytes
-        if trained.tally:
-            answers.tallies.append(trained.tally)
-        return "trained"
+        def configure(config: ConfigRecord) -> list[Message]:
+            return list(self._strategy.configure_train(number, pack(self._weights), config, view))
 
-    def _failure(self, reply: Message) -> str:
-        failure = Failure.parse(reply.content)
-        if failure.reason == UNKNOWN_STUDY:
-            self._admission.forget(reply.metadata.src_node_id)
-        return f"{failure.code.value}: {failure.reason}" if failure.reason else failure.code.value
+        if (collected := self._collector.unfinished(self._weights, cohort)) is not None:
+            configure(request_config(self._study.digest, number))  # strategies note what they sent
+            return collected
+        return self._collector.train(number, self._weights, cohort, configure, quorum=quorum)
 
-    def _aggregate(self, number: int, answers: _Answers) -> Flat:
+    def _aggregate(self, number: int, collected: Collected) -> Flat:
         """Let the strategy make the new model of the mean update (one virtual reply), or of the single ones."""
-        replies = answers.single or [_as_flower(self._weights + answers.sum.mean(), answers.sum.weight)]
-        arrays, _ = self._strategy.aggregate_train(number, replies)
+        arrays, _ = self._strategy.aggregate_train(number, collected.replies)
         if arrays is None:
             raise ProtocolError(f"strategy {self._study.strategy.name} made no model of round {number}")
-        weights = unpack(RecordDict({"arrays": arrays}), "arrays").astype(np.float32, copy=False)
+        weights = unpack(RecordDict({"arrays": arrays}), "arrays")
         self._layout.check(weights)
         return weights
 
-    def _evaluate(self, number: int, cohort: dict[int, str]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """Held-out scores over all sites, and by site, of the tallies that sites release."""
-        if number % self._study.rounds.evaluate_every and number != self._study.rounds.count:
-            return {}, {}
-        config = request_config(self._study.digest, number)
+    def _evaluate_again(self, cohort: dict[int, str]) -> None:
+        """Score the round whose checkpoint is the last thing that was done before a restart."""
+        self._report(Collected(), time.monotonic(), cohort)
+
+    def _report(self, collected: Collected, started: float, cohort: dict[int, str]) -> None:
+        number, rounds = self._round, self._study.rounds
         view = CohortGrid(self._grid, cohort)
-        messages = list(self._strategy.configure_evaluate(number, pack(self._weights), config, view))
-        tallies: dict[str, Mapping[str, float]] = {}
-        done: list[str] = []
-        self._reporter.stage(number, Kind.EVALUATE.value, done, list(cohort.values()))
-        for reply in exchange(self._grid, messages, deadline_s=self._study.rounds.deadline_s, stop=self._stop):
-            name = cohort.get(reply.metadata.src_node_id)
-            if name is None:
-                continue
-            done.append(name)
-            self._reporter.stage(number, Kind.EVALUATE.value, done, list(cohort.values()))
-            try:
-                if reply.has_content() and (tally := EvaluateReply.parse(reply.content).tally):
-                    tallies[name] = tally
-            except ProtocolError as error:
-                log.warning("an evaluation reply was thrown away: %s", error)
-        return read(add(tallies.values())), {name: read(tally) for name, tally in tallies.items()}
+
+        def configure(config: ConfigRecord) -> list[Message]:
+            return list(self._strategy.configure_evaluate(number, pack(self._weights), config, view))
+
+        evaluated = Evaluated()
+        if number % rounds.evaluate_every == 0 or number == rounds.count:
+            evaluated = self._collector.evaluate(number, self._weights, cohort, configure)
+        report = RoundReport(
+            round=number,
+            seconds=time.monotonic() - started,
+            outcomes=collected.outcomes,
+            training=read(collected.tally),
+            scores=read(evaluated.tally),
+            site_scores={name: read(tally) for name, tally in evaluated.by_site.items()},
+            received_bytes=collected.received_bytes,
+        )
+        self._reporter.finished_round(report)
+        if self._checkpoints is not None:
+            self._checkpoints.mark_evaluated(number)
 
 
-def _as_flower(weights: Flat, examples: int) -> Message:
-    """A reply in the form Flower's strategies aggregate: full weights and how many examples they stand for."""
-    content = RecordDict({"arrays": pack(weights), "metrics": MetricRecord({"num-examples": examples})})
-    return Message(content, dst_node_id=0, message_type=Kind.TRAIN.value)
+def _collector(study: Study, stages: Stages, layout: Layout, secure: SecureParts | None) -> Collector:
+    needs = needs_of(study)
+    if study.secure_aggregation.mode == "none":
+        return ClearCollector(study, stages, needs)
+    if secure is None:
+        raise ConfigError(f"study {study.name} asks for secure aggregation, and no roster is configured: name one")
+    return SecureCollector(study, stages, layout, secure)

@@ -10,7 +10,7 @@ from medfl.shared.weights import Flat
 
 _FRACTION_BITS = 32
 _SCALE = float(1 << _FRACTION_BITS)
-_MAX_TERM = float(1 << 54)  # 512 such terms stay below 2**63
+_MAX_TERM = float(1 << 54)  # 512 terms below it stay below 2**63
 _MAX_TERMS = 512
 _BLOCK = 1 << 18  # values converted at a time, so that no second model is held
 
@@ -36,8 +36,10 @@ class FixedPointSum:
         largest = float(max(update.max(initial=0.0), -update.min(initial=0.0)))
         if not np.isfinite(largest):
             raise ProtocolError("the update holds values that are not finite")
-        if largest * weight * _SCALE > _MAX_TERM or self.terms == _MAX_TERMS:
+        if largest * weight * _SCALE >= _MAX_TERM:
             raise ProtocolError("the update is too large to be summed: the site's training diverged")
+        if self.terms == _MAX_TERMS:
+            raise ProtocolError(f"{_MAX_TERMS} updates are in the sum, and it holds no more: set sites_per_round")
         for start in range(0, update.size, _BLOCK):
             block = update[start : start + _BLOCK].astype(np.float64)
             np.rint(np.multiply(block, weight * _SCALE, out=block), out=block)
