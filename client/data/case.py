@@ -29,6 +29,8 @@ class Example:
     spacing_mm: tuple[float, ...] | None
     mask: NDArray[np.uint8] | None = None
     label: frozenset[int] | None = None
+    review: frozenset[str] = frozenset()  # things that a person should look at, such as possible burned-in text
+    unmatched: tuple[str, ...] = ()  # names of segments that are no class of the study
 
 
 class Case(Protocol):
@@ -63,3 +65,4 @@ class Findings:
     labels: int = 0
     quarantined: Counter[str] = field(default_factory=Counter)
     unmatched: Counter[str] = field(default_factory=Counter)  # names of segments that are no class; shown locally
+    review: Counter[str] = field(default_factory=Counter)  # cases that a person should look at, by reason

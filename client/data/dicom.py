@@ -1,149 +1,251 @@
-"""A folder of DICOM files to cases: series grouped by their identifiers, each with the label objects that name it."""
+"""DICOM files of a folder to cases: grouped by their identifiers, each with the label that names it."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import highdicom as hd
-import numpy as np
-import pydicom
-from numpy.typing import NDArray
-
-from medfl.client.data.case import Example, Findings, Quarantine
-from medfl.client.data.headers import Header, quiet, scan
+from medfl.client.data.case import Findings, Quarantine
+from medfl.client.data.dicom_cases import ImageCase, LabelFiles, SeriesCase, Stack
+from medfl.client.data.headers import Header, Progress, Reader
 from medfl.client.data.secret import SiteKey
-from medfl.client.data.segments import read_segments
-from medfl.client.data.settings import DicomSettings
-from medfl.client.data.volumes import read_volume
+from medfl.client.data.settings import DicomSettings, DicomwebSettings, DimseSettings, NiftiLabels, TableLabels
+from medfl.client.data.tables import classes_of, read_rows
 from medfl.shared.data_spec import DataSpec, Modality
-from medfl.shared.errors import DataError
+from medfl.shared.errors import ConfigError, DataError
 
 Task = Literal["segmentation", "classification"]
-Progress = Callable[[str, int, int], None]
+AnyDicom = DicomSettings | DicomwebSettings | DimseSettings
 
-SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+SEGMENTATIONS = frozenset({"1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"})  # SEG, label map SEG
+STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 
-IMAGES: Mapping[Modality, frozenset[str]] = {
-    Modality.CT: frozenset({"1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"}),
-    Modality.MR: frozenset({"1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4"}),
+_CT = {"1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"}
+_MR = {"1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4"}
+_PET = {"1.2.840.10008.5.1.4.1.1.128", "1.2.840.10008.5.1.4.1.1.130", "1.2.840.10008.5.1.4.1.1.128.1"}
+VOLUMES: Mapping[Modality, frozenset[str]] = {
+    Modality.CT: frozenset(_CT),
+    Modality.MR: frozenset(_MR),
+    Modality.PET: frozenset(_PET),
 }
-"""SOP classes that are images of a modality: plain, enhanced, legacy converted (PS3.4 B.5). All else stays out."""
+PLANAR: Mapping[Modality, frozenset[str]] = {
+    Modality.XRAY: frozenset({"1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1"}),
+    Modality.MAMMOGRAPHY: frozenset({"1.2.840.10008.5.1.4.1.1.1.2"}),
+    Modality.ULTRASOUND: frozenset({"1.2.840.10008.5.1.4.1.1.6.1"}),
+    Modality.FUNDUS: frozenset({"1.2.840.10008.5.1.4.1.1.77.1.5.1", "1.2.840.10008.5.1.4.1.1.77.1.5.2"}),
+    Modality.PHOTO: frozenset({"1.2.840.10008.5.1.4.1.1.77.1.4"}),
+}
+"""SOP classes that are images of a modality, "for presentation" where there is a choice (PS3.4 B.5). All else stays
+out: secondary captures above all, which are screenshots."""
 
 
-@dataclass(frozen=True, slots=True)
-class SeriesCase:
-    """A series of slices and the label objects that reference it."""
+@dataclass(slots=True)
+class _Archive:
+    """Headers of a folder, sorted by what they are."""
 
-    patient: str
-    spec: DataSpec = field(repr=False)
-    slices: tuple[Path, ...] = field(repr=False)
-    segmentations: tuple[Path, ...] = field(repr=False)
-    aliases: Mapping[str, str] = field(repr=False)
-    attributes: Mapping[str, str]
-
-    @property
-    def identity(self) -> str:
-        """Digest of the content of all files, whatever they are called."""
-        parts = sorted(hashlib.sha256(path.read_bytes()).digest() for path in (*self.slices, *self.segmentations))
-        return hashlib.sha256(b"".join(parts)).hexdigest()
-
-    def read(self) -> Example:
-        """Decode, check, order and orient the volume and bring the labels onto its grid."""
-        try:
-            with quiet():
-                datasets = [pydicom.dcmread(path) for path in self.slices]
-        except Exception:
-            raise Quarantine("unreadable DICOM file") from None
-        volume = read_volume(datasets, self.spec.modality)
-        mask, _ = read_segments(self.segmentations, volume, self.spec, self.aliases)
-        return oriented(volume, mask, self.spec)
+    images: dict[str, list[Header]] = field(default_factory=lambda: defaultdict(list))  # by series
+    labels: dict[str, list[Header]] = field(default_factory=lambda: defaultdict(list))  # by the series they name
 
 
-def oriented(volume: hd.Volume, mask: NDArray[np.uint8], spec: DataSpec) -> Example:
-    """``volume`` and the mask on its grid, turned so that the axes run as the study says."""
-    turned = volume.to_patient_orientation(spec.preprocessing.orientation)
-    labels = volume.with_array(mask).to_patient_orientation(spec.preprocessing.orientation)
-    spacing = tuple(float(s) for s in turned.spacing)
-    return Example(np.ascontiguousarray(turned.array)[None], spacing, mask=np.ascontiguousarray(labels.array))
-
-
-def find_series(
-    settings: DicomSettings,
+def find_dicom(
+    settings: AnyDicom,
+    folder: Path,
     spec: DataSpec,
     task: Task,
     key: SiteKey,
     findings: Findings,
     opted_out: Callable[[str], bool],
     progress: Progress | None = None,
-) -> list[SeriesCase]:
-    """Series of the study's modality that have labels, in the order of their identifiers.
+) -> list[SeriesCase | ImageCase]:
+    """Cases in ``folder`` that have the study's images and labels, in the order of their identifiers.
 
     Raises:
         DataError: no such folder, or no image of the study's modality in it.
+        ConfigError: the labels that are configured do not fit the task.
     """
-    if task != "segmentation":
-        raise DataError("DICOM folders give labels for segmentation; for classification use data.source: table")
-    if spec.modality not in IMAGES:
-        raise DataError(f"data.source: dicom does not read modality {spec.modality.value!r}")
-    if not settings.folder.is_dir():
-        raise DataError(f"{settings.folder}: is not a folder (data.folder)")
-    headers = scan(settings.folder, key, findings, opted_out, progress)
-    series, labels = _group(headers, spec, findings)
-    if not series:
-        raise DataError(
-            f"{settings.folder}: no {spec.modality.value.upper()} series among {len(headers)} DICOM files (data.folder)"
-        )
+    if not folder.is_dir():
+        raise DataError(f"{folder}: is not a folder (data.folder)")
+    if task == "classification" and not isinstance(settings.labels, TableLabels):
+        raise ConfigError("data.labels: a classification needs labels of kind: table")
+    if missing := sorted(set(spec.series) - set(settings.series)):
+        raise ConfigError(f"data.series: says no description for the study's channel {missing[0]!r}")
+    channels = {name: settings.series[name] for name in spec.series}
+    headers = Reader(key, opted_out, channels).scan(folder, findings, progress)
+    archive = _sort(headers, spec, findings)
+    if not archive.images:
+        kind = " or ".join(sorted(modality.value for modality in _modalities(spec)))
+        raise DataError(f"{folder}: no {kind} image among {len(headers)} DICOM files that can be used (data.folder)")
+    finder = _Finder(settings, spec, archive, _Labels(settings, spec, task, key))
+    if spec.modality in PLANAR:
+        candidates: Iterable[list[list[Header]]] = ([[h]] for series in archive.images.values() for h in series)
+    elif spec.series:
+        candidates = _by_study(archive.images.values())
+    else:
+        candidates = ([series] for series in archive.images.values())
+    ordered = sorted(candidates, key=lambda group: group[0][0].sop_instance)
     cases = []
-    for uid, slices in sorted(series.items()):
+    for group in ordered:
         try:
-            cases.append(_case(slices, labels.get(uid, []), spec, settings))
+            cases.append(finder.case(group))
         except Quarantine as reason:
             findings.quarantined[str(reason)] += 1
-    findings.series = len(series)
-    findings.studies = len({slices[0].study for slices in series.values()})
-    orphans = sum(len(found) for uid, found in labels.items() if uid not in series)
-    if orphans:
-        findings.quarantined["label without image"] += orphans
     return cases
 
 
-def _group(
-    headers: list[Header], spec: DataSpec, findings: Findings
-) -> tuple[dict[str, list[Header]], dict[str, list[Header]]]:
-    """Image headers by their series, label headers by the series that they name."""
-    series: dict[str, list[Header]] = defaultdict(list)
-    labels: dict[str, list[Header]] = defaultdict(list)
+def _modalities(spec: DataSpec) -> frozenset[Modality]:
+    """Modalities that a study may use: its own; with channels from several series also others, as in CT with PET."""
+    if spec.series and spec.modality in VOLUMES:
+        return frozenset(VOLUMES)
+    return frozenset({spec.modality})
+
+
+def _sort(headers: list[Header], spec: DataSpec, findings: Findings) -> _Archive:
+    wanted = {uid for modality in _modalities(spec) for uid in (VOLUMES.get(modality) or PLANAR[modality])}
+    archive = _Archive()
+    seen: set[str] = set()
     for header in headers:
-        if header.sop_class in IMAGES[spec.modality]:
-            series[header.series].append(header)
-        elif header.sop_class == SEGMENTATION:
+        is_label = header.sop_class in SEGMENTATIONS or header.sop_class == STRUCTURE_SET
+        if not is_label and header.sop_class not in wanted:
+            findings.quarantined["SOP class that the study does not use"] += 1
+        elif header.sop_instance in seen and is_label:
+            findings.quarantined["same label twice"] += 1
+        elif not is_label:
+            archive.images[header.series].append(header)
+        else:
             findings.labels += 1
             if not header.referenced_series:
                 findings.quarantined["label that names no series"] += 1
             for uid in header.referenced_series:
-                labels[uid].append(header)
-        else:
-            findings.quarantined["file of another kind"] += 1
-    return series, labels
+                archive.labels[uid].append(header)
+        seen.add(header.sop_instance)
+    findings.series = len(archive.images)
+    findings.studies = len({series[0].study for series in archive.images.values()})
+    if orphans := sum(len(found) for uid, found in archive.labels.items() if uid not in archive.images):
+        findings.quarantined["label without image"] += orphans
+    return archive
 
 
-def _case(slices: list[Header], labels: list[Header], spec: DataSpec, settings: DicomSettings) -> SeriesCase:
-    if len({(h.patient, h.study, h.frame_of_reference) for h in slices}) > 1:
-        raise Quarantine("mixed series")
-    if not labels:
-        raise Quarantine("no label")
-    if any(label.patient != slices[0].patient for label in labels):
-        raise Quarantine("label of another patient")
-    return SeriesCase(
-        slices[0].patient,
-        spec,
-        tuple(header.path for header in slices),
-        tuple(header.path for header in labels),
-        settings.aliases,
-        dict(slices[0].attributes),
-    )
+def _by_study(series: Iterable[list[Header]]) -> list[list[list[Header]]]:
+    studies: dict[str, list[list[Header]]] = defaultdict(list)
+    for headers in series:
+        studies[headers[0].study].append(headers)
+    return list(studies.values())
+
+
+class _Labels:
+    """Labels that lie outside of DICOM: classes from a table, masks from NIfTI files."""
+
+    def __init__(self, settings: AnyDicom, spec: DataSpec, task: Task, key: SiteKey) -> None:
+        self._settings = settings.labels
+        self._classes: dict[str, set[str]] = defaultdict(set)
+        self._spec, self._aliases = spec, settings.aliases
+        if isinstance(self._settings, TableLabels):
+            if task == "segmentation":
+                raise ConfigError("data.labels: kind: table gives classes of whole images; a segmentation needs masks")
+            rows, columns = read_rows(self._settings.file)
+            name = self._settings.key_column or self._settings.key
+            for column in (name, self._settings.label_column):
+                if column not in columns:
+                    raise DataError(f"{self._settings.file}: has no column {column!r} (data.labels)")
+            for row in rows:
+                value = (row.get(name) or "").strip()
+                self._classes[key.pseudonym(value)].add((row.get(self._settings.label_column) or "").strip())
+        self._masks: dict[str, Path] = {}
+        if isinstance(self._settings, NiftiLabels):
+            if not self._settings.folder.is_dir():
+                raise DataError(f"{self._settings.folder}: is not a folder (data.labels.folder)")
+            for path in sorted(self._settings.folder.iterdir()):
+                stem = path.name.removesuffix(".gz").removesuffix(".nii")
+                if stem != path.name:
+                    self._masks[key.pseudonym(stem)] = path
+        self._key = key
+
+    def of(self, header: Header) -> LabelFiles | None:
+        """The label of the case whose first file is ``header``; None where labels are DICOM objects."""
+        match self._settings:
+            case TableLabels():
+                found = self._classes.get(self._name(header), set()) - {""}
+                if not found:
+                    raise Quarantine("no label")
+                if len(found) > 1:
+                    raise Quarantine("two different labels in the table")
+                return LabelFiles(classes=classes_of(found.pop(), self._spec, self._aliases))
+            case NiftiLabels():
+                path = self._masks.get(self._name(header))
+                if path is None:
+                    raise Quarantine("no label")
+                return LabelFiles(nifti=path)
+            case _:
+                return None
+
+    def _name(self, header: Header) -> str:
+        assert isinstance(self._settings, TableLabels | NiftiLabels)  # noqa: S101 - the caller has matched it
+        match self._settings.key:
+            case "patient":
+                return header.patient  # already a pseudonym
+            case "study":
+                return self._key.pseudonym(header.study)
+            case "series":
+                return self._key.pseudonym(header.series)
+            case "instance":
+                return self._key.pseudonym(header.sop_instance)
+
+
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """Puts the series of one case and its label together."""
+
+    settings: AnyDicom
+    spec: DataSpec
+    archive: _Archive
+    labels: _Labels
+
+    def case(self, group: list[list[Header]]) -> SeriesCase | ImageCase:
+        """The case of some series of one study (or of one image).
+
+        Raises:
+            Quarantine: a channel or the label is missing, or things of several patients or scans are mixed.
+        """
+        stacks = self._channels(group) if self.spec.series else group
+        first = stacks[0][0]
+        if any((h.patient, h.study) != (first.patient, first.study) for stack in stacks for h in stack):
+            raise Quarantine("mixed series")
+        if any(len({h.frame_of_reference for h in stack}) > 1 for stack in stacks):
+            raise Quarantine("mixed series")
+        label = self.labels.of(first) or self._objects(stacks)
+        attributes = dict(first.attributes)
+        if self.spec.modality in PLANAR:
+            return ImageCase(first.patient, self.spec, first.path, label, self.settings.aliases, attributes)
+        found = tuple(Stack(_modality(stack[0]), tuple(h.path for h in stack)) for stack in stacks)
+        return SeriesCase(first.patient, self.spec, found, label, self.settings.aliases, attributes)
+
+    def _channels(self, group: list[list[Header]]) -> list[list[Header]]:
+        """One series for each channel, in the study's order."""
+        out = []
+        for name in self.spec.series:
+            matching = [series for series in group if series[0].channel == name]
+            if not matching:
+                raise Quarantine("a channel is missing")
+            if len(matching) > 1:
+                raise Quarantine("several series for one channel")
+            out.append(matching[0])
+        return out
+
+    def _objects(self, stacks: list[list[Header]]) -> LabelFiles:
+        """Label objects that name the first series (whose grid is the case's)."""
+        objects = self.archive.labels.get(stacks[0][0].series, [])
+        if not objects:
+            raise Quarantine("no label")
+        if any(label.patient != stacks[0][0].patient for label in objects):
+            raise Quarantine("label of another patient")
+        return LabelFiles(
+            tuple(label.path for label in objects if label.sop_class in SEGMENTATIONS),
+            tuple(label.path for label in objects if label.sop_class == STRUCTURE_SET),
+        )
+
+
+def _modality(header: Header) -> Modality:
+    return next(modality for modality, classes in VOLUMES.items() if header.sop_class in classes)

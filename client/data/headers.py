@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,16 @@ from typing import Any
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from medfl.client.data.case import Findings
+from medfl.client.data.case import Findings, Quarantine
 from medfl.client.data.secret import SiteKey
 
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(what, done, total)`` from time to time."""
+
+_UIDS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"]
 _FIELDS = [
-    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
-    "PatientID", "PatientSex", "PatientAge", "Manufacturer", "ManufacturerModelName", "KVP", "MagneticFieldStrength",
-    "ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence",
+    *_UIDS, "Modality", "PatientID", "PatientSex", "PatientAge", "Manufacturer", "ManufacturerModelName", "KVP",
+    "MagneticFieldStrength", "SeriesDescription", "ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence",
 ]  # fmt: skip
 
 
@@ -37,79 +40,85 @@ class Header:
     frame_of_reference: str = field(repr=False)
     modality: str
     patient: str  # pseudonym
+    channel: str  # which of the study's channels the series is; empty where none
     referenced_series: frozenset[str] = field(repr=False)  # of label objects
     attributes: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How to read headers: whose secret, who has opted out, and which descriptions mean which channel."""
+
+    key: SiteKey
+    opted_out: Callable[[str], bool]
+    channels: Mapping[str, str] = field(default_factory=dict)  # channel -> regular expression on the description
+
+    def scan(self, folder: Path, findings: Findings, progress: Progress | None = None) -> list[Header]:
+        """Headers of all DICOM files under ``folder``, in the order of names. DICOMDIR and links are not followed."""
+        paths = [
+            Path(root, name)
+            for root, _, names in os.walk(folder)
+            for name in names
+            if name.upper() != "DICOMDIR" and not name.startswith(".")
+        ]
+        headers = []
+        for done, path in enumerate(sorted(paths)):
+            if progress and done % 50 == 0:
+                progress("reading headers", done, len(paths))
+            try:
+                headers.append(self.read(path))
+            except Quarantine as reason:
+                findings.quarantined[str(reason)] += 1
+        return headers
+
+    def read(self, path: Path) -> Header:
+        """The allowed part of one file's header; pixels are not read.
+
+        Raises:
+            Quarantine: not DICOM, unreadable, without identifiers, or the patient has opted out.
+        """
+        try:
+            with quiet():
+                dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_FIELDS)
+                meta = dataset.file_meta
+                patient = str(dataset.get("PatientID") or "").strip()
+                uids = [str(dataset.get(name) or meta.get(f"MediaStorage{name}") or "") for name in _UIDS]
+                channel = self._channel(str(dataset.get("SeriesDescription") or ""))
+                attributes = tuple(sorted(_attributes(dataset).items()))
+                referenced = frozenset(_referenced_series(dataset))
+                modality = str(dataset.get("Modality") or "")
+        except InvalidDicomError:
+            raise Quarantine("not a DICOM file") from None
+        except Exception:  # pydicom raises many kinds on damaged files, and their text may quote the file
+            raise Quarantine("unreadable DICOM file") from None
+        if not patient:
+            raise Quarantine("no patient identifier")
+        if not all(uids[:4]):
+            raise Quarantine("no DICOM unique identifiers")
+        if self.opted_out(patient):
+            raise Quarantine("opted out")
+        sop_class, instance, study, series, frame = uids
+        pseudonym = self.key.pseudonym(patient)
+        return Header(
+            path, sop_class, instance, study, series, frame, modality, pseudonym, channel, referenced, attributes
+        )
+
+    def _channel(self, description: str) -> str:
+        found = [name for name, pattern in self.channels.items() if re.search(pattern, description, re.IGNORECASE)]
+        return found[0] if len(found) == 1 else ""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep pydicom, highdicom and the decoders silent: their warnings and log lines quote values from the files."""
+    """Keep pydicom, highdicom and the decoders silent: their warnings quote values from the files."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-for _name in ("pydicom", "highdicom", "pynetdicom"):
-    logging.getLogger(_name).addHandler(logging.NullHandler())
+for _name in ("pydicom", "highdicom", "pynetdicom", "dicomweb_client", "openjpeg", "nibabel"):  # log lines do too
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
     logging.getLogger(_name).propagate = False
-
-
-def scan(
-    folder: Path,
-    key: SiteKey,
-    findings: Findings,
-    opted_out: Callable[[str], bool],
-    progress: Callable[[str, int, int], None] | None = None,
-) -> list[Header]:
-    """Headers of all DICOM files under ``folder``, in the order of their names. DICOMDIR and links are not followed."""
-    paths = sorted(
-        Path(root, name) for root, _, names in os.walk(folder) for name in names if name.upper() != "DICOMDIR"
-    )
-    headers = []
-    for done, path in enumerate(paths):
-        if progress and done % 50 == 0:
-            progress("reading headers", done, len(paths))
-        try:
-            header = read_header(path, key, opted_out)
-        except _LeftOut as reason:
-            findings.quarantined[str(reason)] += 1
-        else:
-            headers.append(header)
-    return headers
-
-
-class _LeftOut(Exception):
-    """A file that is left out, with its counted reason."""
-
-
-def read_header(path: Path, key: SiteKey, opted_out: Callable[[str], bool]) -> Header:
-    """The allowed part of one file's header; pixels are not read.
-
-    Raises:
-        _LeftOut: not DICOM, unreadable, without identifiers, or the patient has opted out.
-    """
-    try:
-        with quiet():
-            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_FIELDS)
-            patient = str(dataset.get("PatientID") or "").strip()
-            uids = [str(dataset.get(name) or "") for name in _FIELDS[:5]]
-            attributes = tuple(sorted(_attributes(dataset).items()))
-            referenced = frozenset(_referenced_series(dataset))
-            modality = str(dataset.get("Modality") or "")
-    except InvalidDicomError:
-        raise _LeftOut("not a DICOM file") from None
-    except Exception:  # pydicom raises many kinds on damaged files, and their text may quote the file
-        raise _LeftOut("unreadable DICOM file") from None
-    if not patient:
-        raise _LeftOut("no patient identifier")
-    if not all(uids[:4]):
-        raise _LeftOut("no DICOM unique identifiers")
-    if opted_out(patient):
-        raise _LeftOut("opted out")
-    sop_class, sop_instance, study, series, frame = uids
-    return Header(
-        path, sop_class, sop_instance, study, series, frame, modality, key.pseudonym(patient), referenced, attributes
-    )
 
 
 def _attributes(dataset: Any) -> dict[str, str]:
@@ -123,8 +132,8 @@ def _attributes(dataset: Any) -> dict[str, str]:
             out[name] = value[:64]
     if (kvp := dataset.get("KVP")) is not None:
         out["kvp"] = f"{float(kvp):g}"
-    if (field_strength := dataset.get("MagneticFieldStrength")) is not None:
-        out["field_strength"] = f"{float(field_strength):g} T"
+    if (strength := dataset.get("MagneticFieldStrength")) is not None:
+        out["field_strength"] = f"{float(strength):g} T"
     return out
 
 

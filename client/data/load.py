@@ -12,18 +12,25 @@ import torch
 from torch import Tensor
 
 from medfl.client.data.case import Case, Example, Findings, Quarantine
+from medfl.client.data.headers import Progress
 from medfl.client.data.preprocess import preprocess
 from medfl.client.data.report import DataReport, Range
 from medfl.client.data.secret import SiteKey
-from medfl.client.data.settings import DataSettings, DicomSettings, TableSettings
+from medfl.client.data.settings import (
+    BidsSettings,
+    DataSettings,
+    DicomSettings,
+    DicomwebSettings,
+    DimseSettings,
+    NnunetSettings,
+    TableSettings,
+)
 from medfl.client.data.splits import Split, split_patients
 from medfl.client.data.tensors import SiteData, TensorSet, gather, narrowest
 from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import DataError
 
 Task = Literal["segmentation", "classification"]
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, done, total)`` from time to time."""
 
 
 def load_site_data(
@@ -66,6 +73,8 @@ def load_site_data(
         labels = masks if masks is not None else _class_labels(example, spec, len(images))
         blocks[part].append((narrowest(images), labels, numbers[case.patient]))
         statistics.add(example, labels, case)
+        findings.unmatched.update(example.unmatched)
+        findings.review.update(example.review)
     if progress:
         progress("reading images", len(cases), len(cases))
     splits = {part: _tensor_set(blocks[part], spec, task, torch.device(device)) for part in Split}
@@ -79,6 +88,7 @@ def load_site_data(
         examples={part: len(splits[part]) for part in Split},
         quarantined=dict(findings.quarantined),
         unmatched=dict(findings.unmatched),
+        review=dict(findings.review),
         class_balance=statistics.balance(spec),
         spacing_mm=statistics.spacing,
         intensity=statistics.intensity,
@@ -100,13 +110,29 @@ def find_cases(
     opted_out = _opt_out(settings.opt_out)
     match settings:
         case DicomSettings():
-            from medfl.client.data.dicom import find_series
+            from medfl.client.data.dicom import find_dicom
 
-            return find_series(settings, spec, task, key, findings, opted_out, progress)
+            return find_dicom(settings, settings.folder, spec, task, key, findings, opted_out, progress)
         case TableSettings():
             from medfl.client.data.tables import find_pictures
 
             return find_pictures(settings, spec, task, key, findings, opted_out)
+        case NnunetSettings() | BidsSettings() if task != "segmentation":
+            raise DataError(f"data.source: {settings.source} has masks only: list the images with source: table")
+        case NnunetSettings():
+            from medfl.client.data.layouts import find_nnunet
+
+            return find_nnunet(settings, spec, key, findings, opted_out)
+        case BidsSettings():
+            from medfl.client.data.layouts import find_bids
+
+            return find_bids(settings, spec, key, findings, opted_out)
+        case DicomwebSettings() | DimseSettings():
+            from medfl.client.data.dicom import find_dicom
+            from medfl.client.data.pacs import fetch_all
+
+            fetch_all(settings, findings, opted_out, progress)
+            return find_dicom(settings, settings.fetch.folder, spec, task, key, findings, opted_out, progress)
 
 
 def _opt_out(path: Path | None) -> Callable[[str], bool]:

@@ -32,6 +32,7 @@ class DataReport:
     examples: Mapping[Split, int]  # rows of the tensors: slices, pictures or volumes
     quarantined: Mapping[str, int]  # reason -> how many
     unmatched: Mapping[str, int]  # name of a segment here that is no class of the study -> how many
+    review: Mapping[str, int]  # cases that a person should look at, by reason
     class_balance: Mapping[str, float]
     spacing_mm: tuple[Range, ...]  # along slice, row, column, before resampling; empty where unknown
     intensity: Range | None  # raw values
@@ -52,6 +53,8 @@ class DataReport:
         if self.unmatched:
             names = ", ".join(f"{name!r} {n}" for name, n in sorted(self.unmatched.items()))
             out.append(f"segments that are no class (see data.aliases): {names}")
+        if self.review:
+            out.append("to look at: " + ", ".join(f"{why} {n}" for why, n in sorted(self.review.items())))
         if self.spacing_mm:
             out.append("spacing in mm: " + " x ".join(f"{r.low:.2f}..{r.high:.2f}" for r in self.spacing_mm))
         if self.intensity:

@@ -1,9 +1,9 @@
-"""DICOM segmentations (SEG) to class indices on the grid of the volume that they name."""
+"""DICOM segmentations (SEG) to voxels of each class, on the grid of the volume or image that they name."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import highdicom as hd
@@ -11,62 +11,74 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfl.client.data.case import Quarantine
+from medfl.client.data.grids import place
 from medfl.client.data.headers import quiet
+from medfl.client.data.pixels import open_dataset
 from medfl.shared.data_spec import DataSpec
-
-_ALIGNED = 0.01  # voxels; offsets are printed with few decimals by some scanners
 
 
 def read_segments(
-    paths: Sequence[Path], volume: hd.Volume, spec: DataSpec, aliases: Mapping[str, str]
-) -> tuple[NDArray[np.uint8], Counter[str]]:
-    """Class of every voxel of ``volume`` (same shape, uint8), and how often each segment name was no class.
+    path: Path, volume: hd.Volume, spec: DataSpec, aliases: Mapping[str, str]
+) -> tuple[dict[int, NDArray[np.bool_]], Counter[str]]:
+    """Voxels of ``volume`` that are each class in one SEG object, and names of segments that are no class.
 
-    Fractional segments count from one half. Where classes overlap, the later in ``spec.classes`` wins.
+    Any type of SEG: binary, fractional (counts from one half), label map, overlapping, with empty frames left out.
 
     Raises:
-        Quarantine: unreadable, another frame of reference or grid, no segment of the study's classes, or two objects
-            that both give one class (two readers: nobody here can say which is right).
+        Quarantine: unreadable, or on another frame of reference or grid.
     """
-    mask = np.zeros(volume.spatial_shape, np.uint8)
-    unmatched: Counter[str] = Counter()
-    given: dict[int, int] = {}
-    for which, path in enumerate(paths):
-        for label, (voxels, names) in _classes(path, volume, spec, aliases).items():
-            if label is None:
-                unmatched.update(names)
-                continue
-            if given.setdefault(label, which) != which:
-                raise Quarantine("two label objects for one class")
-            mask[voxels & (mask < label)] = label
-    if not given:
-        raise Quarantine("no segment is a class of the study")
-    return mask, unmatched
-
-
-def _classes(
-    path: Path, volume: hd.Volume, spec: DataSpec, aliases: Mapping[str, str]
-) -> dict[int | None, tuple[NDArray[np.bool_], list[str]]]:
-    """Voxels of each class in one file; under None the names of segments that are no class, with no voxels."""
-    try:
-        with quiet():
-            seg = hd.seg.segread(path)
-            names = {number: seg.get_segment_description(number).segment_label for number in seg.segment_numbers}
-            frame = seg.get("FrameOfReferenceUID")
-    except Exception:
-        raise Quarantine("unreadable segmentation") from None
+    seg, chosen, unmatched = _open(path, spec, aliases)
+    frame = seg.get("FrameOfReferenceUID")
     if frame is None or frame != volume.frame_of_reference_uid:
         raise Quarantine("label in another frame of reference")
-    numbers: dict[int | None, list[int]] = {}
+    return {label: _voxels(seg, numbers, volume) for label, numbers in chosen.items()}, unmatched
+
+
+def read_planar_segments(
+    path: Path, instance: str, shape: tuple[int, ...], spec: DataSpec, aliases: Mapping[str, str]
+) -> tuple[dict[int, NDArray[np.bool_]], Counter[str]]:
+    """As :func:`read_segments`, for one image without a place in space: (row, column) masks of ``instance``.
+
+    Raises:
+        Quarantine: unreadable, or not a segmentation of that image.
+    """
+    seg, chosen, unmatched = _open(path, spec, aliases)
+    out = {}
+    for label, numbers in chosen.items():
+        try:
+            with quiet():
+                frames = seg.get_pixels_by_source_instance(
+                    [instance], segment_numbers=numbers, assert_missing_frames_are_empty=True, dtype=np.float32
+                )
+        except Exception:
+            raise Quarantine("segmentation of other images") from None
+        out[label] = np.asarray((frames[0] >= 0.5).any(axis=-1))
+        if out[label].shape != shape:
+            raise Quarantine("label is not on the image's grid")
+    return out, unmatched
+
+
+def _open(
+    path: Path, spec: DataSpec, aliases: Mapping[str, str]
+) -> tuple[hd.seg.Segmentation, dict[int, list[int]], Counter[str]]:
+    """The object, its segment numbers of each class, and the names of segments that are no class."""
+    try:
+        with quiet():
+            seg = hd.seg.Segmentation.from_dataset(open_dataset(path), copy=False)
+            names = {number: seg.get_segment_description(number).segment_label for number in seg.segment_numbers}
+    except Quarantine:
+        raise
+    except Exception:  # highdicom raises many kinds, and their text may quote the file
+        raise Quarantine("unreadable segmentation") from None
+    chosen: dict[int, list[int]] = {}
+    unmatched: Counter[str] = Counter()
     for number, name in names.items():
-        numbers.setdefault(spec.class_of(aliases.get(name, name)), []).append(number)
-    out: dict[int | None, tuple[NDArray[np.bool_], list[str]]] = {}
-    for label, chosen in numbers.items():
+        label = spec.class_of(aliases.get(name, name))
         if label is None:
-            out[None] = (np.zeros(0, bool), [names[number] for number in chosen])
+            unmatched[name] += 1
         else:
-            out[label] = (_voxels(seg, chosen, volume), [])
-    return out
+            chosen.setdefault(label, []).append(number)
+    return seg, chosen, unmatched
 
 
 def _voxels(seg: hd.seg.Segmentation, numbers: list[int], volume: hd.Volume) -> NDArray[np.bool_]:
@@ -75,15 +87,5 @@ def _voxels(seg: hd.seg.Segmentation, numbers: list[int], volume: hd.Volume) -> 
             segments = seg.get_volume(segment_numbers=numbers, dtype=np.float32)
     except Exception:
         raise Quarantine("unreadable segmentation") from None
-    if not segments.array.any():  # empty on purpose: the reader looked and found nothing
-        return np.zeros(volume.spatial_shape, bool)
     union = segments.with_array(np.asarray((segments.array >= 0.5).any(axis=-1)), channels=None)
-    try:
-        with quiet():
-            matched = union.match_geometry(volume, tol=_ALIGNED)
-    except Exception:
-        raise Quarantine("label is not on the image's grid") from None
-    voxels = np.asarray(matched.array, bool)
-    if int(voxels.sum()) != int(union.array.sum()):
-        raise Quarantine("label reaches outside the image")
-    return voxels
+    return place(union, volume)

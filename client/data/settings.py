@@ -1,12 +1,15 @@
-"""The ``data:`` section of site.yaml: where the images and labels lie, how segments are called here, how to split."""
+"""The ``data:`` section of site.yaml: where images and labels lie, how things are called here, how to split."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medfl.shared.config import LocalPath, Settings
+
+Key = Literal["patient", "study", "series", "instance"]
 
 
 class SplitSettings(Settings):
@@ -23,13 +26,64 @@ class SplitSettings(Settings):
         return self
 
 
+class CacheSettings(Settings):
+    """Preprocessed examples on disk, encrypted with a key that comes from the site's secret."""
+
+    enabled: bool = True
+    gigabytes: float = Field(default=20.0, gt=0)  # the least recently used are deleted first
+
+
 class _Common(Settings):
-    aliases: dict[str, str] = Field(default_factory=dict)  # name of a segment here -> name in the study
+    aliases: dict[str, str] = Field(default_factory=dict)  # name of a segment or class here -> name in the study
     split: SplitSettings = SplitSettings()
-    opt_out: LocalPath | None = None  # text file, one patient identifier a line; read again before every round
+    opt_out: LocalPath | None = None  # text file, one patient identifier a line; read again at every loading
+    cache: CacheSettings = CacheSettings()
+    workers: int = Field(default=1, ge=1, le=256)  # processes that decode; each holds one case in memory
 
 
-class DicomSettings(_Common):
+class ObjectLabels(Settings):
+    """DICOM SEG and RTSTRUCT objects that lie among the images and name their series."""
+
+    kind: Literal["objects"] = "objects"
+
+
+class TableLabels(Settings):
+    """A CSV file with one class (or several) for each patient, study, series or image (SOP instance)."""
+
+    kind: Literal["table"]
+    file: LocalPath
+    key: Key = "patient"
+    key_column: str = ""  # absent: the name in ``key``
+    label_column: str = "label"
+
+
+class NiftiLabels(Settings):
+    """A folder of masks on the images' grids, named by identifier: ``<patient or series identifier>.nii.gz``."""
+
+    kind: Literal["nifti"]
+    folder: LocalPath
+    key: Key = "series"
+
+
+LabelSettings = Annotated[ObjectLabels | TableLabels | NiftiLabels, Field(discriminator="kind")]
+
+
+class _Dicom(_Common):
+    labels: LabelSettings = ObjectLabels()
+    series: dict[str, str] = Field(default_factory=dict)  # channel -> pattern of its description
+
+    @field_validator("series")
+    @classmethod
+    def _compiles(cls, series: dict[str, str]) -> dict[str, str]:
+        for channel, pattern in series.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{channel} is not a regular expression ({error.msg})") from None
+        return series
+
+
+class DicomSettings(_Dicom):
     """A folder of DICOM files, searched to any depth; names of files do not matter."""
 
     source: Literal["dicom"]
@@ -37,13 +91,105 @@ class DicomSettings(_Common):
 
 
 class TableSettings(_Common):
-    """A CSV file with one picture a row: columns ``patient``, ``image``, and ``mask`` or ``label``; ``site`` may be."""
+    """A CSV file with one PNG, TIFF, JPEG or NIfTI image a row: columns ``patient``, ``image``, ``mask`` or ``label``.
+
+    A study of several channels may have a column for each, named as in ``data.series`` of the study.
+    """
 
     source: Literal["table"]
     file: LocalPath
-    folder: LocalPath | None = None  # root of the names in ``image`` and ``mask``; absent: the table's own folder
+    folder: LocalPath | None = None  # root of the names in the table; absent: the table's own folder
     site: str | None = None  # keep only rows with this value in column ``site``
 
 
-DataSettings = Annotated[DicomSettings | TableSettings, Field(discriminator="source")]
+class NnunetSettings(_Common):
+    """An nnU-Net v2 dataset: ``dataset.json``, ``imagesTr/CASE_0000.nii.gz``, ``labelsTr/CASE.nii.gz``."""
+
+    source: Literal["nnunet"]
+    folder: LocalPath
+    patient: str = r"(.+)"  # regular expression on the case's name; its first group is the patient
+
+    @field_validator("patient")
+    @classmethod
+    def _one_group(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"is not a regular expression ({error.msg})") from None
+        if groups < 1:
+            raise ValueError("must have a group in parentheses: the patient's part of the case's name")
+        return pattern
+
+
+class BidsSettings(_Common):
+    """A BIDS dataset: ``sub-*/[ses-*/]<datatype>/*_<suffix>.nii.gz``, masks under ``derivatives``."""
+
+    source: Literal["bids"]
+    folder: LocalPath
+    suffixes: tuple[str, ...] = Field(default=("T1w",), min_length=1)  # one for each channel of the study
+    masks: str = "_dseg"  # ending of the mask's name before .nii.gz
+
+
+class Query(Settings):
+    """Which studies to fetch from the PACS. Fields that are absent do not restrict."""
+
+    modality: str = Field(pattern=r"^[A-Z]{2}$")
+    body_part: str | None = None
+    study_description: str | None = None  # wildcards * and ?
+    from_date: str | None = Field(default=None, pattern=r"^\d{8}$")  # YYYYMMDD
+    to_date: str | None = Field(default=None, pattern=r"^\d{8}$")
+    max_studies: int = Field(default=10_000, ge=1)
+
+
+class FetchSettings(Settings):
+    """How gently to fetch. A clinical PACS is never loaded by research."""
+
+    folder: LocalPath  # what was fetched stays here (mode 0700)
+    instances_per_minute: int = Field(default=600, ge=1)
+    hours: str | None = Field(default=None, pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")  # local time
+    attempts: int = Field(default=3, ge=1, le=20)  # for each series
+    timeout_s: float = Field(default=30.0, gt=0)
+
+
+class DicomwebSettings(_Dicom):
+    """A PACS that speaks DICOMweb: QIDO-RS to find, WADO-RS to fetch."""
+
+    source: Literal["dicomweb"]
+    url: str = Field(pattern=r"^https?://")
+    user: str | None = None
+    password: str | None = Field(default=None, repr=False)  # write it as file:PATH or ${NAME}
+    ca_file: LocalPath | None = None
+    query: Query
+    fetch: FetchSettings
+
+
+class DimseSettings(_Dicom):
+    """A PACS that speaks DIMSE: C-FIND to find, C-GET or C-MOVE to fetch.
+
+    C-MOVE makes the PACS connect to ``port`` of this machine: its administrator must register ``ae_title``, this
+    host and the port. C-GET needs no inbound connection, but many PACS refuse it.
+    """
+
+    source: Literal["dimse"]
+    host: str
+    pacs_port: int = Field(ge=1, le=65535)
+    called_ae_title: str = Field(min_length=1, max_length=16)
+    ae_title: str = Field(default="MEDFL", min_length=1, max_length=16)
+    retrieve: Literal["get", "move"] = "get"
+    bind: str = "127.0.0.1"  # address of this machine on which to listen for C-MOVE
+    port: int | None = Field(default=None, ge=1, le=65535)
+    query: Query
+    fetch: FetchSettings
+
+    @model_validator(mode="after")
+    def _move_needs_a_port(self) -> DimseSettings:
+        if (self.retrieve == "move") != (self.port is not None):
+            raise ValueError("port must be given with retrieve: move, and only then")
+        return self
+
+
+DataSettings = Annotated[
+    DicomSettings | TableSettings | NnunetSettings | BidsSettings | DicomwebSettings | DimseSettings,
+    Field(discriminator="source"),
+]
 """Any of the sources, told apart by ``source:``."""

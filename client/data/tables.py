@@ -1,4 +1,4 @@
-"""Pictures listed in a CSV file: columns ``patient``, ``image``, and ``mask`` or ``label``."""
+"""Pictures and NIfTI files listed in a CSV file: columns ``patient``, ``image``, and ``mask`` or ``label``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from medfl.client.data.case import Example, Findings, Quarantine
+from medfl.client.data.layouts import NiftiCase
 from medfl.client.data.pictures import read_mask, read_picture
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import TableSettings
@@ -58,17 +59,15 @@ def find_pictures(
     key: SiteKey,
     findings: Findings,
     opted_out: Callable[[str], bool],
-) -> list[PictureCase]:
+) -> list[PictureCase | NiftiCase]:
     """Rows of the table that this site can use, in the table's order.
 
     Raises:
         DataError: no table, a column is missing, or no row is this site's.
     """
-    if spec.dimensions != 2:
-        raise DataError("a table lists pictures, but the study is of volumes (data.dimensions: 3): use another source")
-    rows, columns = _rows(settings.file)
+    rows, columns = read_rows(settings.file)
     wanted = "mask" if task == "segmentation" else "label"
-    for column in ("patient", "image", wanted):
+    for column in ("patient", *(spec.series or ("image",)), wanted):
         if column not in columns:
             raise DataError(f"{settings.file}: has no column {column!r}, which {task} needs")
     if settings.site is not None:
@@ -98,8 +97,9 @@ def _case(
     key: SiteKey,
     findings: Findings,
     opted_out: Callable[[str], bool],
-) -> PictureCase:
-    patient, image, label = ((row.get(column) or "").strip() for column in ("patient", "image", wanted))
+) -> PictureCase | NiftiCase:
+    columns = spec.series or ("image",)
+    patient, label = ((row.get(column) or "").strip() for column in ("patient", wanted))
     if not patient:
         raise Quarantine("no patient identifier")
     if opted_out(patient):
@@ -107,10 +107,14 @@ def _case(
     if not label:
         raise Quarantine("no label")
     findings.labels += 1
-    path = _inside(root, image)
-    if wanted == "mask":
-        return PictureCase(key.pseudonym(patient), spec, path, mask=_inside(root, label))
-    return PictureCase(key.pseudonym(patient), spec, path, label=classes_of(label, spec, settings.aliases))
+    images = tuple(_inside(root, (row.get(column) or "").strip()) for column in columns)
+    mask = _inside(root, label) if wanted == "mask" else None
+    classes = classes_of(label, spec, settings.aliases) if mask is None else None
+    if all(path.name.endswith((".nii", ".nii.gz")) for path in images):
+        return NiftiCase(key.pseudonym(patient), spec, images, mask, classes)
+    if len(images) > 1 or spec.dimensions == 3:
+        raise Quarantine("picture where the study needs a volume")
+    return PictureCase(key.pseudonym(patient), spec, images[0], mask, classes)
 
 
 def classes_of(text: str, spec: DataSpec, aliases: Mapping[str, str]) -> frozenset[int]:
@@ -143,7 +147,12 @@ def _inside(root: Path, name: str) -> Path:
     return path
 
 
-def _rows(path: Path) -> tuple[list[dict[str, str | None]], list[str]]:
+def read_rows(path: Path) -> tuple[list[dict[str, str | None]], list[str]]:
+    """Rows and column names of a CSV file (commas or semicolons, UTF-8 with or without a byte order mark).
+
+    Raises:
+        DataError: it cannot be read, or has no rows.
+    """
     try:
         text = path.read_text("utf-8-sig")  # Excel writes a byte order mark
     except OSError as error:

@@ -11,6 +11,7 @@ import pydicom
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.headers import quiet
+from medfl.client.data.uptake import suv_factor
 from medfl.shared.data_spec import Modality
 
 AIR_HU = -1024.0
@@ -34,6 +35,9 @@ def read_volume(datasets: Sequence[pydicom.Dataset], modality: Modality) -> hd.V
         _regular(datasets)
     if modality is Modality.CT:
         _hounsfield(datasets)
+    factors = {suv_factor(dataset) for dataset in datasets} if modality is Modality.PET else {1.0}
+    if max(factors) > 1.001 * min(factors):
+        raise Quarantine("mixed series")
     options: dict[str, Any] = {"dtype": np.float32, "apply_real_world_transform": False}
     try:
         with quiet():
@@ -45,7 +49,9 @@ def read_volume(datasets: Sequence[pydicom.Dataset], modality: Modality) -> hd.V
         raise Quarantine(_reason(error)) from None
     if volume.number_of_channel_dimensions:
         raise Quarantine("colour volume")
-    return volume.clip(AIR_HU, None) if modality is Modality.CT else volume
+    if modality is Modality.CT:
+        return volume.clip(AIR_HU, None)
+    return volume if factors == {1.0} else volume.with_array(volume.array * np.float32(max(factors)))
 
 
 def _one_scan(datasets: Sequence[pydicom.Dataset]) -> None:

@@ -1,0 +1,56 @@
+"""What is asserted of an image before it may train: refused outright, or counted for a person to look at.
+
+Follows PS3.15 Annex E (Clean Pixel Data, Clean Recognizable Visual Features). Tags only speak when present: their
+absence proves nothing, so the contact sheet is for a person's eyes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pydicom
+
+from medfl.client.data.case import Quarantine
+
+_TEXT_IS_USUAL = frozenset({"US", "XA", "RF", "ES", "XC", "OT", "SC", "DOC", "ECG", "GM", "SM", "OP"})
+_SHOWS_FACE = frozenset({"HEAD", "BRAIN", "FACE", "SKULL", "HEADNECK", "NECK", "SINUS", "ORBIT", "IAC", "JAW", "EYE"})
+
+
+def admit(dataset: pydicom.Dataset) -> frozenset[str]:
+    """Things in this image that a person should look at before training.
+
+    Raises:
+        Quarantine: the header itself says that the pixels show who the patient is.
+    """
+    if str(dataset.get("BurnedInAnnotation") or "").upper() == "YES":
+        raise Quarantine("burned-in annotation")
+    if str(dataset.get("RecognizableVisualFeatures") or "").upper() == "YES":
+        raise Quarantine("recognisable visual features")
+    if _overlay_in_pixels(dataset):
+        raise Quarantine("overlay inside the pixels")
+    review = set()
+    kind = {str(value).upper() for value in dataset.get("ImageType") or []}
+    modality = str(dataset.get("Modality") or "")
+    risky = modality in _TEXT_IS_USUAL or kind & {"SECONDARY", "SCREEN SAVE"} or dataset.get("ConversionType")
+    if risky and str(dataset.get("BurnedInAnnotation") or "").upper() != "NO":
+        review.add("burned-in text possible")
+    body_part = "".join(c for c in str(dataset.get("BodyPartExamined") or "").upper() if c.isalpha())
+    defaced = str(dataset.get("RecognizableVisualFeatures") or "").upper() == "NO"
+    if modality in {"CT", "MR", "PT"} and body_part in _SHOWS_FACE and not defaced:
+        review.add("a face may be recognisable")
+    if _overlay_groups(dataset):
+        review.add("overlay planes (not used)")
+    if str(dataset.get("LossyImageCompression") or "") == "01":
+        review.add("lossy compression")
+    return frozenset(review)
+
+
+def _overlay_in_pixels(dataset: pydicom.Dataset) -> bool:
+    """Whether an overlay sits in unused high bits of the pixels (retired, PS3.5 8.1.2): group 60xx without its data."""
+    groups = _overlay_groups(dataset)
+    return any((group, 0x3000) not in dataset and (group, 0x0102) in dataset for group in groups)
+
+
+def _overlay_groups(dataset: pydicom.Dataset) -> set[int]:
+    tags: Any = dataset.keys()  # iterating the dataset itself would parse every element
+    return {tag.group for tag in tags if 0x6000 <= tag.group <= 0x601E}

@@ -1,0 +1,122 @@
+"""Find and fetch through DICOMweb (PS3.18): QIDO-RS and WADO-RS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+from urllib.parse import quote_plus
+
+import dicomweb_client.uri
+import requests
+from dicomweb_client.api import DICOMwebClient
+from pydicom.dataset import Dataset
+
+from medfl.client.data.headers import quiet
+from medfl.client.data.pacs import LABEL_MODALITIES, RemoteSeries, Store
+from medfl.client.data.settings import DicomwebSettings
+from medfl.shared.errors import NetworkError
+
+_PAGE = 200
+_AS_STORED = (("application/dicom", "*"),)  # without it Orthanc transcodes
+
+# The library sends wildcards as %2A, which Orthanc takes literally: no match and no error.
+vars(dicomweb_client.uri)["quote_plus"] = lambda text: quote_plus(text, safe="*?,")
+
+
+@contextmanager
+def dicomweb(settings: DicomwebSettings) -> Iterator[DicomwebArchive]:
+    """An open session, closed at the end; every failure of the library is a NetworkError."""
+    session = requests.Session()
+    if settings.user is not None:
+        session.auth = (settings.user, settings.password or "")
+    session.verify = str(settings.ca_file) if settings.ca_file else True
+    session.request = _with_timeout(session.request, settings.fetch.timeout_s)  # type: ignore[method-assign]
+    client = DICOMwebClient(settings.url, session=session)
+    client.set_http_retry_params(False)
+    try:
+        with quiet():
+            yield DicomwebArchive(client, settings)
+    except requests.HTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        hint = "check data.user and data.password" if status in {401, 403} else "check data.url"
+        raise NetworkError(f"the PACS answers {status} over DICOMweb: {hint}") from None
+    except requests.exceptions.SSLError:
+        raise NetworkError("the PACS's TLS certificate cannot be verified: set data.ca_file") from None
+    except (requests.RequestException, OSError):
+        raise NetworkError("the PACS cannot be reached over DICOMweb: check data.url and the network") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise NetworkError("the PACS's answer over DICOMweb is not understood: check data.url") from None
+    finally:
+        session.close()
+
+
+def _with_timeout(request: Any, seconds: float) -> Any:
+    def send(*args: Any, **options: Any) -> Any:
+        return request(*args, **{"timeout": seconds, **options})
+
+    return send
+
+
+@dataclass(frozen=True, slots=True)
+class DicomwebArchive:
+    """See :class:`~medfl.client.data.pacs.Archive`."""
+
+    client: DICOMwebClient
+    settings: DicomwebSettings
+
+    def find(self) -> Iterator[RemoteSeries]:
+        """Series of the matching studies, page by page."""
+        query = self.settings.query
+        filters = {"ModalitiesInStudy": query.modality}
+        if query.study_description:
+            filters["StudyDescription"] = query.study_description
+        if query.from_date or query.to_date:
+            filters["StudyDate"] = f"{query.from_date or ''}-{query.to_date or ''}"
+        found = 0
+        while found < query.max_studies:
+            page = self.client.search_for_studies(
+                fields=["PatientID"], search_filters=filters, limit=min(_PAGE, query.max_studies - found), offset=found
+            )
+            for item in page:
+                yield from self._series(Dataset.from_json(item))
+            found += len(page)
+            if not page:
+                return
+
+    def _series(self, study: Dataset) -> Iterator[RemoteSeries]:
+        fields = ["NumberOfSeriesRelatedInstances", "BodyPartExamined"]
+        for item in self.client.search_for_series(study.StudyInstanceUID, fields=fields):
+            series = Dataset.from_json(item)
+            modality, part = str(series.get("Modality") or ""), str(series.get("BodyPartExamined") or "")
+            wanted_part = self.settings.query.body_part
+            is_image = modality == self.settings.query.modality and wanted_part in (None, part)
+            if is_image or modality in LABEL_MODALITIES:
+                count = series.get("NumberOfSeriesRelatedInstances")
+                yield RemoteSeries(
+                    str(study.StudyInstanceUID),
+                    str(series.SeriesInstanceUID),
+                    str(study.get("PatientID") or ""),
+                    int(count) if count is not None else None,
+                )
+
+    def fetch(self, series: RemoteSeries, store: Store) -> int:
+        """Instance by instance, those that are missing."""
+        transferred, offset = 0, 0
+        while page := self.client.search_for_instances(series.study, series.series, limit=_PAGE, offset=offset):
+            offset += len(page)
+            for item in page:
+                instance = str(Dataset.from_json(item).SOPInstanceUID)
+                if not store.has(instance):
+                    dataset = self.client.retrieve_instance(
+                        series.study, series.series, instance, media_types=_AS_STORED
+                    )
+                    buffer = BytesIO()
+                    dataset.save_as(buffer, enforce_file_format=True)
+                    store.put(instance, buffer.getvalue())
+                    transferred += 1
+            if len(page) < _PAGE:
+                break
+        return transferred

@@ -1,0 +1,62 @@
+"""Label objects of one case to one mask of class indices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import highdicom as hd
+import numpy as np
+from numpy.typing import NDArray
+
+from medfl.client.data.case import Quarantine
+from medfl.client.data.contours import read_contours
+from medfl.client.data.segments import read_planar_segments, read_segments
+from medfl.shared.data_spec import DataSpec
+
+OneObject = tuple[Mapping[int, NDArray[np.bool_]], Counter[str]]
+"""Voxels of each class in one label object, and the names in it that are no class."""
+
+
+def label_volume(
+    segmentations: Sequence[Path],
+    structure_sets: Sequence[Path],
+    volume: hd.Volume,
+    instances: Sequence[str],
+    spec: DataSpec,
+    aliases: Mapping[str, str],
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Class of every voxel of ``volume`` (see :func:`combine`). ``instances`` are the SOP instances of its slices."""
+    objects = [read_segments(path, volume, spec, aliases) for path in segmentations]
+    objects += [read_contours(path, volume, instances, spec, aliases) for path in structure_sets]
+    return combine(objects, volume.spatial_shape)
+
+
+def label_image(
+    segmentations: Sequence[Path], instance: str, shape: tuple[int, ...], spec: DataSpec, aliases: Mapping[str, str]
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Class of every pixel of one image (see :func:`combine`)."""
+    return combine([read_planar_segments(path, instance, shape, spec, aliases) for path in segmentations], shape)
+
+
+def combine(objects: Iterable[OneObject], shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Mask of class indices, and unmatched names. Where classes overlap, the later in the study's list wins.
+
+    Raises:
+        Quarantine: no object has a class of the study, or two objects both give one class (two readers: nobody here
+            can say which is right).
+    """
+    mask = np.zeros(shape, np.uint8)
+    seen: set[int] = set()
+    unmatched: Counter[str] = Counter()
+    for classes, names in objects:
+        unmatched += names
+        for label, voxels in classes.items():
+            if label in seen:
+                raise Quarantine("two label objects for one class")
+            mask[voxels & (mask < label)] = label
+        seen |= set(classes)
+    if not seen:
+        raise Quarantine("no segment is a class of the study")
+    return mask, tuple(unmatched)

@@ -1,0 +1,184 @@
+"""Keep a local copy of what the site's PACS has for a query: gently, resuming where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from medfl.client.data.case import Findings
+from medfl.client.data.headers import Progress
+from medfl.client.data.settings import DicomwebSettings, DimseSettings, FetchSettings
+from medfl.shared.errors import DataError, NetworkError
+
+LABEL_MODALITIES = frozenset({"SEG", "RTSTRUCT"})
+_COMPLETE = ".complete"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSeries:
+    """A series that the PACS has. ``instances`` is None where it does not say how many."""
+
+    study: str = field(repr=False)
+    series: str = field(repr=False)
+    patient: str = field(repr=False)
+    instances: int | None
+
+
+class Archive(Protocol):
+    """One open connection to a PACS."""
+
+    def find(self) -> Iterator[RemoteSeries]:
+        """Series of the query's modality in the studies that match, and label objects in the same studies.
+
+        Raises:
+            NetworkError: the PACS cannot be reached, refuses, or stops in the middle.
+        """
+
+    def fetch(self, series: RemoteSeries, store: Store) -> int:
+        """Put every instance that ``store`` does not have into it; how many were transferred.
+
+        Raises:
+            NetworkError: as :meth:`find`, or fewer instances came than were announced.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The folder of one series. Names tell nothing; a file is there whole or not at all."""
+
+    folder: Path = field(repr=False)
+
+    @classmethod
+    def of(cls, root: Path, series: RemoteSeries) -> Store:
+        """The store of ``series`` under ``root``, made when it is not there."""
+        folder = root / _name(series.series)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return cls(folder)
+
+    def has(self, instance: str) -> bool:
+        """Whether the SOP instance is here."""
+        return (self.folder / _name(instance)).exists()
+
+    def put(self, instance: str, content: bytes) -> None:
+        """Keep one DICOM file."""
+        temporary = self.folder / f".{secrets.token_hex(8)}"
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, self.folder / _name(instance))
+
+    def __len__(self) -> int:
+        return sum(not path.name.startswith(".") for path in self.folder.iterdir())
+
+    def is_complete(self, series: RemoteSeries) -> bool:
+        """Whether all that the PACS announced has been fetched."""
+        marker = self.folder / _COMPLETE
+        return marker.exists() and series.instances in (None, len(self))
+
+    def complete(self) -> None:
+        """Remember that everything is here."""
+        (self.folder / _COMPLETE).touch(mode=0o600)
+
+
+def _name(uid: str) -> str:
+    return hashlib.sha256(uid.encode()).hexdigest()[:32]
+
+
+def fetch_all(
+    settings: DicomwebSettings | DimseSettings,
+    findings: Findings,
+    opted_out: Callable[[str], bool],
+    progress: Progress | None = None,
+    *,
+    now: Callable[[], datetime] = datetime.now,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Bring the local copy (``settings.fetch.folder``) up to date. What is there already is not fetched again.
+
+    Outside the allowed hours nothing is asked of the PACS and the copy is used as it is.
+
+    Raises:
+        NetworkError: the PACS failed ``attempts`` times in a row; what was fetched is kept, the next start goes on.
+        DataError: outside the allowed hours and nothing has been fetched yet.
+    """
+    fetch = settings.fetch
+    fetch.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _allowed(fetch, now()):
+        if not any(fetch.folder.iterdir()):
+            raise DataError(
+                f"nothing has been fetched yet, and the PACS may be asked only at {fetch.hours} (data.fetch)"
+            )
+        findings.quarantined["not looked for in the PACS: outside the allowed hours"] += 1
+        return
+    wanted = _retry(fetch, sleep, lambda: _find(settings))
+    for done, series in enumerate(wanted):
+        if progress:
+            progress("fetching series", done, len(wanted))
+        if opted_out(series.patient):
+            findings.quarantined["opted out"] += 1
+            continue
+        store = Store.of(fetch.folder, series)
+        if store.is_complete(series):
+            continue
+        if not _allowed(fetch, now()):
+            findings.quarantined["not fetched: outside the allowed hours"] += len(wanted) - done
+            break
+        started = time.monotonic()
+        transferred = _retry(fetch, sleep, lambda store=store, series=series: _fetch(settings, series, store))  # type: ignore[misc]
+        store.complete()
+        sleep(max(0.0, transferred * 60 / fetch.instances_per_minute - (time.monotonic() - started)))
+    if progress:
+        progress("fetching series", len(wanted), len(wanted))
+
+
+def _open(settings: DicomwebSettings | DimseSettings) -> AbstractContextManager[Archive]:
+    match settings:
+        case DicomwebSettings():
+            from medfl.client.data.dicomweb import dicomweb
+
+            return dicomweb(settings)
+        case DimseSettings():
+            from medfl.client.data.dimse import dimse
+
+            return dimse(settings)
+
+
+def _find(settings: DicomwebSettings | DimseSettings) -> list[RemoteSeries]:
+    with _open(settings) as archive:
+        return list(archive.find())
+
+
+def _fetch(settings: DicomwebSettings | DimseSettings, series: RemoteSeries, store: Store) -> int:
+    with _open(settings) as archive:
+        transferred = archive.fetch(series, store)
+    if not len(store) or (series.instances is not None and len(store) < series.instances):
+        raise NetworkError(f"the PACS sent {len(store)} of {series.instances} instances of a series")
+    return transferred
+
+
+def _retry(fetch: FetchSettings, sleep: Callable[[float], None], action: Callable[[], T]) -> T:
+    for attempt in range(1, fetch.attempts):
+        try:
+            return action()
+        except NetworkError:
+            sleep(min(60.0, 2.0**attempt))
+    return action()
+
+
+def _allowed(fetch: FetchSettings, moment: datetime) -> bool:
+    """Whether the PACS may be asked at ``moment``; hours may run over midnight."""
+    if fetch.hours is None:
+        return True
+    start, _, end = fetch.hours.partition("-")
+    now = moment.strftime("%H:%M")
+    return start <= now < end if start <= end else now >= start or now < end

@@ -1,0 +1,64 @@
+"""Single DICOM images (radiographs, mammograms, ultrasound, photographs) as they are meant to be seen, 0..255."""
+
+from __future__ import annotations
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+
+from medfl.client.data.case import Quarantine
+from medfl.client.data.headers import quiet
+from medfl.client.data.pixels import decode
+
+
+def read_planar(dataset: pydicom.Dataset, channels: int) -> NDArray[np.float32]:
+    """(channel, row, column) float32 in 0..255: grey through rescale, VOI LUT and MONOCHROME1; colour as RGB.
+
+    Grey without a VOI LUT is scaled from the full range that its bits can store, never from what happens to occur.
+
+    Raises:
+        Quarantine: several frames, other colours than the study's, or pixels that cannot be decoded.
+    """
+    if int(dataset.get("NumberOfFrames") or 1) != 1:
+        raise Quarantine("several frames where one image is expected")
+    samples = int(dataset.get("SamplesPerPixel") or 1)
+    stored = decode(dataset)
+    if samples == 3:
+        return _colour(stored, dataset, channels)
+    photometric = str(dataset.get("PhotometricInterpretation") or "")
+    if samples != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
+        raise Quarantine("unknown colour space")
+    if channels != 1:
+        raise Quarantine(f"grey image, but the study has {channels} channels")
+    grey = _displayed(stored, dataset)
+    return np.ascontiguousarray(255 - grey if photometric == "MONOCHROME1" else grey, np.float32)[None]
+
+
+def _colour(stored: NDArray[np.generic], dataset: pydicom.Dataset, channels: int) -> NDArray[np.float32]:
+    if channels == 1 and (stored == stored[..., :1]).all():  # grey stored as colour, as ultrasound often is
+        stored = stored[..., :1]
+    if stored.shape[-1] != channels:
+        raise Quarantine(f"colour image, but the study has {channels} channel{'s' * (channels != 1)}")
+    top = 2 ** int(dataset.BitsStored) - 1
+    return np.ascontiguousarray(np.moveaxis(stored, -1, 0), np.float32) * np.float32(255 / top)
+
+
+def _displayed(stored: NDArray[np.generic], dataset: pydicom.Dataset) -> NDArray[np.float32]:
+    """Stored values through modality LUT and VOI LUT (PS3.4 N.2), to 0..255 of the output range."""
+    bits = int(dataset.BitsStored)
+    signed = int(dataset.get("PixelRepresentation") or 0) == 1
+    ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1], stored.dtype)
+    try:
+        with quiet():
+            low, high = sorted(float(v) for v in np.asarray(apply_modality_lut(ends, dataset)).ravel())
+            values = apply_modality_lut(stored, dataset)
+            shown = np.asarray(apply_voi_lut(values, dataset), np.float32)
+            table = dataset.get("VOILUTSequence")
+    except Exception:
+        raise Quarantine("unreadable display transform") from None
+    if table:
+        low, high = 0.0, float(2 ** int(table[0].LUTDescriptor[2]) - 1)
+    if not high > low:
+        raise Quarantine("unreadable display transform")
+    return np.asarray(np.clip((shown - low) * np.float32(255 / (high - low)), 0, 255), np.float32)

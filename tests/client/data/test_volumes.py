@@ -1,0 +1,260 @@
+"""Series become volumes with exact values and places, or a reason why not."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_lab import COLUMN_MM, ROW_MM, SLICE_MM, ct, hounsfield, save
+from highdicom.legacy import LegacyConvertedEnhancedCTImage
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
+
+from medfl.client.data.case import Quarantine
+from medfl.client.data.grids import onto_grid
+from medfl.client.data.pixels import open_dataset
+from medfl.client.data.uptake import suv_factor
+from medfl.client.data.volumes import read_volume
+from medfl.shared.data_spec import Modality
+
+Slices = list[pydicom.FileDataset]
+
+
+def in_syntax(slices: Slices, syntax: UID, folder: Path) -> Slices:
+    for dataset in slices:
+        if syntax.is_compressed and not syntax.is_deflated:
+            dataset.compress(syntax, generate_instance_uid=False)
+        elif syntax == ExplicitVRBigEndian:
+            dataset.PixelData = np.frombuffer(dataset.PixelData, "<u2").astype(">u2").tobytes()
+            dataset["PixelData"].VR = "OW"
+            dataset.file_meta.TransferSyntaxUID = syntax
+            dataset.set_original_encoding(False, False)
+        else:
+            dataset.file_meta.TransferSyntaxUID = syntax
+    return [open_dataset(path) for path in save(slices, folder)]
+
+
+@pytest.mark.parametrize(
+    "syntax",
+    [
+        ExplicitVRLittleEndian,
+        ImplicitVRLittleEndian,
+        DeflatedExplicitVRLittleEndian,
+        ExplicitVRBigEndian,
+        RLELossless,
+        JPEG2000Lossless,
+        JPEGLSLossless,
+    ],
+    ids=lambda syntax: syntax.name,
+)
+def test_every_lossless_syntax_gives_the_same_values_and_places(syntax: UID, tmp_path: Path) -> None:
+    slices = ct()
+    corner = [float(v) for v in slices[0].ImagePositionPatient]
+    volume = read_volume(in_syntax(slices, syntax, tmp_path), Modality.CT)
+    upright = volume.to_patient_orientation("HPL")
+    assert np.array_equal(upright.array, np.maximum(hounsfield(), -1024).astype(np.float32))
+    # slice 4, row 7, column 11 from the corner: 11 * 0.9 to the left, 7 * 0.7 backwards, 4 * 2.5 up
+    expected = np.array(corner) + np.array([11 * COLUMN_MM, 7 * ROW_MM, 4 * SLICE_MM])
+    assert np.abs(upright.map_indices_to_reference(np.array([[4, 7, 11]]))[0] - expected).max() < 0.01
+
+
+@given(st.permutations(range(6)), st.booleans())
+def test_the_order_of_files_and_instance_numbers_does_not_matter(order: list[int], numbered: bool) -> None:
+    slices = ct()
+    for dataset, number in zip(slices, order, strict=True):
+        if numbered:
+            dataset.InstanceNumber = number
+        else:
+            del dataset.InstanceNumber
+    volume = read_volume([slices[n] for n in order], Modality.CT).to_patient_orientation("HPL")
+    assert np.array_equal(volume.array, np.maximum(hounsfield(), -1024))
+
+
+def test_an_enhanced_multi_frame_series_equals_the_single_frames() -> None:
+    slices = ct()
+    for dataset in slices:
+        dataset.AcquisitionNumber, dataset.SeriesDate, dataset.SeriesTime = 1, "20200101", "120000"
+    enhanced = LegacyConvertedEnhancedCTImage(slices, generate_uid(), 2, generate_uid(), 1)
+    one, many = (read_volume(s, Modality.CT).to_patient_orientation("HPL") for s in ([enhanced], slices))
+    assert np.array_equal(one.array, many.array)
+    assert np.allclose(one.affine, many.affine, atol=0.01)
+
+
+def test_values_outside_the_reconstruction_circle_become_air() -> None:
+    slices = ct()
+    for dataset in slices:
+        dataset.RescaleIntercept = -3024
+    assert read_volume(slices, Modality.CT).array.min() == -1024
+
+
+def test_lying_slice_thickness_is_not_believed() -> None:
+    slices = ct()
+    for dataset in slices:
+        dataset.SliceThickness, dataset.SpacingBetweenSlices = 99, 42
+    assert read_volume(slices, Modality.CT).spacing[0] == pytest.approx(SLICE_MM, abs=1e-6)
+
+
+def gap(slices: Slices) -> None:
+    del slices[2]
+
+
+def duplicate(slices: Slices) -> None:
+    slices.append(copy.deepcopy(slices[2]))
+    slices[-1].SOPInstanceUID = generate_uid()
+
+
+def same_instance(slices: Slices) -> None:
+    slices.append(slices[2])
+
+
+def second_patient(slices: Slices) -> None:
+    slices[3].PatientID = "SOMEBODY-ELSE"
+
+
+def localizer(slices: Slices) -> None:
+    slices[0].ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+
+def other_orientation(slices: Slices) -> None:
+    slices[0].ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+
+
+def tilt(slices: Slices) -> None:
+    for number, dataset in enumerate(slices):
+        x, y, z = (float(v) for v in dataset.ImagePositionPatient)
+        dataset.ImagePositionPatient = [x, y + number * SLICE_MM * math.tan(math.radians(15)), z]
+
+
+def no_position(slices: Slices) -> None:
+    del slices[1].ImagePositionPatient
+
+
+def nan_position(slices: Slices) -> None:
+    slices[1].ImagePositionPatient = ["nan", "0", "0"]
+
+
+def skewed_axes(slices: Slices) -> None:
+    for dataset in slices:
+        dataset.ImageOrientationPatient = [1, 0, 0, 0.5, 0.5, 0]
+
+
+def other_spacing(slices: Slices) -> None:
+    slices[1].PixelSpacing = [0.8, 0.9]
+
+
+def other_size(slices: Slices) -> None:
+    slices[1].Rows = 10
+
+
+def no_rescale(slices: Slices) -> None:
+    del slices[4].RescaleSlope
+
+
+def other_unit(slices: Slices) -> None:
+    for dataset in slices:
+        dataset.RescaleType = "OD"
+
+
+def truncated(slices: Slices) -> None:
+    slices[5].PixelData = slices[5].PixelData[:-40]
+
+
+def no_pixels(slices: Slices) -> None:
+    del slices[5].PixelData
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (gap, "missing slices"),
+        (duplicate, "duplicate slice position"),
+        (same_instance, "same instance twice"),
+        (second_patient, "mixed series"),
+        (localizer, "localizer in the series"),
+        (other_orientation, "mixed series"),
+        (tilt, "gantry tilt"),
+        (no_position, "missing geometry"),
+        (nan_position, "missing geometry"),
+        (skewed_axes, "missing geometry"),
+        (other_spacing, "mixed series"),
+        (other_size, "mixed series"),
+        (no_rescale, "CT without rescale to Hounsfield units"),
+        (other_unit, "CT in other units than Hounsfield"),
+        (truncated, "unreadable pixels"),
+        (no_pixels, "unreadable pixels"),
+    ],
+)
+def test_a_spoilt_series_is_left_out_with_its_reason(spoil: Callable[[Slices], None], reason: str) -> None:
+    slices = ct()
+    spoil(slices)
+    with pytest.raises(Quarantine) as caught:
+        read_volume(slices, Modality.CT)
+    assert str(caught.value) == reason
+
+
+def test_a_second_channel_is_resampled_onto_the_grid_of_the_first() -> None:
+    # values that grow by 10 a slice: on a grid of half the slice spacing they grow by 5
+    ramp = np.broadcast_to((10 * np.arange(6, dtype=np.int16))[:, None, None], (6, 32, 32))
+    coarse = read_volume(ct(ramp), Modality.CT).to_patient_orientation("HPL")
+    affine = coarse.affine.copy()
+    affine[:, 0] /= 2
+    fine = type(coarse)(
+        np.zeros((11, 32, 32), np.float32), affine, "PATIENT", frame_of_reference_uid=coarse.frame_of_reference_uid
+    )
+    assert onto_grid(coarse, fine)[:, 5, 5].tolist() == pytest.approx([5 * n for n in range(11)])
+
+
+def test_channels_of_different_frames_of_reference_are_refused() -> None:
+    one = read_volume(ct(), Modality.CT)
+    other = read_volume(ct(name="P2"), Modality.CT)
+    with pytest.raises(Quarantine, match="different frames of reference"):
+        onto_grid(other, one)
+
+
+def pet() -> pydicom.Dataset:
+    dataset = pydicom.Dataset()
+    dataset.Units, dataset.DecayCorrection, dataset.CorrectedImage = "BQML", "START", ["ATTN", "DECY", "SCAT"]
+    dataset.SeriesDate, dataset.SeriesTime = "20200101", "110000"
+    dataset.AcquisitionDate, dataset.AcquisitionTime = "20200101", "110000.50"
+    dataset.PatientWeight = 70
+    tracer = pydicom.Dataset()
+    tracer.RadionuclideTotalDose, tracer.RadionuclideHalfLife = 350e6, 3600
+    tracer.RadiopharmaceuticalStartTime = "100000"
+    dataset.RadiopharmaceuticalInformationSequence = [tracer]
+    return dataset
+
+
+def test_uptake_counts_decay_from_injection_to_the_series() -> None:
+    # one half-life has passed: 175 MBq are left in 70,000 g: 70000 / 175e6 = 4e-4 for each Bq/ml
+    assert suv_factor(pet()) == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize("keyword", ["PatientWeight", "Units", "DecayCorrection", "CorrectedImage", "SeriesTime"])
+def test_pet_without_what_uptake_needs_is_left_out(keyword: str) -> None:
+    dataset = pet()
+    del dataset[keyword]
+    with pytest.raises(Quarantine, match="PET that cannot become SUV"):
+        suv_factor(dataset)
+
+
+def test_pet_reconstructed_after_acquisition_is_left_out() -> None:
+    dataset = pet()
+    dataset.SeriesTime = "113000"
+    with pytest.raises(Quarantine, match="times"):
+        suv_factor(dataset)
