@@ -131,8 +131,9 @@ class Node:
                 self._fleet.close()
 
     def stop(self) -> None:
-        """Make :meth:`run` return: at once when idle, else when the app does. To be called from another thread."""
-        self._stop.set()
+        """Make :meth:`run` return: at once when idle, else when the app does. Safe in a signal handler."""
+        # A handler may have interrupted the very thread that holds the event's lock.
+        threading.Thread(target=self._stop.set, name="stop").start()
 
     def _session(self, patience: Patience) -> None:
         """Join, and answer messages for as long as nothing breaks."""

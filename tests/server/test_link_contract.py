@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -92,3 +93,14 @@ def test_a_message_taken_apart_and_put_together_is_the_same() -> None:
     assert isinstance(again, Message)
     assert again.content["config"] == message.content["config"]
     assert (again.metadata.run_id, again.metadata.dst_node_id, again.metadata.ttl) == (2, 7, 5.0)
+
+
+def test_only_the_adapters_import_flowers_private_modules() -> None:
+    root = Path(__file__).parents[2]
+    private = re.compile(
+        r"^\s*(?:from|import) flwr(?!\.(?:app|clientapp|serverapp)(?:\.strategy)? import)", re.MULTILINE
+    )
+    folders = ("shared", "strategies", "server", "client")  # simulations have an adapter of their own
+    files = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    found = {str(path.relative_to(root)) for path in files if private.search(path.read_text())}
+    assert found == {"server/link.py", "server/link_grid.py", "server/link_state.py", "client/fleet.py"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def main() -> None:
     folder, site, port, state = sys.argv[1:]
     files = SiteFiles(Path(folder) / "sites" / site)
     node = Node(NodeSettings(fleet_settings(files, int(port)), Path(state)), app, let_in)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=node.stop).start())
+    signal.signal(signal.SIGTERM, lambda *_: node.stop())
     node.run()
 
 

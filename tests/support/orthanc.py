@@ -1,0 +1,86 @@
+"""A real PACS, Orthanc, on loopback. Debian's 1.10 listens on every address, so only inside a namespace without others."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+_PLUGINS = Path("/usr/lib/orthanc")
+
+
+def alone() -> bool:
+    """Whether loopback is the only interface."""
+    names = [line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines()[2:]]
+    return names == ["lo"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Pacs:
+    """A running Orthanc that knows the station MEDFL at ``move_port``."""
+
+    folder: Path
+    http: int
+    dicom: int
+    move_port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http}"
+
+    def start(self) -> None:
+        plugins = [
+            str(path) for path in sorted(_PLUGINS.glob("lib*.so.*")) if "DicomWeb" in path.name or "Gdcm" in path.name
+        ]
+        configuration = {
+            "Name": "TEST", "StorageDirectory": str(self.folder / "db"), "IndexDirectory": str(self.folder / "db"),
+            "Plugins": plugins, "HttpPort": self.http, "DicomPort": self.dicom, "DicomAet": "ORTHANC",
+            "DicomCheckCalledAet": True, "AuthenticationEnabled": True, "RegisteredUsers": {"reader": "right"},
+            "DicomAlwaysAllowStore": False, "DicomAlwaysAllowEcho": True, "DicomAlwaysAllowFind": False,
+            "DicomAlwaysAllowGet": False, "DicomAlwaysAllowMove": False,
+            "DicomModalities": {"medfl": {"AET": "MEDFL", "Host": "127.0.0.1", "Port": self.move_port}},
+            "DicomWeb": {"Enable": True, "Root": "/dicom-web/", "Host": f"127.0.0.1:{self.http}"},
+            "HttpThreadsCount": 4, "SyncStorageArea": False,
+        }  # fmt: skip
+        (self.folder / "orthanc.json").write_text(json.dumps(configuration))
+        log = (self.folder / "log").open("ab")
+        self.process = subprocess.Popen(["Orthanc", str(self.folder / "orthanc.json")], stdout=log, stderr=log)
+        for _ in range(400):
+            try:
+                requests.get(self.url + "/system", auth=("reader", "right"), timeout=1)
+                return
+            except requests.ConnectionError:
+                assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
+                time.sleep(0.05)
+        raise AssertionError("Orthanc did not start")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(30)
+            self.process = None
+
+    def upload(self, paths: list[Path]) -> None:
+        with requests.Session() as session:
+            session.auth = ("reader", "right")
+            for path in paths:
+                session.post(self.url + "/instances", data=path.read_bytes(), timeout=30).raise_for_status()
+
+    def clear(self) -> None:
+        with requests.Session() as session:
+            session.auth = ("reader", "right")
+            for patient in session.get(self.url + "/patients", timeout=10).json():
+                session.delete(f"{self.url}/patients/{patient}", timeout=30)
