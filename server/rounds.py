@@ -12,7 +12,8 @@ from threading import Event
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
-from flwr.app import ConfigRecord, Message, RecordDict
+import numpy as np
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from medfl.server.admission import Admission, Directory
@@ -25,7 +26,7 @@ from medfl.server.secure import SecureCollector, SecureParts
 from medfl.server.stage import Stages
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import ConfigError, ProtocolError
-from medfl.shared.messages import pack, request_config, unpack
+from medfl.shared.messages import TENSOR, pack, request_config
 from medfl.shared.metrics import read
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout
@@ -188,7 +189,9 @@ class Rounds:
         arrays, _ = self._strategy.aggregate_train(number, collected.replies)
         if arrays is None:
             raise ProtocolError(f"strategy {self._study.strategy.name} made no model of round {number}")
-        weights = unpack(RecordDict({"arrays": arrays}), "arrays")
+        weights = arrays[TENSOR].numpy().astype(np.float32, copy=False)  # FedAdam computes in float64
+        if collected.relative:
+            weights = self._weights + weights
         self._layout.check(weights)
         return weights
 

@@ -6,10 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from medfl.shared.errors import ProtocolError
+
 if TYPE_CHECKING:
     import torch
 
 LOSS, EXAMPLES = "loss", "examples"
+
+Tally = Mapping[str, float]
+"""Sums over examples or patients (never means), so that tallies of several sites add up."""
 
 
 class Scoring(StrEnum):
@@ -35,6 +40,12 @@ def tally_names(scoring: Scoring, classes: Sequence[str]) -> tuple[str, ...]:
         case Scoring.PER_LABEL:
             scores = [f"{what}/{name}" for name in classes for what in ("tp", "fn", "fp", "tn")]
     return (LOSS, EXAMPLES, *scores)
+
+
+def check_names(tally: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raise ProtocolError unless ``tally`` is empty or holds exactly the sums that ``names`` says."""
+    if tally and set(tally) != set(names):
+        raise ProtocolError("a tally must hold the sums of this study, all of them and no other")
 
 
 def add(tallies: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -1,0 +1,75 @@
+"""Results in clear: the coordinator sees each update and adds it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flwr.app import Message
+
+from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_flower
+from medfl.server.stage import Stages
+from medfl.server.summation import FixedPointSum
+from medfl.shared.messages import EvaluateReply, Kind, TrainReply, request_config
+from medfl.shared.metrics import EXAMPLES, LOSS, add, check_names, tally_names
+from medfl.shared.study import Study
+from medfl.shared.weights import Flat
+from medfl.strategies.build import Needs
+
+
+class ClearCollector:
+    """Sums updates as they arrive, or keeps each one where the strategy compares them."""
+
+    def __init__(self, study: Study, stages: Stages, needs: Needs) -> None:
+        self._study = study
+        self._stages = stages
+        self._needs = needs
+
+    def train(
+        self, number: int, weights: Flat, cohort: Mapping[int, str], configure: Configure, *, quorum: int
+    ) -> Collected:
+        """Let the cohort train and add what comes back."""
+        collected, total = Collected(), FixedPointSum(weights.size)
+        single: dict[str, Message] = {}
+        tallies: list[Mapping[str, float]] = []
+
+        def take(site: str, reply: Message) -> str:
+            trained = TrainReply.parse(reply.content)
+            check_names(trained.tally, (LOSS, EXAMPLES))
+            total.add(trained.update, trained.examples)
+            if self._needs is Needs.SINGLE_UPDATES:
+                single[site] = as_flower(trained.update, trained.examples)
+            collected.received_bytes += trained.update.nbytes
+            tallies.append(trained.tally)
+            return TRAINED
+
+        messages = configure(request_config(self._study.digest, number))
+        self._stages.run(number, "training", messages, cohort, collected.outcomes, take=take)
+        collected.tally = add(tallies)
+        if collected.trained >= quorum and single:
+            # By name, so that no order of arrival shows; updates and not weights, because distances between nearly
+            # equal weights drown in rounding.
+            collected.replies, collected.relative = [single[site] for site in sorted(single)], True
+        elif collected.trained >= quorum:
+            collected.replies = [as_flower(weights + total.mean(), total.weight)]
+        return collected
+
+    def evaluate(self, number: int, weights: Flat, cohort: Mapping[int, str], configure: Configure) -> Evaluated:
+        """Let the cohort score the weights and add what is released."""
+        tallies: dict[str, Mapping[str, float]] = {}
+
+        def take(site: str, reply: Message) -> str:
+            if tally := EvaluateReply.parse(reply.content).tally:
+                check_names(tally, tally_names(self._study.scoring, self._study.data.classes))
+                tallies[site] = tally
+            return "evaluated"
+
+        messages = configure(request_config(self._study.digest, number))
+        self._stages.run(number, Kind.EVALUATE.value, messages, cohort, {}, take=take)
+        return Evaluated(add(tallies.values()), tallies)
+
+    def unfinished(self, weights: Flat, cohort: Mapping[int, str]) -> Collected | None:
+        """Nothing is kept: the round is run again, and sites repeat their answers without training."""
+        return None
+
+    def settled(self) -> None:
+        """Nothing was kept."""
