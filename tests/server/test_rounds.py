@@ -1,0 +1,375 @@
+"""The round loop over scripted sites: who is counted, who is not waited for, and what the model is then."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import pytest
+from scripted import Answer, ScriptedGrid, ScriptedSite
+from tiny import LOGISTIC_VALUES, classes_study
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+from flwr.app import Message
+
+from medfl.server import rounds as rounds_module
+from medfl.server.checkpoint import CheckpointFolder
+from medfl.server.reporter import RoundReport, Silent
+from medfl.server.rounds import Ending, Result, Rounds
+from medfl.shared.algorithms.travel import build_study_network, layouts
+from medfl.shared.errors import Code
+from medfl.shared.messages import UNKNOWN_STUDY, EvaluateReply, Failure, Kind, ModelRequest, TrainReply
+from medfl.shared.study import Study
+from medfl.shared.weights import Flat
+
+
+@dataclass
+class Heard(Silent):
+    reports: list[RoundReport] = field(default_factory=list)
+    refusals: list[dict[str, str]] = field(default_factory=list)
+    on_round: Callable[[RoundReport], None] = lambda report: None
+
+    def waiting(self, *arguments: Any) -> None:
+        self.refusals.append(dict(arguments[3]))
+
+    def finished_round(self, report: RoundReport) -> None:
+        self.reports.append(report)
+        self.on_round(report)
+
+    def outcomes(self, number: int) -> dict[str, str]:
+        return dict(self.reports[number - 1].outcomes)
+
+
+def run(
+    study: Study,
+    grid: ScriptedGrid,
+    *,
+    heard: Heard | None = None,
+    checkpoints: CheckpointFolder | None = None,
+    stop: Event | None = None,
+) -> Result:
+    heard = heard or Heard()
+    return Rounds(study, grid, grid, checkpoints=checkpoints, reporter=heard, stop=stop or Event()).run()
+
+
+def start_of(study: Study) -> Flat:
+    network = build_study_network(study)
+    return layouts(study, network)[0].flatten(network.state_dict())
+
+
+def moved(study: Study, result: Result) -> float:
+    """How far every weight has moved, the same for all."""
+    step = result.weights.astype(np.float64) - start_of(study)
+    assert step.max() - step.min() < 1e-5
+    return float(step.mean())
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds_module, "_SETTLE_S", 0.2)
+    monkeypatch.setattr(rounds_module, "_POLL_S", 0.01)
+    logging.getLogger("medfl").propagate = True
+
+
+def failing(code: Code, reason: str = "", *, times: int = 10**9) -> Callable[[ModelRequest], Answer]:
+    counter = itertools.count()
+
+    def train(request: ModelRequest) -> Answer:
+        if next(counter) < times:
+            return Failure(code, reason).record()
+        return TrainReply(np.full_like(request.weights, 1.0), 1).record()
+
+    return train
+
+
+class Broken(ScriptedSite):
+    """Trains by the given function."""
+
+    def __init__(self, train: Callable[[ModelRequest], Answer]) -> None:
+        super().__init__()
+        self._do = train
+
+    def train(self, request: ModelRequest) -> Answer:
+        return self._do(request)
+
+
+def test_each_round_moves_the_model_by_the_weighted_mean_update() -> None:
+    study, heard = classes_study(rounds={"count": 3}), Heard()
+    result = run(study, ScriptedGrid({"a": ScriptedSite(1.0, 1), "b": ScriptedSite(5.0, 3)}), heard=heard)
+    assert (result.ending, result.round) == (Ending.DONE, 3)
+    assert moved(study, result) == pytest.approx(3 * 4.0, rel=1e-6)
+    assert [report.round for report in heard.reports] == [1, 2, 3]
+    assert heard.outcomes(1) == {"a": "trained", "b": "trained"}
+    assert heard.reports[0].received_bytes == 2 * 4 * LOGISTIC_VALUES
+
+
+def test_every_message_lives_no_longer_than_its_stage() -> None:
+    grid = ScriptedGrid({"a": ScriptedSite(), "b": ScriptedSite()})
+    run(classes_study(rounds={"deadline_s": 17}), grid)
+    assert set(grid.times_to_live) == {17.0}
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "trimmed-mean", "median", "krum"])
+def test_the_order_of_arrival_does_not_change_a_bit(strategy: str) -> None:
+    study = classes_study(strategy={"name": strategy, **({"keep": 3} if strategy == "krum" else {})})
+    draw = np.random.default_rng(0)
+    updates = {name: draw.normal(size=LOGISTIC_VALUES).astype(np.float32) for name in "abcde"}
+
+    def weights(arrange: Callable[[list[Message]], list[Message]]) -> bytes:
+        sites = {name: ScriptedSite(update, 1 + ord(name) % 7) for name, update in updates.items()}
+        return run(study, ScriptedGrid(sites, arrange=arrange)).weights.tobytes()
+
+    shuffled = random.Random(3)
+    orders: list[Callable[[list[Message]], list[Message]]] = [
+        lambda replies: replies,
+        lambda replies: replies[::-1],
+        lambda replies: shuffled.sample(replies, len(replies)),
+    ]
+    assert len({weights(order) for order in orders}) == 1
+
+
+@pytest.mark.parametrize("strategy", ["trimmed-mean", "median", "krum"])
+def test_a_single_wild_update_does_not_move_a_robust_strategy(strategy: str) -> None:
+    study = classes_study(strategy={"name": strategy}, rounds={"count": 1})
+    sites = {name: ScriptedSite(update) for name, update in zip("abcde", [1.0, 1.0, 1.0, 1.0, 1e6], strict=True)}
+    assert moved(study, run(study, ScriptedGrid(sites))) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_krum_tells_small_updates_apart_on_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = classes_study(strategy={"name": "krum", "malicious": 1}, rounds={"count": 1})
+    grid = ScriptedGrid(
+        {name: ScriptedSite(update) for name, update in zip("abcde", [1e-3, 1.1e-3, 1.2e-3, 1.3e-3, 0.05], strict=True)}
+    )
+    run_ = Rounds(study, grid, grid, checkpoints=None, reporter=Heard(), stop=Event())
+    run_._weights = np.full(LOGISTIC_VALUES, 1000.0, np.float32)
+    # squared distances between weights of 1000 are below what float32 resolves; between updates they are not
+    taken = run_.run().weights - np.float32(1000)
+    assert taken.max() < 0.01
+
+
+BAD: dict[str, Callable[[ModelRequest], Answer]] = {
+    "refused: policy": failing(Code.REFUSED, "policy"),
+    "training": failing(Code.TRAINING),
+    "wrong length": lambda r: TrainReply(r.weights[:-1], 1).record(),
+    "not finite": lambda r: TrainReply(np.full_like(r.weights, np.nan), 1).record(),
+    "too large": lambda r: TrainReply(np.full_like(r.weights, 1e30), 1).record(),
+    "no weight": lambda r: TrainReply(r.weights, 0).record(),
+    "wrong kind": lambda r: EvaluateReply().record(),
+    "strange tally": lambda r: TrainReply(r.weights, 1, {"confusion/x": 1.0}).record(),
+    "silence": lambda r: None,
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_site_that_does_not_deliver_is_left_out_and_the_rest_goes_on(what: str) -> None:
+    study, heard = classes_study(rounds={"count": 2, "deadline_s": 0.2}), Heard()
+    sites = {"a": ScriptedSite(1.0), "b": ScriptedSite(3.0), "bad": Broken(BAD[what])}
+    result = run(study, ScriptedGrid(sites), heard=heard)
+    assert (result.ending, result.round) == (Ending.DONE, 2)
+    assert moved(study, result) == pytest.approx(2 * 2.0, rel=1e-6)
+    told = heard.outcomes(1)["bad"]
+    assert told == {"refused: policy": what, "training": what, "silence": "no answer"}.get(what, "malformed reply")
+
+
+def test_an_evaluation_that_is_not_the_studys_is_thrown_away() -> None:
+    class Strange(ScriptedSite):
+        def evaluate(self, request: ModelRequest) -> Answer:
+            return EvaluateReply({"confusion/x": 1.0, "examples": 3.0, "tp/y": 1.0}).record()
+
+    class Honest(ScriptedSite):
+        def evaluate(self, request: ModelRequest) -> Answer:
+            matrix = {f"confusion/{t}/{p}": float(t == p) for t in ("no", "yes") for p in ("no", "yes")}
+            return EvaluateReply({"loss": 1.0, "examples": 2.0, **matrix}).record()
+
+    heard = Heard()
+    run(classes_study(rounds={"count": 1}), ScriptedGrid({"a": Strange(), "b": Honest()}), heard=heard)
+    assert heard.reports[0].scores == {"loss": 0.5, "accuracy": 1.0, "balanced_accuracy": 1.0}
+    assert list(heard.reports[0].site_scores) == ["b"]
+
+
+def test_the_same_reply_twice_counts_once() -> None:
+    study = classes_study(rounds={"count": 1})
+    twice = Broken(lambda r: [TrainReply(np.full_like(r.weights, 9.0), 1).record()] * 2)
+    result = run(study, ScriptedGrid({"a": ScriptedSite(1.0), "b": twice}))
+    assert moved(study, result) == pytest.approx((1 + 9) / 2, rel=1e-6)
+
+
+def test_a_site_that_is_too_late_is_not_waited_for_and_not_counted() -> None:
+    study, heard = classes_study(rounds={"count": 2, "deadline_s": 0.3}), Heard()
+    late = ScriptedSite(100.0)
+    grid = ScriptedGrid({"a": ScriptedSite(1.0), "b": ScriptedSite(1.0), "late": late})
+
+    def accept_then_dawdle(report: RoundReport | None = None) -> None:
+        late.late_s = 1.0
+
+    late_consider = late.consider
+
+    def consider(content: Any) -> Answer:
+        accept_then_dawdle()
+        return late_consider(content)
+
+    late.consider = consider  # type: ignore[method-assign]
+    begin = time.monotonic()
+    result = run(study, grid, heard=heard)
+    assert time.monotonic() - begin < 2 * 2 * 0.3 + 1.5  # two stages a round, nobody waits for the second they take
+    assert moved(study, result) == pytest.approx(2.0, rel=1e-6)
+
+
+def test_a_void_round_changes_nothing_and_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    study, heard = classes_study(rounds={"count": 2}), Heard()
+    sometimes = Broken(failing(Code.TRAINING, times=2))
+    first = ScriptedSite(1.0)
+    result = run(study, ScriptedGrid({"a": first, "b": sometimes}), heard=heard)
+    assert (result.ending, result.round) == (Ending.DONE, 2)
+    assert first.rounds == [1, 1, 1, 2]
+    assert all(np.array_equal(seen, first.seen[0]) for seen in first.seen[:3])
+    assert moved(study, result) == pytest.approx(2.0, rel=1e-6)
+    assert "round 1 is void: 1 of 2 sites trained (b: training)" in caplog.text
+
+
+def test_five_void_rounds_in_a_row_end_the_study() -> None:
+    study = classes_study()
+    site = Broken(failing(Code.TRAINING))
+    result = run(study, ScriptedGrid({"a": ScriptedSite(1.0), "b": site}))
+    assert (result.ending, result.round) == (Ending.VOID_ROUNDS, 0)
+    assert site.rounds == [1] * 5
+    assert np.array_equal(result.weights, start_of(study))
+
+
+def test_a_study_waits_for_its_quorum_no_longer_than_its_patience() -> None:
+    grid = ScriptedGrid({"a": ScriptedSite(), "b": ScriptedSite()})
+    grid.offline = {"b"}
+    began = time.monotonic()
+    result = run(classes_study(rounds={"patience_s": 0.3}), grid)
+    assert (result.ending, result.round) == (Ending.NO_QUORUM, 0)
+    assert 0.3 <= time.monotonic() - began < 2
+
+
+def test_a_refusing_site_is_told_with_its_reason_while_the_quorum_is_awaited() -> None:
+    class Refusing(ScriptedSite):
+        def consider(self, content: Any) -> Answer:
+            return Failure(Code.REFUSED, "study not approved").record()
+
+    heard = Heard()
+    grid = ScriptedGrid({"a": ScriptedSite(), "b": Refusing()})
+    assert run(classes_study(rounds={"patience_s": 0.2}), grid, heard=heard).ending is Ending.NO_QUORUM
+    assert heard.refusals[-1] == {"b": "refused: study not approved"}
+    assert grid.asked.count(("b", Kind.OFFER.value)) == 1  # not asked again at once
+    assert ("b", Kind.TRAIN.value) not in grid.asked
+
+
+def test_a_site_that_joins_late_takes_part_from_the_next_round() -> None:
+    study = classes_study(rounds={"count": 3})
+    late = ScriptedSite(1.0)
+    grid = ScriptedGrid({"a": ScriptedSite(1.0), "b": ScriptedSite(1.0), "late": late})
+    grid.offline = {"late"}
+    heard = Heard(on_round=lambda report: grid.offline.clear())
+    run(study, grid, heard=heard)
+    assert late.rounds == [2, 3]
+    assert "late" not in heard.outcomes(1)
+
+
+def test_a_site_that_leaves_is_not_asked_any_more() -> None:
+    study = classes_study(rounds={"count": 2})
+    grid = ScriptedGrid({name: ScriptedSite(1.0) for name in ("a", "b", "gone")})
+    heard = Heard(on_round=lambda report: grid.offline.add("gone"))
+    run(study, grid, heard=heard)
+    assert set(heard.outcomes(2)) == {"a", "b"}
+
+
+def test_a_site_that_does_not_know_the_study_is_offered_it_again() -> None:
+    study = classes_study(rounds={"count": 2})
+    forgetful = Broken(failing(Code.PROTOCOL, UNKNOWN_STUDY, times=1))
+    grid = ScriptedGrid({"a": ScriptedSite(1.0), "b": ScriptedSite(1.0), "c": forgetful})
+    heard = Heard()
+    run(study, grid, heard=heard)
+    assert heard.outcomes(1)["c"] == f"protocol: {UNKNOWN_STUDY}"
+    assert heard.outcomes(2)["c"] == "trained"
+    of_c = [kind for name, kind in grid.asked if name == "c"]
+    assert of_c.count(Kind.OFFER.value) == 2
+
+
+def test_a_part_of_the_sites_is_drawn_for_each_round_by_the_seed() -> None:
+    def drawn(seed: int) -> list[frozenset[str]]:
+        study, heard = classes_study(rounds={"count": 6, "sites_per_round": 2}, seed=seed), Heard()
+        run(study, ScriptedGrid({name: ScriptedSite(1.0) for name in "abcd"}), heard=heard)
+        return [frozenset(report.outcomes) for report in heard.reports]
+
+    assert drawn(1) == drawn(1)
+    assert all(len(cohort) == 2 for cohort in drawn(1))
+    assert len(set(drawn(1))) > 1
+    assert drawn(1) != drawn(2)
+
+
+def test_stop_ends_between_rounds() -> None:
+    stop = Event()
+    heard = Heard(on_round=lambda report: stop.set())
+    grid = ScriptedGrid({"a": ScriptedSite(1.0), "b": ScriptedSite(1.0)})
+    result = run(classes_study(rounds={"count": 9}), grid, heard=heard, stop=stop)
+    assert (result.ending, result.round) == (Ending.STOPPED, 1)
+
+
+def test_stop_ends_a_stage_that_waits_for_a_silent_site_and_keeps_the_model() -> None:
+    study, stop = classes_study(rounds={"deadline_s": 60}), Event()
+    silent = Broken(lambda r: None)
+    Thread(target=lambda: (time.sleep(0.3), stop.set()), daemon=True).start()
+    began = time.monotonic()
+    result = run(study, ScriptedGrid({"a": ScriptedSite(1.0), "b": silent}), stop=stop)
+    assert time.monotonic() - began < 5
+    assert (result.ending, result.round) == (Ending.STOPPED, 0)
+    assert np.array_equal(result.weights, start_of(study))
+
+
+def test_scores_are_asked_for_every_few_rounds_and_after_the_last() -> None:
+    grid = ScriptedGrid({"a": ScriptedSite(), "b": ScriptedSite()})
+    run(classes_study(rounds={"count": 5, "evaluate_every": 2}), grid)
+    kinds = [kind for name, kind in grid.asked if name == "a" and kind != Kind.OFFER.value]
+    assert [n for n, kind in enumerate(kinds) if kind == Kind.EVALUATE.value] == [2, 5, 7]  # after rounds 2, 4 and 5
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "krum"])
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_restarted_coordinator_ends_with_the_very_bits_of_one_that_was_not(
+    tmp_path: Path, strategy: str, after: int
+) -> None:
+    study = classes_study(strategy={"name": strategy}, rounds={"count": 4})
+    draw = np.random.default_rng(1)
+    nudges = {name: draw.normal(size=LOGISTIC_VALUES).astype(np.float32) for name in "abc"}
+
+    def grid() -> ScriptedGrid:
+        def site(nudge: Flat) -> Broken:  # depends on the round and on the weights, as training does
+            return Broken(lambda r: TrainReply((nudge * r.round - r.weights / 7).astype(np.float32), r.round).record())
+
+        return ScriptedGrid({name: site(nudge) for name, nudge in nudges.items()})
+
+    undisturbed = run(study, grid())
+    stop = Event()
+    heard = Heard(on_round=lambda report: stop.set() if report.round == after else None)
+    first = run(study, grid(), heard=heard, checkpoints=CheckpointFolder(tmp_path), stop=stop)
+    assert first.round == after
+    heard = Heard()
+    second = run(study, grid(), heard=heard, checkpoints=CheckpointFolder(tmp_path))
+    assert [report.round for report in heard.reports] == list(range(after + 1, 5))
+    assert second.weights.tobytes() == undisturbed.weights.tobytes()
+
+
+def test_a_finished_study_is_not_run_again(tmp_path: Path) -> None:
+    study = classes_study()
+    first = run(
+        study, ScriptedGrid({"a": ScriptedSite(1.0), "b": ScriptedSite(1.0)}), checkpoints=CheckpointFolder(tmp_path)
+    )
+    idle = ScriptedGrid({"a": ScriptedSite(1.0), "b": ScriptedSite(1.0)})
+    again = run(study, idle, checkpoints=CheckpointFolder(tmp_path))
+    assert idle.asked == []
+    assert (again.ending, again.round) == (Ending.DONE, study.rounds.count)
+    assert np.array_equal(again.weights, first.weights)
