@@ -1,7 +1,5 @@
 """Time of one stage and of one exchange of a 30 MB model: three site processes, TLS on loopback.
 
-    PYTHONPATH=tests/support python tests/benchmarks/bench_link.py
-
 A stage is a query with a trivial reply; an exchange sends the model to all sites and gets one of that size from each.
 """
 
@@ -16,6 +14,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+# isort: split
 import numpy as np
 from federation import Lab, question, until
 from flwr.app import Array, ArrayRecord, Message, RecordDict
