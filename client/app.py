@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 
 from medfl.client.site import Site
 from medfl.shared.errors import Code, MedFLError
-from medfl.shared.messages import Failure, ModelRequest, StudyOffer
+from medfl.shared.messages import Failure, ModelRequest, SecureRequest, StudyOffer, WeightRequest
 
 log = logging.getLogger("medfl.site")
 
@@ -42,6 +42,14 @@ def build_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return _answer(message, lambda: site_of(context).evaluate(ModelRequest.parse(message.content)))
+
+    @app.query("weight")
+    def weight(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: site_of(context).hold_weight(WeightRequest.parse(message.content)))
+
+    @app.query("phase")
+    def phase(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: site_of(context).secure_phase(SecureRequest.parse(message.content)))
 
     return app
 

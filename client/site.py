@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import torch
 
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
+from medfl.client.participant import Participant
 from medfl.client.policy import Policy
 from medfl.client.privacy.ledger import Ceilings, Ledger
 from medfl.client.privacy.refusals import require_private_network
@@ -22,11 +24,23 @@ from medfl.client.training.charged import PrivateRound, fix_plan, train_charged
 from medfl.client.training.evaluate import evaluate
 from medfl.client.training.plain import train_plain
 from medfl.client.workbench import Bench, Workbench
-from medfl.shared.errors import ConfigError, DataError, ProtocolError
+from medfl.shared.errors import ConfigError, DataError, PolicyRefusal, ProtocolError
 from medfl.shared.files import private_folder
-from medfl.shared.messages import UNKNOWN_STUDY, EvaluateReply, ModelRequest, OfferAccepted, StudyOffer, TrainReply
+from medfl.shared.messages import (
+    UNKNOWN_STUDY,
+    EvaluateReply,
+    ModelRequest,
+    OfferAccepted,
+    Ready,
+    SecureReply,
+    SecureRequest,
+    StudyOffer,
+    TrainReply,
+    WeightRequest,
+)
 from medfl.shared.metrics import EXAMPLES, headline, read
 from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy, Unit
+from medfl.shared.secagg.exchange import PhaseRequest
 from medfl.shared.study import Study
 from medfl.shared.weights import weights_digest
 
@@ -53,6 +67,7 @@ class Site:
         workbench: Workbench,
         records: Records,
         ledger: Path,
+        participant: Participant | None = None,
         today: Callable[[], datetime.date] = datetime.date.today,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -62,6 +77,7 @@ class Site:
         self._workbench = workbench
         self._records = records
         self._ledger_path = ledger
+        self._participant = participant
         self._today = today
         self._progress = progress
         self._data: tuple[bytes, SiteData] | None = None
@@ -75,6 +91,8 @@ class Site:
         """
         study = Study.from_canonical(offer.canonical, digest=offer.digest)
         self._policy.permit(study, today=self._today())
+        if study.secure_aggregation.mode != "none":
+            self._require_participant()
         bench = self._workbench.open(study)
         data = self._split(study, Split.TRAIN)
         if isinstance(study.privacy, DpSgd):
@@ -87,8 +105,8 @@ class Site:
         self._records.remember(study)
         return OfferAccepted()
 
-    def train(self, request: ModelRequest) -> TrainReply:
-        """Train one round from the request's weights and return the update.
+    def train(self, request: ModelRequest) -> TrainReply | Ready:
+        """Train one round from the request's weights and return the update, or hold it for a secure sum.
 
         The very same request again gets the very same answer, without training: so a lost reply or a restarted
         coordinator costs neither time nor privacy.
@@ -98,15 +116,16 @@ class Site:
         """
         study, bench = self._prepare(request)
         asked = f"{request.round}/{weights_digest(request.weights)}"
-        if (answer := self._records.answer(study.digest, asked)) is not None:
-            return answer
-        data = self._split(study, Split.TRAIN)
-        self._policy.permit_upload(request.weights.nbytes)
-        reply = self._train(study, bench, data, request)
-        if bench.personal.tensors:
-            self._records.keep_personal(study.digest, bench.personal_weights())
-        self._records.keep_answer(study.digest, asked, reply)
-        return reply
+        result = self._records.answer(study.digest, asked)
+        if result is None:
+            self._policy.permit_upload(request.weights.nbytes)
+            result = self._train(study, bench, self._split(study, Split.TRAIN), request)
+            if bench.personal.tensors:
+                self._records.keep_personal(study.digest, bench.personal_weights())
+            self._records.keep_answer(study.digest, asked, result)
+        if study.secure_aggregation.mode != "none":
+            return self._require_participant().hold_update(study, request, result)
+        return result if self._releases(study) else replace(result, tally={})
 
     def _train(self, study: Study, bench: Bench, data: TensorSet, request: ModelRequest) -> TrainReply:
         started = time.monotonic()
@@ -132,10 +151,27 @@ class Site:
                 tally = train_plain(bench.network, data, study, generator=generator, progress=self._progress)
                 update = bench.update_from(request.weights)
                 self._note(study, request.round, "train", tally, time.monotonic() - started)
-                released = tally if self._policy.release_site_metrics else {}
-                return TrainReply(update, examples=len(data.labels), tally=released)
+                return TrainReply(update, examples=len(data.labels), tally=tally)
 
-    def evaluate(self, request: ModelRequest) -> EvaluateReply:
+    def hold_weight(self, request: WeightRequest) -> Ready:
+        """Hold this site's weight, the number of its training images, for the secure sum of all weights.
+
+        Raises:
+            PolicyRefusal, ProtocolError, DataError: why not.
+        """
+        study = self._approved(request.study)
+        examples = len(self._split(study, Split.TRAIN).labels)
+        return self._require_participant().hold_weight(study, request.encoding, examples)
+
+    def secure_phase(self, request: SecureRequest) -> SecureReply:
+        """Answer one phase of a secure sum over what is held.
+
+        Raises:
+            PolicyRefusal, ProtocolError, DataError, TrainingError: why not.
+        """
+        return SecureReply(self._require_participant().secure.answer(request.phase, PhaseRequest(request.control)))
+
+    def evaluate(self, request: ModelRequest) -> EvaluateReply | Ready:
         """Score the request's weights on the site's held-out patients; what leaves is for the policy to say.
 
         Raises:
@@ -145,15 +181,31 @@ class Site:
         started = time.monotonic()
         tally = evaluate(bench.network, self._split(study, Split.VALIDATION), study)
         self._note(study, request.round, "validation", tally, time.monotonic() - started)
-        # Under differential privacy exact scores of held-out patients are never released, whatever the policy says.
-        released = self._policy.release_site_metrics and isinstance(study.privacy, NoPrivacy)
-        return EvaluateReply(tally if released else {})
+        if study.secure_aggregation.mode != "none" and isinstance(study.privacy, NoPrivacy):
+            return self._require_participant().hold_scores(study, request, tally)
+        return EvaluateReply(tally if self._releases(study) else {})
 
-    def _prepare(self, request: ModelRequest) -> tuple[Study, Bench]:
-        study = self._records.study(request.study)
+    def _releases(self, study: Study) -> bool:
+        """Whether this site's own numbers may leave. Under differential privacy never, whatever the policy says."""
+        return self._policy.release_site_metrics and isinstance(study.privacy, NoPrivacy)
+
+    def _require_participant(self) -> Participant:
+        if self._participant is None:
+            raise PolicyRefusal(
+                "a secure sum was asked for, and this site has no roster: name one under secure_aggregation",
+                reason="no roster here",
+            )
+        return self._participant
+
+    def _approved(self, digest: str) -> Study:
+        study = self._records.study(digest)
         if study is None:
             raise ProtocolError("asked about a study that was never offered here", reason=UNKNOWN_STUDY)
         self._policy.permit(study, today=self._today())
+        return study
+
+    def _prepare(self, request: ModelRequest) -> tuple[Study, Bench]:
+        study = self._approved(request.study)
         if request.round > study.rounds.count:
             raise ProtocolError(f"round {request.round} is beyond the study's {study.rounds.count}")
         bench = self._workbench.open(study)

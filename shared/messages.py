@@ -12,15 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import isfinite
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
 from medfl.shared.errors import Code, ProtocolError
+from medfl.shared.metrics import Tally
+from medfl.shared.secagg.exchange import Phase, PhaseReply
 from medfl.shared.weights import Flat
 
 PROTOCOL = 1
@@ -34,9 +37,6 @@ UNKNOWN_STUDY = "unknown study"
 
 _LONGEST_NAME = 200  # of a tally's entry: "confusion/", and two names of classes of at most 64 letters
 
-Tally = Mapping[str, float]
-"""Sums over examples or patients (never means), so that tallies of several sites add up."""
-
 T = TypeVar("T", str, int, float, bytes, bool)
 
 
@@ -46,6 +46,8 @@ class Kind(StrEnum):
     OFFER = "query.offer"
     TRAIN = "train"
     EVALUATE = "evaluate"
+    WEIGHT = "query.weight"
+    PHASE = "query.phase"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +93,91 @@ class ModelRequest:
     study: str  # digest
     round: int  # counted from 1
     weights: Flat
+    encoding: bytes = b""  # under secure aggregation: how the result is to be encoded for the sum
 
     def record(self) -> RecordDict:
         """As Flower records."""
-        return RecordDict({"arrays": pack(self.weights), "config": request_config(self.study, self.round)})
+        config = request_config(self.study, self.round, encoding=self.encoding)
+        return RecordDict({"arrays": pack(self.weights), "config": config})
 
     @classmethod
     def parse(cls, content: RecordDict) -> ModelRequest:
         """Raises ProtocolError when malformed."""
-        config = _read_config(content, {"study", "server-round", "protocol", "proximal-mu"}, others={"arrays"})
+        fields = {"study", "server-round", "protocol", "proximal-mu", "encoding"}
+        config = _read_config(content, fields, others={"arrays"})
         _check_protocol(config)
         round_number = _value(config, "server-round", int)
         if not 1 <= round_number < 2**32:
             raise ProtocolError(f"round {round_number} is not a round number")
-        return cls(_digest(config), round_number, unpack(content, "arrays"))
+        encoding = _value(config, "encoding", bytes) if "encoding" in config else b""
+        return cls(_digest(config), round_number, unpack(content, "arrays"), encoding)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRequest:
+    """Coordinator to site: hold your weight ready for a secure sum of all weights."""
+
+    study: str  # digest
+    encoding: bytes
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        return _config({"study": self.study, "encoding": self.encoding, "protocol": PROTOCOL})
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> WeightRequest:
+        """Raises ProtocolError when malformed."""
+        config = _read_config(content, {"study", "encoding", "protocol"}, others=set())
+        _check_protocol(config)
+        return cls(_digest(config), _value(config, "encoding", bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class SecureRequest:
+    """Coordinator to site: one phase of a secure sum. What ``control`` holds is MSA-1's own business."""
+
+    phase: Phase
+    control: bytes
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        return _config({"phase": self.phase.value, "control": self.control, "protocol": PROTOCOL})
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> SecureRequest:
+        """Raises ProtocolError when malformed."""
+        config = _read_config(content, {"phase", "control", "protocol"}, others=set())
+        _check_protocol(config)
+        try:
+            phase = Phase(_value(config, "phase", str))
+        except ValueError:
+            raise ProtocolError("the message names an unknown phase") from None
+        return cls(phase, _value(config, "control", bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class SecureReply:
+    """Site to coordinator: its part of one phase; masked arrays in the third."""
+
+    reply: PhaseReply
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        content = _reply("phase", {"control": self.reply.control})
+        if self.reply.vector is not None and self.reply.scalars is not None:
+            content["masked"] = ArrayRecord({"vector": Array(self.reply.vector), "scalars": Array(self.reply.scalars)})
+        return content
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> SecureReply:
+        """Raises ProtocolError when malformed."""
+        others = {"masked"} if "masked" in content else set()
+        control = _value(_read_reply(content, "phase", {"control"}, others=others), "control", bytes)
+        if not others:
+            return cls(PhaseReply(control))
+        vector = _array(content, "masked", "vector", {"vector", "scalars"})
+        scalars = _array(content, "masked", "scalars", {"vector", "scalars"})
+        return cls(PhaseReply(control, vector, scalars))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +262,16 @@ class Failure:
 
 
 def outcome(content: RecordDict) -> str:
-    """What kind of reply this is: accepted, trained, ready, evaluated, failed."""
+    """What kind of reply this is: accepted, trained, ready, evaluated, phase, failed."""
     return _value(_read_config(content, None), "outcome", str)
 
 
-def request_config(study: str, round_number: int) -> ConfigRecord:
+def request_config(study: str, round_number: int, *, encoding: bytes = b"") -> ConfigRecord:
     """The ``config`` record of a :class:`ModelRequest`; strategies may add what they need (``proximal-mu``)."""
-    return ConfigRecord({"study": study, "server-round": round_number, "protocol": PROTOCOL})
+    config = ConfigRecord({"study": study, "server-round": round_number, "protocol": PROTOCOL})
+    if encoding:
+        config["encoding"] = encoding
+    return config
 
 
 def pack(vector: Flat) -> ArrayRecord:
@@ -205,17 +281,25 @@ def pack(vector: Flat) -> ArrayRecord:
 
 def unpack(content: RecordDict, name: str) -> Flat:
     """The flat float32 tensor of the ArrayRecord ``name``. Raises ProtocolError when it is anything else."""
+    vector = _array(content, name, TENSOR, {TENSOR})
+    if vector.dtype != np.float32:
+        raise ProtocolError(f"the tensor in '{name}' must be float32, got {vector.dtype}")
+    return vector
+
+
+def _array(content: RecordDict, name: str, key: str, keys: set[str]) -> NDArray[Any]:
+    """A one-dimensional array of the ArrayRecord ``name``, which must hold exactly ``keys``."""
     record = content.get(name)
-    if not isinstance(record, ArrayRecord) or set(record) != {TENSOR}:
-        raise ProtocolError(f"the message has no single flat tensor in '{name}'")
+    if not isinstance(record, ArrayRecord) or set(record) != keys:
+        raise ProtocolError(f"the message has no arrays {', '.join(sorted(keys))} in '{name}'")
     try:
-        vector = record[TENSOR].numpy()
+        vector = record[key].numpy()
     except Exception:  # numpy raises many types on bytes from elsewhere, MemoryError where a header claims too much
         raise ProtocolError(f"the tensor in '{name}' cannot be read") from None
     if not isinstance(vector, np.ndarray):  # bytes of a zip archive, which numpy opens as well
         raise ProtocolError(f"the tensor in '{name}' is an archive")
-    if vector.dtype != np.float32 or vector.ndim != 1:
-        raise ProtocolError(f"the tensor in '{name}' must be float32 with one axis, got {vector.dtype}{vector.shape}")
+    if vector.ndim != 1:
+        raise ProtocolError(f"the tensor in '{name}' must have one axis, got {vector.ndim}")
     return vector
 
 
@@ -223,7 +307,7 @@ def _config(values: dict[str, str | int | bytes]) -> RecordDict:
     return RecordDict({"config": ConfigRecord(values)})  # type: ignore[arg-type]
 
 
-def _reply(kind: str, values: Mapping[str, str | int]) -> RecordDict:
+def _reply(kind: str, values: Mapping[str, str | int | bytes]) -> RecordDict:
     return _config({"outcome": kind, "nonce": secrets.token_hex(16), "protocol": PROTOCOL, **values})
 
 

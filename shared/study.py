@@ -80,6 +80,7 @@ class SecureAggregation(Settings):
     mode: Literal["none", "msa1"]
     ring_bits: Literal[16, 20, 24, 32] = 32
     clip: float = Field(default=1.0, gt=0, le=1e6)  # largest absolute value of one entry of an update
+    statistics_clip: float = Field(default=16.0, gt=0, le=1e6)  # the same of normalisation's running statistics
     phase_deadline_s: float = Field(default=120.0, gt=0, le=86400)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,20 +14,29 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from medfl.client.app import build_client_app
 from medfl.client.data.tensors import SiteData
+from medfl.client.participant import Participant
 from medfl.client.policy import Policy
 from medfl.client.records import MemoryRecords
+from medfl.client.secagg.enrolment import Enrolment
+from medfl.client.secagg.journal import Journal
+from medfl.client.secagg.session import SecureSite
 from medfl.client.site import Site
 from medfl.client.workbench import Workbench
 from medfl.server.app import build_server_app
 from medfl.server.checkpoint import CheckpointFolder
 from medfl.server.reporter import Reporter, RoundReport, Several, Silent
 from medfl.server.rounds import Result, Rounds
+from medfl.server.secagg.store import MemoryStore
+from medfl.server.secure import SecureParts
 from medfl.shared.privacy.settings import NoPrivacy
+from medfl.shared.secagg.limits import SMALLEST_COHORT
+from medfl.shared.secagg.roster import Member, make_roster
 from medfl.shared.study import Study
 from medfl.simulations.grid import VirtualGrid
 
@@ -81,6 +90,7 @@ def federate(
     workbench = Workbench(device)
     ledgers = TemporaryDirectory(prefix="medfl-ledgers-")
     records = {name: MemoryRecords() for name in sites}
+    secure, participants = _secure_parts(study, list(sites))
     residents = {
         name: Site(
             name,
@@ -89,6 +99,7 @@ def federate(
             workbench=workbench,
             records=records[name],
             ledger=Path(ledgers.name) / name / "ledger.jsonl",
+            participant=participants.get(name),
         )
         for name, data in sites.items()
     }
@@ -105,6 +116,7 @@ def federate(
             checkpoints=checkpoints,
             reporter=Several(history, *([reporter] if reporter else [])),
             stop=stop or Event(),
+            secure=secure,
         )
         outcome.append(rounds.run())
 
@@ -117,6 +129,22 @@ def federate(
                 resident.close()
     rows = {name: kept.rows.get(study.digest, []) for name, kept in records.items()}
     return Federation(outcome[0], tuple(history.rounds), rows)
+
+
+def _secure_parts(study: Study, names: Sequence[str]) -> tuple[SecureParts | None, dict[str, Participant]]:
+    """Keys, a roster and a journal in memory for every virtual site, where the study sums securely."""
+    if study.secure_aggregation.mode == "none":
+        return None, {}
+    keys = {name: Ed25519PrivateKey.generate() for name in names}
+    members = [
+        Member(number, name, key.public_key().public_bytes_raw()) for number, (name, key) in enumerate(keys.items(), 1)
+    ]
+    roster = make_roster("simulation", 1, members, minimum_cohort=max(SMALLEST_COHORT, study.rounds.minimum_sites))
+    participants = {
+        member.name: Participant(SecureSite(Enrolment(member.id, keys[member.name], roster), Journal(None)))
+        for member in members
+    }
+    return SecureParts(roster, MemoryStore(), None), participants
 
 
 def permissive_policy(study: Study) -> Policy:

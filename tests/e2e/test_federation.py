@@ -111,7 +111,7 @@ def test_check_tells_what_is_wrong_by_its_exit_status(hospitals: Places, study: 
     assert study.digest in ready.stdout
 
     other = site.with_name("other.yaml")
-    other.write_text(site.read_text().replace(study.digest, "0" * 64))
+    other.write_text(site.read_text().replace(study.digest, "ab" * 32))
     refused = check("medfl.client.cli", "--site", other, "--study", study_file)
     assert refused.returncode == 3
     assert "not approved here" in refused.stderr
