@@ -12,7 +12,7 @@ from rich.console import Console
 
 from medfl.client.config import SiteSettings
 from medfl.client.node import check as check_reach
-from medfl.client.runtime import load_data, node_settings, site_device
+from medfl.client.runtime import build_participant, load_data, node_settings, site_device
 from medfl.shared.certificates import WARN_DAYS, SiteFiles, check_certificate, common_name, load_certificate
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
@@ -38,6 +38,9 @@ def check_site(settings: SiteSettings, *, study_file: Path | None, console: Cons
     if days < WARN_DAYS:
         console.print("[yellow]the certificate expires soon: ask the coordinator for a new one[/yellow]")
     console.print(f"device: {site_device(settings)}")
+    if settings.secure_aggregation is not None:
+        build_participant(settings)
+        console.print("roster: confirmed here, and it knows this site's key")
     console.print(f"approved studies: {len(settings.policy.studies)}")
     if study_file is not None:
         _check_study(settings, load_settings(study_file, Study), console)

@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parse_keys(given[1:])
         return run("medfl-client", lambda: _keys(options))
     options = _parse(given)
+    if options.confirm_roster:
+        return run("medfl-client", lambda: _confirm(options))
     return run("medfl-client", lambda: _check(options) if options.check else _node(options))
 
 
@@ -38,6 +40,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     made.add_argument("--site", type=Path, required=True, metavar="FILE", help="the site, as YAML (any file name)")
     made.add_argument("--check", action="store_true", help="validate configuration, certificates, data, reach; exit")
     made.add_argument("--study", type=Path, metavar="FILE", help="with --check: also read the data as this study would")
+    made.add_argument("--confirm-roster", action="store_true", help="show the roster's keys, confirm them, exit")
     return made.parse_args(arguments)
 
 
@@ -57,6 +60,30 @@ def _keys(options: argparse.Namespace) -> int:
         print(f"  {what}  {value}")
     print(f"next: send {options.folder}/request.json to the coordinator, compare these by telephone,")
     print(f"and put the authority.pem and client.pem that come back into {options.folder}")
+    return 0
+
+
+def _confirm(options: argparse.Namespace) -> int:
+    from medfl.client.runtime import confirmed_rosters
+    from medfl.shared.errors import ConfigError
+    from medfl.shared.secagg.roster import load_roster
+
+    settings = _load(options.site)
+    if settings.secure_aggregation is None:
+        raise ConfigError(f"{options.site}: secure_aggregation: is missing: name the roster's file there")
+    roster = load_roster(settings.secure_aggregation.roster)
+    new = confirmed_rosters(settings).unconfirmed(roster)
+    print(f"roster of {roster.consortium}, epoch {roster.epoch}, {len(roster.members)} sites, {len(new)} new here:")
+    for member in roster.members:
+        print(f"  {'new  ' if member in new else '     '}{member.name:20} {member.fingerprint}")
+    if new:
+        print("Compare each new fingerprint with that hospital, by telephone and not by way of the coordinator:")
+        print("a key that belongs to nobody could uncover this site's updates.")
+        if input("type yes when all are right: ").strip() != "yes":
+            print("nothing was confirmed")
+            return 3
+    confirmed_rosters(settings).confirm(roster)
+    print("confirmed")
     return 0
 
 
@@ -88,6 +115,7 @@ def _node(options: argparse.Namespace) -> int:
 
     site = build_site(settings)
     with ExitStack() as stack:
+        stack.callback(site.close)
         health = None
         if settings.health is not None:
             from medfl.shared.health import Health

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, StrictBool
 
 from medfl.client.data.settings import DataSettings
 from medfl.client.policy import Policy
@@ -19,6 +19,13 @@ class HealthSettings(Settings):
     port: int = Field(ge=0, le=65535)
 
 
+class SecureAggregationSettings(Settings):
+    """What this site needs for secure sums. Its minimum cohort is the policy's."""
+
+    roster: LocalPath  # as the coordinator sent it; confirm it with medfl-client --confirm-roster
+    allow_shrunk_repeat: StrictBool = False  # after a void sum: again with fewer sites, retrained
+
+
 class SiteSettings(Settings):
     """``site.yaml``."""
 
@@ -28,6 +35,7 @@ class SiteSettings(Settings):
     state: LocalPath
     data: DataSettings
     policy: Policy = Policy()  # absent: nothing is allowed
+    secure_aggregation: SecureAggregationSettings | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)  # of the CPU; absent: as PyTorch chooses
     health: HealthSettings | None = None

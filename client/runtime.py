@@ -12,14 +12,21 @@ from medfl.client.data.secret import open_site_key
 from medfl.client.data.tensors import SiteData
 from medfl.client.fleet import FleetSettings
 from medfl.client.node import NodeSettings, Notice
+from medfl.client.participant import Participant
 from medfl.client.policy import Policy
 from medfl.client.records import FolderRecords
+from medfl.client.secagg.confirmed_roster import ConfirmedRoster
+from medfl.client.secagg.enrolment import Enrolment, Rules
+from medfl.client.secagg.journal import Journal
+from medfl.client.secagg.session import SecureSite
 from medfl.client.site import Site
 from medfl.client.transport import TransportSettings
 from medfl.client.workbench import Workbench
 from medfl.shared.certificates import SiteFiles
 from medfl.shared.errors import ConfigError, PolicyRefusal
+from medfl.shared.keys import load_site_key
 from medfl.shared.messages import Kind
+from medfl.shared.secagg.roster import load_roster
 from medfl.shared.study import Study
 
 
@@ -58,7 +65,34 @@ def build_site(settings: SiteSettings) -> Site:
         workbench=Workbench(device),
         records=FolderRecords(settings.state),
         ledger=settings.state / "ledger.jsonl",
+        participant=build_participant(settings),
     )
+
+
+def build_participant(settings: SiteSettings) -> Participant | None:
+    """The site's part in secure sums, or None where it has no roster.
+
+    Raises:
+        ConfigError, PolicyRefusal, DataError: the roster is malformed, nobody here has confirmed it, it lacks this
+            site's key, or the journal cannot be used.
+    """
+    if settings.secure_aggregation is None:
+        return None
+    roster = load_roster(settings.secure_aggregation.roster)
+    confirmed_rosters(settings).check(roster)
+    member = next((member for member in roster.members if member.name == settings.site), None)
+    if member is None:
+        raise ConfigError(
+            f"{settings.secure_aggregation.roster}: lacks this site, {settings.site}: ask the coordinator"
+        )
+    rules = Rules(settings.policy.minimum_cohort, settings.secure_aggregation.allow_shrunk_repeat)
+    enrolment = Enrolment(member.id, load_site_key(SiteFiles(settings.keys).site_key), roster, rules)
+    return Participant(SecureSite(enrolment, Journal(settings.state / "secagg")))
+
+
+def confirmed_rosters(settings: SiteSettings) -> ConfirmedRoster:
+    """The keys this site's administrator has confirmed."""
+    return ConfirmedRoster(settings.state / "roster")
 
 
 def load_data(

@@ -31,7 +31,6 @@ class Member(Settings):
 
     name: Name
     node_key: LocalPath  # its node.key.pub
-    site_key: LocalPath | None = None  # its site.key.pub, for secure aggregation
 
 
 class HealthSettings(Settings):
@@ -49,6 +48,7 @@ class ConsortiumSettings(Settings):
     tls: TlsFiles
     state: LocalPath
     sites: tuple[Member, ...] = Field(min_length=1, max_length=1000)
+    roster: LocalPath | None = None  # for secure aggregation: every site's id, name and site key
     studies: tuple[LocalPath, ...] = ()  # study files, run one after the other
     runs: LocalPath  # a folder for each study: model, metrics, checkpoints, logs
     health: HealthSettings | None = None

@@ -21,9 +21,12 @@ from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
 from medfl.server.reporter import MetricsFile, Reporter, Several
 from medfl.server.rounds import Ending, Result, Rounds
+from medfl.server.secagg.store import FolderStore
+from medfl.server.secure import SecureParts
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.files import write_whole
+from medfl.shared.secagg.roster import Roster, load_roster
 from medfl.shared.study import Study
 from medfl.strategies.build import needs_of
 
@@ -57,8 +60,25 @@ def load_studies(settings: ConsortiumSettings) -> list[Study]:
                 f"{path}: rounds.minimum_sites: is {study.rounds.minimum_sites}, and the consortium has "
                 f"{len(settings.sites)} sites"
             )
+        if study.secure_aggregation.mode != "none":
+            read_secure_roster(settings)
         studies.append(study)
     return studies
+
+
+def read_secure_roster(settings: ConsortiumSettings) -> Roster:
+    """The roster for secure sums.
+
+    Raises:
+        ConfigError: none is named, it is malformed, or it lacks a site of the consortium.
+    """
+    if settings.roster is None:
+        raise ConfigError("a study asks for secure aggregation, which needs a roster: name its file under roster:")
+    roster = load_roster(settings.roster)
+    names = {member.name for member in roster.members}
+    if lacking := [site.name for site in settings.sites if site.name not in names]:
+        raise ConfigError(f"{settings.roster}: lacks site {lacking[0]}: add it with a new epoch")
+    return roster
 
 
 def link_settings(settings: ConsortiumSettings) -> LinkSettings:
@@ -123,6 +143,7 @@ def _run_study(
                     reporter=Several(MetricsFile(folder / "metrics.jsonl"), reporter),
                     stop=stop,
                     series=run.series_id,
+                    secure=_secure_parts(settings, study, folder),
                 )
                 results.append(rounds.run())
 
@@ -136,6 +157,14 @@ def _run_study(
     finally:
         logging.getLogger("medfl").removeHandler(log_file)
         log_file.close()
+
+
+def _secure_parts(settings: ConsortiumSettings, study: Study, folder: Path) -> SecureParts | None:
+    if study.secure_aggregation.mode == "none":
+        return None
+    return SecureParts(
+        read_secure_roster(settings), FolderStore(settings.state / "secagg"), folder / "sum-of-weights.json"
+    )
 
 
 def _series(folder: Path) -> int | None:

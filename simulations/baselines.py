@@ -14,7 +14,7 @@ from medfl.client.workbench import make_bench
 from medfl.server.reporter import Reporter
 from medfl.shared.metrics import headline, patient_dice, read
 from medfl.shared.privacy.settings import DpSgd, NoPrivacy
-from medfl.shared.study import Study
+from medfl.shared.study import SecureAggregation, Study
 from medfl.shared.weights import Flat
 from medfl.shared.zoo import ModelTask
 from medfl.simulations.federation import federate
@@ -132,9 +132,8 @@ def _by_patient(predicted: Tensor, data: TensorSet, label: int) -> float:
 
 
 def _with_one_site(study: Study) -> Study:
-    return study.model_copy(
-        update={"rounds": study.rounds.model_copy(update={"minimum_sites": 1, "sites_per_round": None})}
-    )
+    rounds = study.rounds.model_copy(update={"minimum_sites": 1, "sites_per_round": None})
+    return study.model_copy(update={"rounds": rounds, "secure_aggregation": SecureAggregation(mode="none")})
 
 
 def _concatenate(sets: Sequence[TensorSet]) -> TensorSet:

@@ -21,11 +21,14 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from medfl.client.secagg.confirmed_roster import ConfirmedRoster
+from medfl.server.founding import first_roster
 from medfl.shared.certificates import SiteFiles
 from medfl.shared.config import load_settings, parse_settings
 from medfl.shared.enrolment import found_consortium, make_request
 from medfl.shared.errors import MedFLError
 from medfl.shared.files import private_folder
+from medfl.shared.secagg.roster import roster_text
 from medfl.shared.study import Study
 from medfl.simulations.phantoms import SCANNERS, write_hospital
 from medfl.simulations.processes import Processes
@@ -90,17 +93,16 @@ def set_up(places: Places, study: Study) -> int:
     """Enrol all hospitals as their administrators would, write every configuration; returns the coordinator's port."""
     requests = [make_request(places.hospital(name) / "keys", name) for name in places.names]
     found_consortium(places.coordinator, requests, hosts=["127.0.0.1", "localhost"])
+    roster = first_roster("demo", requests)
+    (places.coordinator / "roster.yaml").write_text(roster_text(roster), "utf-8")
     port = free_port()
     (places.coordinator / "study.json").write_bytes(study.canonical())  # JSON is YAML
-    sites = "".join(
-        f"  - {{name: {name}, node_key: sites/{name}/node.key.pub, site_key: sites/{name}/site.key.pub}}\n"
-        for name in places.names
-    )
+    sites = "".join(f"  - {{name: {name}, node_key: sites/{name}/node.key.pub}}\n" for name in places.names)
     (places.coordinator / "consortium.yaml").write_text(
         "consortium: demo\n"
         f"listen: {{host: 127.0.0.1, port: {port}}}\n"
         "tls: {authority: authority.pem, certificate: coordinator.pem, key: coordinator.key}\n"
-        "state: state\nruns: runs\nstudies: [study.json]\n"
+        "state: state\nruns: runs\nroster: roster.yaml\nstudies: [study.json]\n"
         f"sites:\n{sites}",
         "utf-8",
     )
@@ -108,6 +110,10 @@ def set_up(places: Places, study: Study) -> int:
         home, files = places.hospital(name), SiteFiles(places.coordinator / "sites" / name)
         for certificate in (files.authority, files.certificate):
             shutil.copy(certificate, home / "keys")
+        shutil.copy(places.coordinator / "roster.yaml", home)
+        ConfirmedRoster(home / "state" / "roster").confirm(
+            roster
+        )  # medfl-client --confirm-roster, after a telephone call
         (home / "site.yaml").write_text(
             f"site: {name}\n"
             f"coordinator: 127.0.0.1:{port}\n"
@@ -116,10 +122,11 @@ def set_up(places: Places, study: Study) -> int:
             "  source: dicom\n"
             "  folder: dicom\n"
             "  split: {validation: 0.25, test: 0, min_patients: 8}\n"
+            "secure_aggregation: {roster: roster.yaml}\n"
             "policy:\n"
-            f"  studies: [{study.digest}]\n"
+            f'  studies: ["{study.digest}"]\n'
             "  allow_no_privacy: true\n"
-            "  require_secure_aggregation: false\n",
+            f"  require_secure_aggregation: {str(study.secure_aggregation.mode != 'none').lower()}\n",
             "utf-8",
         )
     return port
