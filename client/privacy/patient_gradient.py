@@ -73,9 +73,9 @@ def private_gradients(
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(f"{name} must be positive and finite, got {value}: set it under privacy:")
     clipped = clipped_sum(network, loss, patients, clip_norm, engine)
+    scale = noise_multiplier * clip_norm
     for parameter, total in zip(trainable(network), clipped.sums, strict=True):
-        released = noisy(total, noise_multiplier * clip_norm, generator).div_(expected_patients)
-        parameter.grad = released.to(parameter.dtype)
+        parameter.grad = noisy(total, scale, generator, divisor=expected_patients)
     finite = clipped.norms.isfinite()
     return StepFacts(len(patients), int((~finite).sum()), int((finite & (clipped.norms > clip_norm)).sum()))
 

@@ -14,12 +14,12 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-# Gaussians added up for one sample: one alone can be inverted from its low bits. Two is what the authors' own library
-# (IBM diffprivlib) adds; the low bits that are left are cut off by :func:`noisy`.
-# Source: Holohan & Braghin 2021, https://arxiv.org/abs/2107.10138, section 5.
-SUMMED = 2
+# Gaussians added up for one sample: one alone can be inverted from its low bits. The four go, with other signs, into
+# three more samples (an orthogonal mixture, so the samples stay independent); the low bits that are left after that
+# are cut off by :func:`noisy`. Source: Holohan & Braghin 2021, https://arxiv.org/abs/2107.10138, section 5.
+SUMMED = 4
 
-_PAIRS = 4096  # per chunk and summand: the working set stays in the L2 cache
+_CHUNK = 4096  # samples made at once are SUMMED times this: the working set stays in the L2 cache
 
 
 class NoiseSource(Protocol):
@@ -40,12 +40,11 @@ class SecureGenerator:
     def __init__(self) -> None:
         # A counter-mode cipher's encryption of zeros is its keystream.
         self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
-        self._zeros = bytes(2 * SUMMED * _PAIRS * 8)
+        self._zeros = bytes(SUMMED * _CHUNK * 8)
         self._block = bytearray(len(self._zeros) + 15)  # update_into wants one cipher block of slack
-        self._uniform = torch.empty(2, SUMMED, _PAIRS, dtype=torch.float64)
-        self._cosines = torch.empty(SUMMED, _PAIRS, dtype=torch.float64)
-        self._ready = torch.empty(2 * _PAIRS, dtype=torch.float64)
-        self._given = len(self._ready)  # how many of the ready normals were given out
+        self._uniform = torch.empty(2, 2, _CHUNK, dtype=torch.float64)
+        self._ready = torch.empty(SUMMED, _CHUNK, dtype=torch.float64)
+        self._given = self._ready.numel()  # how many of the ready normals were given out
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """``count`` uniform 64-bit words."""
@@ -66,11 +65,12 @@ class SecureGenerator:
     def normal(self, count: int) -> torch.Tensor:
         """``count`` standard normal draws, float64: each a scaled sum of Box-Muller normals from separate uniforms."""
         out = torch.empty(count, dtype=torch.float64)
-        done = 0
+        ready, done = self._ready.view(-1), 0
         while done < count:
-            if self._given == len(self._ready):
+            if self._given == len(ready):
                 self._refill()
-            part = self._ready[self._given : self._given + count - done]
+                self._given = 0
+            part = ready[self._given : self._given + count - done]
             out[done : done + len(part)] = part
             part.zero_()  # noise of a release must not be found in memory later
             self._given += len(part)
@@ -78,9 +78,9 @@ class SecureGenerator:
         return out
 
     def _refill(self) -> None:
-        """Make ``2 * _PAIRS`` fresh normals ready: from each pair of uniforms one by cosine and one by sine."""
+        """Fresh normals: Box-Muller makes two from each pair of uniforms, then each sample mixes four of them."""
         self._stream.update_into(self._zeros, self._block)
-        words = np.frombuffer(self._block, dtype=np.uint64, count=2 * SUMMED * _PAIRS).reshape(2, SUMMED, _PAIRS)
+        words = np.frombuffer(self._block, dtype=np.uint64, count=SUMMED * _CHUNK).reshape(2, 2, _CHUNK)
         uniform = self._uniform.numpy()
         # 52 random bits as the fraction of a double between 1 and 2.
         np.right_shift(words, 12, out=uniform.view(np.uint64))
@@ -91,18 +91,30 @@ class SecureGenerator:
         radius *= -2.0 / SUMMED  # a sum of SUMMED standard normals has variance SUMMED
         np.sqrt(radius, out=radius)
         lengths, angles = self._uniform[0], self._uniform[1].mul_(2 * math.pi)
-        torch.cos(angles, out=self._cosines).mul_(lengths)
-        torch.sum(self._cosines, 0, out=self._ready[:_PAIRS])
-        torch.sum(angles.sin_().mul_(lengths), 0, out=self._ready[_PAIRS:])
-        self._given = 0
+        a, b = torch.cos(angles).mul_(lengths)
+        c, d = angles.sin_().mul_(lengths).roll(1, 1)  # so that no sample mixes cosine and sine of one pair
+        one, two = a + b, c + d
+        three, four = a.sub_(b), c.sub_(d)
+        torch.add(one, two, out=self._ready[0])
+        torch.sub(one, two, out=self._ready[1])
+        torch.add(three, four, out=self._ready[2])
+        torch.sub(three, four, out=self._ready[3])
 
 
-def noisy(total: torch.Tensor, scale: float, generator: NoiseSource) -> torch.Tensor:
-    """``total`` plus Gaussian noise of standard deviation ``scale``, float64, as multiples of about ``scale`` / 2^20.
+def noisy(total: torch.Tensor, scale: float, generator: NoiseSource, *, divisor: float = 1.0) -> torch.Tensor:
+    """(``total`` plus Gaussian noise of standard deviation ``scale``) / ``divisor``, in the type of ``total``.
 
-    On the grid, outputs no longer show which floating-point numbers the sum before the noise could have been
-    (Mironov 2012, https://doi.org/10.1145/2382196.2382264); rounding adds 1e-13 of the noise's variance.
+    The sum is formed in float64 and rounded to multiples of about ``scale`` / 2^20. On this grid, outputs no longer
+    show which floating-point numbers the sum before the noise could have been (Mironov 2012,
+    https://doi.org/10.1145/2382196.2382264); the rounding adds 1e-13 of the noise's variance.
     """
     grid = 2.0 ** (math.floor(math.log2(scale)) - 20)  # a power of two: scaling by it is exact
-    noise = generator.normal(total.numel()).mul_(scale / grid).to(total.device)
-    return noise.add_(total.detach().reshape(-1), alpha=1 / grid).round_().mul_(grid).view_as(total)
+    flat = total.detach().reshape(-1)
+    out = torch.empty_like(flat)
+    # In pieces that stay in the cache; on another device in one piece, because each costs a transfer.
+    piece = SUMMED * _CHUNK if flat.device.type == "cpu" else max(1, flat.numel())
+    for start in range(0, flat.numel(), piece):
+        part = slice(start, start + piece)
+        noise = generator.normal(flat[part].numel()).mul_(scale / grid).to(flat.device)
+        out[part] = noise.add_(flat[part], alpha=1 / grid).round_().mul_(grid / divisor)
+    return out.view_as(total)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from medfl.client.privacy import patient_gradient
 from medfl.client.privacy.bookkeeping import engine as bookkeeping
 from medfl.client.privacy.clipped import ClippedSum, UnitData, clip_factors, clipped_sum_by_loop
-from medfl.client.privacy.randomness import noisy
+from medfl.client.privacy.randomness import SecureGenerator, noisy
 from medfl.shared.privacy.settings import Engine
 from medfl.simulations import audit
 from medfl.simulations.audit import Audit, Step
@@ -49,7 +49,7 @@ def test_the_canary_measures_the_promised_mu() -> None:
 
 
 def halved_noise(patch: pytest.MonkeyPatch, step: Step) -> Step:
-    patch.setattr(patient_gradient, "noisy", lambda total, scale, generator: noisy(total, scale / 2, generator))
+    patch.setattr(patient_gradient, "noisy", lambda total, scale, *rest, **more: noisy(total, scale / 2, *rest, **more))
     return step
 
 
@@ -80,13 +80,16 @@ def noise_divided_by_the_batch(patch: pytest.MonkeyPatch, step: Step) -> Step:
         drawn[0] = max(1, len(batch))
         return step(batch, noise_multiplier)
 
-    patch.setattr(patient_gradient, "noisy", lambda total, scale, generator: noisy(total, scale / drawn[0], generator))
+    def divided(total: Tensor, scale: float, generator: SecureGenerator, *, divisor: float) -> Tensor:
+        return noisy(total, scale / drawn[0], generator, divisor=divisor)
+
+    patch.setattr(patient_gradient, "noisy", divided)
     return counted
 
 
 def reused_seed(patch: pytest.MonkeyPatch, step: Step) -> Step:
-    def seeded(total: Tensor, scale: float, generator: object) -> Tensor:
-        return total.double() + scale * torch.randn(total.shape, dtype=torch.float64)
+    def seeded(total: Tensor, scale: float, generator: object, *, divisor: float) -> Tensor:
+        return (total + scale * torch.randn(total.shape)) / divisor
 
     patch.setattr(patient_gradient, "noisy", seeded)
     return step

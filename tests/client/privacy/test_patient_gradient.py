@@ -114,14 +114,6 @@ def test_a_patient_whose_gradient_is_not_finite_is_dropped_alone(value: float, e
     assert (facts.drawn, facts.dropped, facts.clipped) == (3, 1, 0)
 
 
-def test_two_patients_that_are_only_broken_together_cannot_be() -> None:
-    # Each is finite; a batch loss that overflowed on their sum would drop both and so couple them.
-    network = one_weight()
-    assert step(network, [patient(2e38), patient(2e38)], clip_norm=1.0) == pytest.approx(2 / 4, abs=1e-3) or step(
-        network, [patient(2e38)]
-    ) == pytest.approx(0.0)
-
-
 def test_the_loss_is_called_for_each_patient_apart() -> None:
     # Normalising over the batch, this loss would give each patient half the gradient when two are drawn.
     def coupled(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -167,10 +159,10 @@ def test_a_step_without_clip_noise_or_divisor_is_refused_and_writes_nothing(name
 def test_momentum_and_adam_step_on_what_was_released() -> None:
     network = one_weight()
     optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
-    before = float(network.weight)
+    before = float(network.weight.detach())
     step(network, [patient(0.5)])
     optimizer.step()
-    assert float(network.weight) == pytest.approx(before - 0.1, abs=1e-5)  # Adam's first step is lr times the sign
+    assert float(network.weight.detach()) == pytest.approx(before - 0.1, abs=1e-5)  # Adam's first step is lr times the sign
 
 
 def test_clip_factors_never_let_a_float32_norm_through_above_the_clip() -> None:
