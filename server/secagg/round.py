@@ -17,6 +17,7 @@ from medfl.shared.errors import ConfigError
 from medfl.shared.secagg.announcement import Announcement
 from medfl.shared.secagg.exchange import Exchange, Phase, PhaseReply, PhaseRequest, SiteRefusal
 from medfl.shared.secagg.limits import LARGEST_COHORT, threshold_of
+from medfl.shared.secagg.reasons import Reason
 from medfl.shared.secagg.roster import Roster
 
 log = logging.getLogger("medfl.server")
@@ -138,10 +139,14 @@ class SecureRound:
     def _next_cohort(
         self, cohort: tuple[int, ...], left: tuple[int, ...], refusals: Mapping[int, SiteRefusal]
     ) -> tuple[int, ...]:
-        """Those that are left, where they suffice; else all that have not refused: they may only have been slow."""
+        """Those that are left, where they suffice; else also those that were only slow or have restarted."""
         if len(left) >= self._roster.minimum_cohort:
             return left
-        return tuple(site for site in cohort if refusals.get(site, NO_ANSWER) == NO_ANSWER)
+        return tuple(
+            site
+            for site in cohort
+            if (why := refusals.get(site, NO_ANSWER)) == NO_ANSWER or why.reason == Reason.OUT_OF_ORDER
+        )
 
     def _log(self, few: _TooFew, cohort: tuple[int, ...], refusals: Mapping[int, SiteRefusal]) -> None:
         missing = ", ".join(f"{self._roster.name(site)} ({refusals.get(site, NO_ANSWER)})"

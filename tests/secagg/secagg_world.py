@@ -54,7 +54,7 @@ class Consortium:
         folder: Path | None = None,
         scalars: tuple[str, ...] = ("loss",),
         ids: tuple[int, ...] | None = None,
-        rules: Rules = Rules(),
+        rules: Rules | None = None,
         seed: int = 0,
     ) -> None:
         self.ids = ids or tuple(range(1, n + 1))
@@ -65,7 +65,7 @@ class Consortium:
             [Member(site, f"hospital-{site}", key.public_key().public_bytes_raw()) for site, key in self.keys.items()],
             minimum_cohort=minimum,
         )
-        self.folder, self.rules = folder, rules
+        self.folder, self.rules = folder, rules or Rules()
         rng = np.random.default_rng(seed)
         weights = {site: 10 * (place + 1) for place, site in enumerate(self.ids)}
         segments = (Segment(length, 1.0),) if length else ()

@@ -1,0 +1,138 @@
+"""The journal survives being killed, keeps secrets sealed, and does not take its own loss for a fresh start."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from secagg_world import MODEL, STUDY, Consortium
+
+from medfl.client.secagg.journal import ConsumedRound, History, Journal
+from medfl.shared.errors import ConfigError, DataError
+from medfl.shared.secagg.announcement import Purpose
+
+CONTEXT = b"c" * 32
+
+
+def history(journal: Journal, model: bytes = MODEL) -> History:
+    return journal.history(STUDY, Purpose.TRAIN, model, epoch=1)
+
+
+def test_a_new_journal_knows_nothing(tmp_path: Path) -> None:
+    assert history(Journal(tmp_path / "secagg")) == History((-1, -1), -1, (), None)
+
+
+def test_everything_is_there_after_opening_it_again(tmp_path: Path) -> None:
+    announcement = Consortium(3).announcement(round=5, attempt=2)
+    journal = Journal(tmp_path)
+    journal.begin(announcement, weight=70, epoch=1)
+    journal.consume(announcement, survivors=b"\1\0\2\0", contribution=b"u" * 32, context=CONTEXT, secret=b"shares")
+    journal.close()
+    again = Journal(tmp_path)
+    assert history(again) == History((5, 2), 5, (ConsumedRound(5, b"\1\0\2\0", b"u" * 32),), 70)
+    assert history(again, model=b"other" * 6 + b"..").same_model == ()
+    assert again.kept(CONTEXT) == b"shares"
+
+
+def test_a_weight_is_written_once_an_epoch(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    world = Consortium(3)
+    for number, weight in enumerate((70, 60)):
+        journal.begin(world.announcement(round=number), weight=weight, epoch=1)
+    assert history(journal).weight_ceiling == 70
+    assert journal.history(STUDY, Purpose.TRAIN, MODEL, epoch=2).weight_ceiling is None
+
+
+def test_what_is_kept_goes_when_the_next_round_begins(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.keep(CONTEXT, STUDY, b"shares")
+    journal.begin(Consortium(3).announcement(), weight=1, epoch=1)
+    assert journal.kept(CONTEXT) is None
+
+
+def test_secrets_are_not_on_the_disk_in_clear(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.keep(CONTEXT, STUDY, b"a secret share that must not be readable")
+    assert all(b"secret share" not in file.read_bytes() for file in tmp_path.iterdir())
+
+
+def test_its_files_are_for_the_owner_only(tmp_path: Path) -> None:
+    Journal(tmp_path / "secagg")
+    files = list((tmp_path / "secagg").iterdir())
+    assert {file.name for file in files} == {"journal.key", "journal.sqlite"}
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
+    assert stat.S_IMODE((tmp_path / "secagg").stat().st_mode) == 0o700
+
+
+def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path).close()
+    (tmp_path / "journal.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        Journal(tmp_path)
+
+
+@pytest.mark.parametrize("loss", ["missing", "empty"])
+def test_a_lost_journal_is_not_taken_for_a_new_one(tmp_path: Path, loss: str) -> None:
+    Journal(tmp_path).close()
+    file = tmp_path / "journal.sqlite"
+    file.unlink() if loss == "missing" else file.write_bytes(b"")
+    with pytest.raises(DataError, match="restore the state folder"):
+        Journal(tmp_path)
+
+
+def test_a_damaged_journal_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    Journal(tmp_path).close()
+    (tmp_path / "journal.sqlite").write_bytes(b"not a database" * 100)
+    with pytest.raises(DataError, match="restore the state folder"):
+        Journal(tmp_path)
+
+
+def test_another_key_does_not_open_what_is_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.keep(CONTEXT, STUDY, b"shares")
+    journal.close()
+    (tmp_path / "journal.key").write_bytes(bytes(32))
+    with pytest.raises(DataError, match="does not fit its key file"):
+        Journal(tmp_path).kept(CONTEXT)
+
+
+def test_what_is_kept_opens_under_its_own_context_only(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.keep(CONTEXT, STUDY, b"shares")
+    with journal._transaction() as run:
+        run("UPDATE open_rounds SET context=?", b"d" * 32)
+    with pytest.raises(DataError):
+        journal.kept(b"d" * 32)
+
+
+def test_a_journal_that_was_killed_while_it_was_made_starts_anew(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").write_bytes(b"half")
+    Journal(tmp_path).begin(Consortium(3).announcement(), weight=1, epoch=1)
+
+
+def test_a_round_is_consumed_although_the_process_is_killed_right_after(tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parents[2] / "secagg")!r})
+from pathlib import Path
+from secagg_world import Consortium
+from medfl.client.secagg.journal import Journal
+journal = Journal(Path({str(tmp_path)!r}))
+for number in range(1000):
+    announcement = Consortium(3).announcement(round=number)
+    journal.begin(announcement, weight=1, epoch=1)
+    journal.consume(announcement, survivors=b"", contribution=b"", context=b"", secret=b"")
+    print(number, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    told = [int(process.stdout.readline()) for _ in range(5)][-1]
+    os.kill(process.pid, signal.SIGKILL)
+    told = max([told, *map(int, process.stdout.read().split())])
+    process.wait()
+    process.stdout.close()
+    after = history(Journal(tmp_path))
+    assert told <= after.last_consumed <= after.last_seen[0]

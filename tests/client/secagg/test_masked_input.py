@@ -1,0 +1,102 @@
+"""What a site checks of the shares it is sent, and that only then its vector leaves, masked."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from secagg_world import Consortium, Stage
+
+from medfl.client.secagg.enrolment import Rules
+from medfl.shared.errors import PolicyRefusal, ProtocolError, TrainingError
+from medfl.shared.secagg.exchange import Phase
+from medfl.shared.secagg.messages import KeyList, SealedShares, ShareDelivery
+from medfl.shared.secagg.reasons import Reason
+
+MASK = Phase.MASKED_INPUT
+
+
+def refused(stage: Stage, delivery: ShareDelivery, site: int = 1) -> str:
+    with pytest.raises((PolicyRefusal, ProtocolError)) as refusal:
+        stage.world.ask(site, MASK, delivery)
+    return refusal.value.reason
+
+
+@pytest.mark.parametrize("byte", [0, 33, 65, 81])  # both shares and the authentication tag
+def test_a_flipped_bit_of_a_share_is_refused(byte: int) -> None:
+    stage = Stage(Consortium(5), Phase.SHARE_KEYS)
+    (sender, sealed), *rest = stage.deliveries[1].sealed
+    bad = sealed[:byte] + bytes([sealed[byte] ^ 1]) + sealed[byte + 1 :]
+    assert refused(stage, replace(stage.deliveries[1], sealed=((sender, bad), *rest))) == Reason.BAD_SHARES
+
+
+def test_shares_that_a_site_made_for_another_key_list_are_refused() -> None:
+    stage = Stage(Consortium(7), Phase.ADVERTISE_KEYS)  # threshold 5
+    stage.world.ask(1, Phase.SHARE_KEYS, stage.key_list)
+    shorter = KeyList(stage.context, stage.key_list.adverts[:-1])
+    shares = {s: SealedShares.parse(stage.world.ask(s, Phase.SHARE_KEYS, shorter).control) for s in (2, 3, 4, 5, 6)}
+    delivery = ShareDelivery(stage.context, tuple((s, dict(message.sealed)[1]) for s, message in shares.items()))
+    assert refused(stage, delivery) == Reason.BAD_SHARES
+
+
+def test_shares_under_a_wrong_sender_are_refused() -> None:
+    stage = Stage(Consortium(5), Phase.SHARE_KEYS)
+    (two, of_two), (three, of_three), *rest = stage.deliveries[1].sealed
+    swapped = replace(stage.deliveries[1], sealed=((two, of_three), (three, of_two), *rest))
+    assert refused(stage, swapped) == Reason.BAD_SHARES
+
+
+def test_shares_of_a_stranger_are_refused() -> None:
+    stage = Stage(Consortium(5), Phase.SHARE_KEYS)
+    more = replace(stage.deliveries[1], sealed=(*stage.deliveries[1].sealed, (9, bytes(82))))
+    assert refused(stage, more) == Reason.BAD_SHARES
+
+
+def test_fewer_sharers_than_the_threshold_are_refused() -> None:
+    stage = Stage(Consortium(10), Phase.SHARE_KEYS)  # threshold 7, itself included
+    few = replace(stage.deliveries[1], sealed=stage.deliveries[1].sealed[:5])
+    assert refused(stage, few) == Reason.COHORT_TOO_SMALL
+
+
+def test_fewer_sharers_than_the_sites_minimum_are_refused() -> None:
+    stage = Stage(Consortium(10, rules=Rules(minimum_cohort=10)), Phase.SHARE_KEYS)
+    few = replace(stage.deliveries[1], sealed=stage.deliveries[1].sealed[:8])
+    assert refused(stage, few) == Reason.COHORT_TOO_SMALL
+
+
+def test_an_update_that_is_not_finite_never_leaves() -> None:
+    world = Consortium(5)
+    vector = world.held[1].vector.copy()
+    vector[7] = np.nan
+    world.sites[1].hold(replace(world.held[1], vector=vector))
+    stage = Stage(world, Phase.SHARE_KEYS)
+    with pytest.raises(TrainingError, match="not finite"):
+        world.ask(1, MASK, stage.deliveries[1])
+
+
+def test_masks_are_applied_once() -> None:
+    stage = Stage(Consortium(5), Phase.MASKED_INPUT)
+    assert refused(stage, stage.deliveries[1]) == Reason.OUT_OF_ORDER
+
+
+def test_neither_the_vector_nor_a_number_leaves_in_clear() -> None:
+    world = Consortium(3, length=1000)
+    stage = Stage(world, Phase.MASKED_INPUT)
+    plain, masked = world.held[1].encode(), stage.masked[1]
+    assert masked.vector is not None
+    assert masked.scalars is not None
+    # 1000 random words of 32 bits agree with given ones in one place with probability 2e-7
+    assert not (plain.vector == masked.vector).any()
+    assert not (plain.scalars == masked.scalars).any()
+
+
+def test_the_held_update_is_not_changed_so_that_another_attempt_can_use_it() -> None:
+    world = Consortium(3)
+    before = world.held[1].vector.copy()
+    Stage(world, Phase.MASKED_INPUT)
+    assert np.array_equal(world.held[1].vector, before)
+
+
+def test_every_masking_looks_different() -> None:
+    world = Consortium(3, length=1000)
+    first, second = Stage(world, Phase.MASKED_INPUT), Stage(world, Phase.MASKED_INPUT, attempt=1)
+    assert not (first.masked[1].vector == second.masked[1].vector).any()

@@ -1,0 +1,87 @@
+"""Round numbers never fall, and a pending sum is read back whole or not at all."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from secagg_world import STUDY, Consortium
+
+from medfl.server.secagg.pending import PendingSum
+from medfl.server.secagg.store import FolderStore, MemoryStore
+from medfl.shared.errors import DataError
+from medfl.shared.secagg.announcement import Purpose
+from medfl.shared.secagg.messages import Advert, KeyList
+
+
+def pending() -> PendingSum:
+    world = Consortium(3)
+    announcement = world.announcement()
+    adverts = tuple(Advert(site, bytes([site]) * 32, bytes([site + 9]) * 32, bytes(64)) for site in world.ids)
+    return PendingSum(
+        announcement,
+        world.encoding,
+        KeyList(announcement.context(), adverts),
+        {site: bytes([site]) * 32 for site in world.ids},
+        (1, 2, 3),
+        np.arange(40, dtype=np.uint32),
+        np.array([5, 2**63, 7], np.uint64),
+    )
+
+
+def test_rounds_rise_over_restarts_and_for_each_purpose_by_itself(tmp_path: Path) -> None:
+    assert [FolderStore(tmp_path).begin(STUDY, Purpose.TRAIN) for _ in range(3)] == [1, 2, 3]
+    assert FolderStore(tmp_path).begin(STUDY, Purpose.EVALUATE) == 1
+    assert FolderStore(tmp_path).begin(b"\x33" * 32, Purpose.TRAIN) == 1
+    assert FolderStore(tmp_path).begin(STUDY, Purpose.TRAIN) == 4
+
+
+def test_a_damaged_file_of_round_numbers_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    FolderStore(tmp_path).begin(STUDY, Purpose.TRAIN)
+    (tmp_path / STUDY.hex() / "rounds.json").write_bytes(b"{")
+    with pytest.raises(DataError, match="never too low"):
+        FolderStore(tmp_path).begin(STUDY, Purpose.TRAIN)
+
+
+def test_a_pending_sum_is_read_back_whole(tmp_path: Path) -> None:
+    kept = pending()
+    FolderStore(tmp_path).keep(kept)
+    read = FolderStore(tmp_path).pending(STUDY)
+    assert read is not None
+    assert np.array_equal(read.vector, kept.vector)
+    assert np.array_equal(read.scalars, kept.scalars)
+    for name in ("announcement", "encoding", "key_list", "commitments", "survivors"):
+        assert getattr(read, name) == getattr(kept, name)
+
+
+def test_a_damaged_pending_sum_is_none(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.keep(pending())
+    file = tmp_path / STUDY.hex() / "pending.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert store.pending(STUDY) is None
+
+
+@pytest.mark.parametrize("left", ["pending.npy", "pending.json"])
+def test_half_a_pending_sum_is_none(tmp_path: Path, left: str) -> None:
+    store = FolderStore(tmp_path)
+    store.keep(pending())
+    for file in (tmp_path / STUDY.hex()).glob("pending.*"):
+        if file.name != left:
+            file.unlink()
+    assert store.pending(STUDY) is None
+
+
+def test_a_pending_sum_is_forgotten_when_the_next_round_begins(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.keep(pending())
+    store.begin(STUDY, Purpose.TRAIN)
+    assert store.pending(STUDY) is None
+
+
+def test_the_store_of_a_simulation_counts_and_keeps_nothing() -> None:
+    store = MemoryStore()
+    assert [store.begin(STUDY, Purpose.TRAIN) for _ in range(2)] == [1, 2]
+    store.keep(pending())
+    assert store.pending(STUDY) is None
