@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from medfl.shared.algorithms.travel import build_study_network, layouts
+from medfl.shared.errors import TrainingError
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout
 
@@ -29,10 +30,11 @@ class Bench:
             self.personal.load(self.initial_personal if personal is None else personal, self.network)
 
     def update_from(self, weights: Flat) -> Flat:
-        """Local minus global weights. Raises ProtocolError when training left values that are not finite."""
+        """Local minus global weights. Raises TrainingError when training left values that are not finite."""
         update = self.layout.flatten(self.network.state_dict())
         np.subtract(update, weights, out=update)
-        self.layout.check(update)
+        if not np.isfinite(update).all():
+            raise TrainingError("training left weights that are not finite: lower training.learning_rate")
         return update
 
     def personal_weights(self) -> Flat:
