@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -100,18 +101,15 @@ def _pictures(study: Study, draw: torch.Generator, first: int, count: int, image
 
 def report(splits: dict[Split, TensorSet]) -> DataReport:
     """The report of made-up data."""
-    return DataReport(
-        patients=sum(len(torch.unique(part.patients)) for part in splits.values()),
-        studies=0,
-        series=0,
-        labels=sum(len(part) for part in splits.values()),
-        cases={split: len(part) for split, part in splits.items()},
-        examples={split: len(part) for split, part in splits.items()},
-        quarantined={},
-        unmatched={},
-        class_balance={},
-        spacing_mm=(),
-        intensity=None,
-        subgroups={},
-        seconds=0.0,
-    )
+    found = {
+        "patients": sum(len(torch.unique(part.patients)) for part in splits.values()),
+        "studies": 0,
+        "series": 0,
+        "labels": sum(len(part) for part in splits.values()),
+        "cases": {split: len(part) for split, part in splits.items()},
+        "examples": {split: len(part) for split, part in splits.items()},
+        "spacing_mm": (),
+        "intensity": None,
+        "seconds": 0.0,
+    }
+    return DataReport(**{item.name: found.get(item.name, {}) for item in fields(DataReport)})  # all else: no counts
