@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -48,11 +49,12 @@ def train_plain(
     with torch.random.fork_rng(devices=_devices(data)):
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))  # dropout
         for step, (images, labels) in enumerate(_batches(data, study, generator, total)):
-            loss = _loss(loss_of, network, images, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            adjust()
-            optimizer.step()
+            with enough_memory():
+                loss = loss_of(network(images), labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                adjust()
+                optimizer.step()
             losses += loss.detach() * len(labels)
             seen += len(labels)
             if progress is not None:
@@ -95,14 +97,11 @@ def gradient_rule(study: Study, parameters: Sequence[nn.Parameter]) -> AdjustGra
             return lambda: None
 
 
-def _loss(
-    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    network: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-) -> torch.Tensor:
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Raise TrainingError with the way out when the device's memory runs out inside."""
     try:
-        return loss_of(network(images), labels)
+        yield
     except torch.OutOfMemoryError:
         raise TrainingError("the device has no memory left: lower training.batch_size or free the device") from None
 
