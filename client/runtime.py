@@ -82,9 +82,7 @@ def build_participant(settings: SiteSettings) -> Participant | None:
     confirmed_rosters(settings).check(roster)
     member = next((member for member in roster.members if member.name == settings.site), None)
     if member is None:
-        raise ConfigError(
-            f"{settings.secure_aggregation.roster}: lacks this site, {settings.site}: ask the coordinator"
-        )
+        raise ConfigError(f"{settings.secure_aggregation.roster}: lacks site {settings.site}: ask for the current one")
     rules = Rules(settings.policy.minimum_cohort, settings.secure_aggregation.allow_shrunk_repeat)
     enrolment = Enrolment(member.id, load_site_key(SiteFiles(settings.keys).site_key), roster, rules)
     return Participant(SecureSite(enrolment, Journal(settings.state / "secagg")))

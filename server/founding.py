@@ -33,9 +33,7 @@ def first_roster(consortium: str, requests: Sequence[Request]) -> Roster:
     for number, request in enumerate(requests, 1):
         key = read_public_key(request.site_key)
         if not isinstance(key, Ed25519PublicKey):
-            raise ConfigError(
-                f"the request of site {request.site} has no Ed25519 site key: make it with medfl-client keys"
-            )
+            raise ConfigError(f"site {request.site} sent no Ed25519 site key: make the request with medfl-client keys")
         members.append(Member(number, request.site, key.public_bytes_raw()))
     return make_roster(consortium, 1, members)
 
