@@ -70,12 +70,14 @@ CASES = {
 def main() -> None:
     """Print one table for each case asked for, then the ledger."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=list(CASES), choices=[*CASES, []], metavar="case")
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; all when none is given")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak", metavar="VARIANT", help=argparse.SUPPRESS)  # one variant, alone in its process
     options = parser.parse_args()
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"no such case: {', '.join(unknown)}")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="Full backward hook")
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -83,7 +85,7 @@ def main() -> None:
         print(json.dumps(peak_megabytes(CASES[options.cases[0]], options.peak, options.device)))
         return
     print(f"device {options.device}, {options.threads} thread(s), load average {os.getloadavg()[0]:.1f}")
-    for name in options.cases:
+    for name in options.cases or CASES:
         print(f"\n{name} (aim: {CASES[name].limit:g} x)\n{'':24}{'ms':>10}{'ratio':>8}{'MB':>8}{'ratio':>8}")
         times = step_times(CASES[name], options.device, options.repeats)
         peaks = {variant: _peak_alone(name, variant, options) for variant in times}
