@@ -25,7 +25,7 @@ def test_the_pacs_tests_pass_where_nothing_but_loopback_exists() -> None:
     here = Path(__file__)
     inside = here.with_name("test_fetch.py")
     result = subprocess.run(
-        in_namespace(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(inside)),
+        in_namespace(sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", str(inside)),
         cwd=here.parents[2], capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]

@@ -120,8 +120,9 @@ def save(datasets: Iterable[pydicom.Dataset], folder: Path) -> list[Path]:
     """Write each to a file of its own with a name that says nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for dataset in datasets:
-        paths.append(folder / f"f{len(list(folder.iterdir())):05d}")
+    start = len(list(folder.iterdir()))
+    for number, dataset in enumerate(datasets, start):
+        paths.append(folder / f"f{number:05d}")
         dataset.save_as(paths[-1], enforce_file_format=True)
     return paths
 

@@ -1,4 +1,4 @@
-"""A real PACS, Orthanc, on loopback. Debian's 1.10 listens on every address, so only inside a namespace without others."""
+"""A real PACS, Orthanc. Debian's 1.10 listens on every address, so only inside a namespace without others."""
 
 from __future__ import annotations
 
