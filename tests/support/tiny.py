@@ -40,11 +40,10 @@ def classes_study(**changes: Any) -> Study:
 
 def labels_study(**changes: Any) -> Study:
     """Two labels that a 4x4 picture may have or not."""
-    return classes_study(
-        data={"multi_label": True, "classes": ["round", "bright"]},
-        training={"loss": "binary-cross-entropy"},
-        **changes,
-    )
+    base = classes_study().model_dump(mode="json")
+    base["data"] |= {"multi_label": True, "classes": ["round", "bright"]}
+    base["training"] |= {"loss": "binary-cross-entropy"}
+    return _study(base, changes)
 
 
 def masks_study(**changes: Any) -> Study:
