@@ -40,22 +40,26 @@ data:
   preprocessing: {normalise: window, window: [-60, 200], size: [32, 32], fit: resize, slices: {per_case: 4}}
 model: {name: unet, channels: [4, 8], residual_units: 0}
 training: {loss: dice-ce, epochs: 1, batch_size: 8}
-rounds: {count: 6, minimum_sites: 2, deadline_s: 60, patience_s: 60}
+rounds: {count: 6, minimum_sites: 3, deadline_s: 60, patience_s: 60}
 privacy: {mode: none}
-secure_aggregation: {mode: none}
+secure_aggregation: {mode: MODE}
 """
 
 
 @pytest.fixture(scope="module")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    places = Places(tmp_path_factory.mktemp("federation"), names=("north", "south", "east"))
+    places = Places(tmp_path_factory.mktemp("federation"), names=("north", "south", "east", "west"))
     write_images(places, patients=8)
     return places
 
 
 @pytest.fixture
 def study() -> Study:
-    return parse_settings(STUDY, Study, name="small.yaml")
+    return small_study("none")
+
+
+def small_study(mode: str) -> Study:
+    return parse_settings(STUDY.replace("MODE", mode), Study, name="small.yaml")
 
 
 @pytest.fixture
@@ -64,16 +68,18 @@ def running() -> Iterator[Processes]:
         yield processes
 
 
+@pytest.mark.parametrize("mode", ["none", "msa1"])
 def test_a_study_finishes_although_a_site_and_the_coordinator_are_killed(
-    hospitals: Places, study: Study, running: Processes
+    tmp_path: Path, hospitals: Places, running: Processes, mode: str
 ) -> None:
+    study, hospitals = small_study(mode), with_the_same_images(tmp_path, hospitals)
     set_up(hospitals, study)
     server = start_server(hospitals, running)
     clients = {name: start_client(hospitals, name, running) for name in hospitals.names}
     metrics = run_folder(hospitals, study) / "metrics.jsonl"
 
     wait_for(lambda: len(read_rows(metrics)) >= 1)
-    clients["east"].kill()  # SIGKILL: two sites are the quorum
+    clients["east"].kill()  # SIGKILL: three sites are the quorum
     clients["east"].wait()
     wait_for(lambda: len(read_rows(metrics)) >= 2)
     server.kill()
@@ -84,12 +90,12 @@ def test_a_study_finishes_although_a_site_and_the_coordinator_are_killed(
     assert server.wait(120) == 0
     rows = read_rows(metrics)
     assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert rows[0]["outcomes"] == {"north": "trained", "south": "trained", "east": "trained"}
+    assert rows[0]["outcomes"] == dict.fromkeys(hospitals.names, "trained")
     ending = json.loads((run_folder(hospitals, study) / "ending.json").read_text())
     assert ending == {"ending": "done", "round": 6, "study": study.digest}
     assert load_file(run_folder(hospitals, study) / "model.safetensors")
     codes = running.stop_all()
-    assert {name: codes[name] for name in hospitals.names} == {"north": 0, "south": 0, "east": 0}
+    assert {name: codes[name] for name in hospitals.names} == dict.fromkeys(hospitals.names, 0)
 
     assert_nothing_of_a_patient_was_written(hospitals)
     assert rows[-1]["site_scores"] == {}, "no policy releases site metrics here"
@@ -121,6 +127,15 @@ def test_check_tells_what_is_wrong_by_its_exit_status(hospitals: Places, study: 
     misspelt = check("medfl.client.cli", "--site", other)
     assert misspelt.returncode == 2
     assert "did you mean 'policy'?" in misspelt.stderr
+
+
+def with_the_same_images(root: Path, hospitals: Places) -> Places:
+    """The same hospitals before they enrolled: drawing patients takes longest."""
+    fresh = Places(root, names=hospitals.names)
+    for name in hospitals.names:
+        fresh.hospital(name).mkdir(parents=True)
+        (fresh.hospital(name) / "dicom").symlink_to(hospitals.hospital(name) / "dicom")
+    return fresh
 
 
 def check(module: str, option: str, file: Path, *more: str | Path) -> subprocess.CompletedProcess[str]:
