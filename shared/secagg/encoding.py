@@ -174,7 +174,7 @@ def decode_mean(total: RingVector, encoding: Encoding, *, weight: float, terms: 
     bound = encoding.ring.scale * share + terms
     for start, end, clip in _blocks(encoding):
         values = encoding.ring.centred(total[start:end])
-        if max(values.max(), -values.min()) > bound:
+        if max(int(values.max()), -int(values.min())) > bound:
             raise ProtocolError("the sum lies outside what its terms can reach", reason="out of range")
         mean[start:end] = values * (clip / encoding.ring.scale / share)
     return mean

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from medfl.shared.errors import ProtocolError
 
 RingVector = NDArray[Any]
-"""uint32 or uint16, one axis: values modulo 2^bits (20 and 24 bits: the low bits of uint32)."""
+"""uint32 or uint16 (or the signed types of that size), one axis: values modulo 2^bits (20 and 24 bits: the low bits of uint32)."""
 
 _BLOCK = 1 << 16  # values at a time; even, so that 20-bit pairs never straddle two blocks
 
@@ -84,13 +84,13 @@ class Ring(IntEnum):
             values = _unpack24(packed) if self is Ring.BITS_24 else _unpack20(packed)
             np.add(block, values[: block.size], out=block)
 
-    def centred(self, block: RingVector) -> NDArray[np.int64]:
-        """``block`` as signed integers in [-2^(bits-1), 2^(bits-1))."""
-        signed = block.view(np.dtype(f"<i{block.itemsize}")).astype(np.int64)
-        if self.packed:
-            half = 1 << (self - 1)
-            signed = ((signed + half) & ((1 << self) - 1)) - half
-        return signed
+    def centred(self, block: RingVector) -> RingVector:
+        """``block`` as signed integers in [-2^(bits-1), 2^(bits-1)); a view of it for 16 and 32 bits."""
+        signed: RingVector = block.view(np.dtype(f"<i{block.itemsize}"))
+        if not self.packed:
+            return signed
+        half = 1 << (self - 1)
+        return ((signed + half) & ((1 << self) - 1)) - half
 
 
 def _pack24(block: RingVector) -> NDArray[np.uint8]:
