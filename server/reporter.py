@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Protocol
 
+from medfl.shared.files import write_whole
 from medfl.shared.study import Study
 
 
@@ -81,8 +83,8 @@ class MetricsFile(Silent):
         """Drop rows of rounds that will be run again."""
         if self._path.exists():
             rows = self._path.read_text("utf-8").splitlines(keepends=True)
-            kept = [row for row in rows if row.endswith("\n") and json.loads(row)["round"] < next_round]
-            self._path.write_text("".join(kept), "utf-8")
+            kept = [row for row in rows if row.endswith("\n") and _round_of(row) < next_round]
+            write_whole(self._path, "".join(kept).encode(), mode=0o644)
 
     def finished_round(self, report: RoundReport) -> None:
         """Append one row."""
@@ -97,6 +99,14 @@ class MetricsFile(Silent):
         }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _round_of(row: str) -> float:
+    """The round of a line; beyond all rounds for what a crash left."""
+    try:
+        return int(json.loads(row)["round"])
+    except (ValueError, TypeError, KeyError):
+        return inf
 
 
 class Several:
