@@ -96,9 +96,10 @@ def _check_history(
             "restarts goes on with the next number",
             reason=Reason.REPLAYED,
         )
-    if history.weight_ceiling is not None and contribution.weight > history.weight_ceiling:
+    ceiling = None if announcement.purpose is Purpose.EVALUATE else history.weight_ceiling
+    if ceiling is not None and contribution.weight > ceiling:
         raise PolicyRefusal(
-            f"weight {contribution.weight} is above the {history.weight_ceiling} given before in this roster epoch",
+            f"weight {contribution.weight} is above the {ceiling} given before in this roster epoch",
             reason=Reason.WEIGHT_ROSE,
         )
     must_survive: set[int] = set()

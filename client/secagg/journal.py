@@ -27,7 +27,7 @@ from medfl.shared.secagg.reasons import Reason
 _SCHEMA = """
 CREATE TABLE seen (study BLOB, purpose INTEGER, round INTEGER, attempt INTEGER, PRIMARY KEY (study, purpose));
 CREATE TABLE consumed (
-    study BLOB, purpose INTEGER, round INTEGER, model BLOB, survivors BLOB, contribution BLOB,
+    study BLOB, purpose INTEGER, round INTEGER, model BLOB, roster BLOB, survivors BLOB, contribution BLOB,
     PRIMARY KEY (study, purpose, round));
 CREATE INDEX consumed_models ON consumed (study, purpose, model);
 CREATE TABLE weights (study BLOB, epoch INTEGER, weight INTEGER, PRIMARY KEY (study, epoch));
@@ -76,17 +76,23 @@ class Journal:
         """Release the file. The journal cannot be used afterwards."""
         self._database.close()
 
-    def history(self, study: bytes, purpose: Purpose, model: bytes, *, epoch: int) -> History:
-        """What has been answered before."""
+    def history(self, announcement: Announcement, *, epoch: int) -> History:
+        """What has been answered before of the announcement's study, purpose and model.
+
+        Patient numbers belong to one roster: with another they are counted anew.
+        """
+        study, purpose = announcement.study, announcement.purpose
         with self._transaction() as run:
             seen = run("SELECT round, attempt FROM seen WHERE study=? AND purpose=?", study, purpose).fetchone()
             last = run("SELECT max(round) FROM consumed WHERE study=? AND purpose=?", study, purpose).fetchone()[0]
             same = run(
                 "SELECT round, survivors, contribution FROM consumed WHERE study=? AND purpose=? AND model=?"
-                " ORDER BY round",
+                " AND (purpose<>? OR roster=?) ORDER BY round",
                 study,
                 purpose,
-                model,
+                announcement.model,
+                Purpose.SETUP,
+                announcement.roster,
             ).fetchall()
             weight = run("SELECT weight FROM weights WHERE study=? AND epoch=?", study, epoch).fetchone()
         return History(
@@ -107,7 +113,8 @@ class Journal:
                 announcement.round,
                 announcement.attempt,
             )
-            run("INSERT OR IGNORE INTO weights VALUES (?,?,?)", announcement.study, epoch, weight)
+            if announcement.purpose is not Purpose.EVALUATE:  # where weights mean nothing
+                run("INSERT OR IGNORE INTO weights VALUES (?,?,?)", announcement.study, epoch, weight)
 
     def keep(self, context: bytes, study: bytes, secret: bytes) -> None:
         """Keep ``secret``, encrypted: what is needed to go on with the round of ``context`` after a restart."""
@@ -120,11 +127,12 @@ class Journal:
         """Record, in one step, that the round is consumed by a sum over ``survivors``, and replace what is kept."""
         with self._transaction() as run:
             run(
-                "INSERT INTO consumed VALUES (?,?,?,?,?,?)",
+                "INSERT INTO consumed VALUES (?,?,?,?,?,?,?)",
                 announcement.study,
                 announcement.purpose,
                 announcement.round,
                 announcement.model,
+                announcement.roster,
                 survivors,
                 contribution,
             )

@@ -81,7 +81,7 @@ class SecureSite:
                 reason=Reason.NOTHING_HELD,
             )
         epoch = self._enrolment.roster.epoch
-        history = self._journal.history(announcement.study, announcement.purpose, announcement.model, epoch=epoch)
+        history = self._journal.history(announcement, epoch=epoch)
         state = advertise_keys(announcement, held, self._enrolment, history)
         self._open.pop(announcement.study, None)
         self._journal.begin(announcement, weight=held.weight, epoch=epoch)

@@ -187,6 +187,28 @@ def test_a_weight_above_the_one_given_before_is_refused_until_the_next_roster_ep
     world.ask(1, ADVERTISE, world.announcement(round=3, roster=later.digest))
 
 
+def test_patient_numbers_are_counted_anew_with_another_roster() -> None:
+    world = Consortium(5)
+    encoding = Encoding(Ring.BITS_32, (), 0)
+    setup = {"purpose": Purpose.SETUP, "encoding": encoding.digest, "length": 0}
+    world.hold(purpose=Purpose.SETUP, encoding=encoding, vector=np.empty(0, np.float32), scalars={})
+    Stage(world, Phase.UNMASK, **setup)
+    fewer = {"round": 2, "cohort": (1, 2, 3, 4), "threshold": 3}
+    assert refused(world, **fewer, **setup) == Reason.COHORT_SHRANK
+    later = make_roster("lungs", 2, world.roster.members[:4], minimum_cohort=3)
+    world.start(1, roster=later)
+    world.ask(1, ADVERTISE, world.announcement(roster=later.digest, **fewer, **setup))
+
+
+def test_the_weight_of_an_evaluation_is_no_ceiling_and_has_none() -> None:
+    world = Consortium(5)
+    world.sites[1].hold(replace(world.held[1], purpose=Purpose.EVALUATE, weight=1))
+    world.ask(1, ADVERTISE, world.announcement(purpose=Purpose.EVALUATE))
+    world.ask(1, ADVERTISE, world.announcement())  # weight 10
+    world.sites[1].hold(replace(world.held[1], purpose=Purpose.EVALUATE, weight=50))
+    world.ask(1, ADVERTISE, world.announcement(purpose=Purpose.EVALUATE, round=2))
+
+
 def test_purposes_have_rounds_of_their_own() -> None:
     world = Consortium(5)
     Stage(world, Phase.UNMASK, round=7)

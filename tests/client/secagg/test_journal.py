@@ -12,13 +12,13 @@ from secagg_world import MODEL, STUDY, Consortium
 
 from medfl.client.secagg.journal import ConsumedRound, History, Journal
 from medfl.shared.errors import ConfigError, DataError
-from medfl.shared.secagg.announcement import Purpose
 
 CONTEXT = b"c" * 32
+WORLD = Consortium(3)
 
 
 def history(journal: Journal, model: bytes = MODEL) -> History:
-    return journal.history(STUDY, Purpose.TRAIN, model, epoch=1)
+    return journal.history(WORLD.announcement(model=model), epoch=1)
 
 
 def test_a_new_journal_knows_nothing(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_new_journal_knows_nothing(tmp_path: Path) -> None:
 
 
 def test_everything_is_there_after_opening_it_again(tmp_path: Path) -> None:
-    announcement = Consortium(3).announcement(round=5, attempt=2)
+    announcement = WORLD.announcement(round=5, attempt=2)
     journal = Journal(tmp_path)
     journal.begin(announcement, weight=70, epoch=1)
     journal.consume(announcement, survivors=b"\1\0\2\0", contribution=b"u" * 32, context=CONTEXT, secret=b"shares")
@@ -43,7 +43,7 @@ def test_a_weight_is_written_once_an_epoch(tmp_path: Path) -> None:
     for number, weight in enumerate((70, 60)):
         journal.begin(world.announcement(round=number), weight=weight, epoch=1)
     assert history(journal).weight_ceiling == 70
-    assert journal.history(STUDY, Purpose.TRAIN, MODEL, epoch=2).weight_ceiling is None
+    assert journal.history(world.announcement(), epoch=2).weight_ceiling is None
 
 
 def test_what_is_kept_goes_when_the_next_round_begins(tmp_path: Path) -> None:
