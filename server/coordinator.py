@@ -26,6 +26,7 @@ from medfl.server.secure import SecureParts
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.files import write_whole
+from medfl.shared.logs import quiet_libraries
 from medfl.shared.secagg.roster import Roster, load_roster
 from medfl.shared.study import Study
 from medfl.strategies.build import needs_of
@@ -109,6 +110,7 @@ def coordinate(settings: ConsortiumSettings, studies: list[Study], *, reporter: 
     """Serve and run ``studies`` until they are done or ``stop`` is set; returns how each ended."""
     endings = []
     with Link(link_settings(settings)) as link:
+        quiet_libraries()  # again: Flower sets up its logger when it is imported
         members = Members(link, link.enrol(read_roster(settings)))
         for study in studies:
             if stop.is_set():

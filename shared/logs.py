@@ -36,9 +36,9 @@ def set_up_logs(*, json_lines: bool = False, verbose: bool = False, stream: Text
 
 
 def quiet_libraries() -> None:
-    """Only errors of the libraries pass, and not through their own handlers."""
+    """Nothing of the libraries passes: what goes wrong in them reaches us as an exception."""
     for name in _QUIET:
         logger = logging.getLogger(name)
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
         logger.propagate = False
         logger.handlers[:] = [logging.NullHandler()]
