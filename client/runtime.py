@@ -58,12 +58,16 @@ def build_site(settings: SiteSettings) -> Site:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = site_device(settings)
+    try:
+        records = FolderRecords(settings.state)
+    except OSError as error:
+        raise ConfigError(f"state: {settings.state} cannot be used ({error.strerror}): choose another folder") from None
     return Site(
         settings.site,
         policy=settings.policy,
         load_data=lambda study: load_data(settings, study, device),
         workbench=Workbench(device),
-        records=FolderRecords(settings.state),
+        records=records,
         ledger=settings.state / "ledger.jsonl",
         participant=build_participant(settings),
     )

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from pydantic import TypeAdapter, ValidationError
 
 from medfl.shared.enrolment import Request, found_consortium, read_request
 from medfl.shared.errors import ConfigError
 from medfl.shared.files import write_whole
 from medfl.shared.keys import read_public_key
 from medfl.shared.secagg.roster import Member, Roster, make_roster, roster_text
+from medfl.shared.study import Name
 
 _CONFIG = """\
 consortium: {name}
@@ -42,14 +44,21 @@ def found(folder: Path, requests: Sequence[Path], *, hosts: Sequence[str], port:
     """Make everything and yield, line by line, what was made and what to do next.
 
     Raises:
-        ConfigError: a request is malformed, or ``folder`` holds a consortium already.
+        ConfigError: a request is malformed, or ``folder`` holds a consortium already or cannot name one.
     """
+    name = folder.resolve().name.lower()
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        raise ConfigError(
+            f"{folder}: the folder's name becomes the consortium's: use letters, digits and any of . _ - only"
+        ) from None
     read = [read_request(path) for path in requests]
     found_consortium(folder, read, hosts=hosts)
     sites = "".join(_SITE.format(name=request.site) for request in read)
-    config = _CONFIG.format(name=folder.resolve().name.lower(), port=port, sites=sites)
+    config = _CONFIG.format(name=name, port=port, sites=sites)
     write_whole(folder / "consortium.yaml", config.encode(), mode=0o644)
-    write_whole(folder / "roster.yaml", roster_text(first_roster(folder.resolve().name, read)).encode(), mode=0o644)
+    write_whole(folder / "roster.yaml", roster_text(first_roster(name, read)).encode(), mode=0o644)
     yield f"{folder}/consortium.yaml and the authority are made. Keep authority.key offline."
     for request in read:
         yield f"site {request.site}: compare by telephone, then send it roster.yaml and the .pem files of"
