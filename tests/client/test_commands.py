@@ -1,0 +1,194 @@
+"""``medfl-client``: making keys, reading site.yaml, --check, and every way it can be wrong."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from consortium import found_consortium_folder, write_pictures
+from tiny import masks_study
+
+from medfl.client import checks
+from medfl.client.cli import main
+from medfl.client.config import SiteSettings
+from medfl.client.node import Notice
+from medfl.client.policy import Policy
+from medfl.client.runtime import build_site, gate_of, node_settings, site_device
+from medfl.shared.config import load_settings, parse_settings
+from medfl.shared.errors import ConfigError, NetworkError, PolicyRefusal
+from medfl.shared.messages import Kind
+
+STUDY = masks_study(data={"preprocessing": {"normalise": "scale_255", "size": [8, 8]}})
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site that has everything; its coordinator answers."""
+    found_consortium_folder(tmp_path)
+    north = tmp_path / "north"
+    write_pictures(north / "pictures")
+    (north / "study.json").write_bytes(STUDY.canonical())
+    write_site(north)
+    monkeypatch.setattr(checks, "check_reach", lambda settings: None)
+    return north
+
+
+def write_site(home: Path, **changes: str) -> None:
+    keys = {
+        "site": "north",
+        "coordinator": "127.0.0.1:9443",
+        "keys": "keys",
+        "state": "state",
+        "data": "{source: table, file: pictures/sites.csv}",
+        "policy": f"{{studies: [{STUDY.digest}], allow_no_privacy: true, require_secure_aggregation: false}}",
+        "device": "cpu",
+    } | changes
+    (home / "site.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items() if value))
+
+
+def check(home: Path, capsys: pytest.CaptureFixture[str], *, study: bool = True) -> tuple[int, str, str]:
+    arguments = ["--site", str(home / "site.yaml"), "--check"]
+    status = main([*arguments, "--study", str(home / "study.json")] if study else arguments)
+    out, err = capsys.readouterr()
+    return status, " ".join(out.split()), err
+
+
+def test_check_tells_everything_that_is_well(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = check(home, capsys)
+    assert status == 0, err
+    for words in ("keys are there", "device: cpu", STUDY.digest, "patients 12", "the policy permits", "reached"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("damage", "status", "words"),
+    [
+        (lambda home: (home / "site.yaml").unlink(), 2, "site.yaml: cannot be read"),
+        (lambda home: write_site(home, policyy="{}"), 2, "(did you mean 'policy'?)"),
+        (lambda home: write_site(home, coordinator="nowhere"), 2, "site.yaml:2:1: coordinator: "),
+        (lambda home: write_site(home, policy="{allow_no_privacy: yes}"), 2, "policy.allow_no_privacy: "),
+        (lambda home: write_site(home, site="south"), 2, "is for site north, and this is site south"),
+        (lambda home: (home / "keys" / "node.key").unlink(), 2, "node.key"),
+        (lambda home: (home / "keys" / "node.key").chmod(0o644), 2, "chmod 600"),
+        (lambda home: (home / "keys" / "client.pem").unlink(), 2, "client.pem"),
+        (lambda home: (home / "keys" / "client.pem").write_text("nonsense"), 2, "client.pem"),
+        (lambda home: write_site(home, data="{source: table, file: absent.csv}"), 4, "absent.csv"),
+        (lambda home: (home / "pictures" / "sites.csv").write_text("patient,image,mask\n"), 4, "has no rows"),
+        (lambda home: [p.unlink() for p in (home / "pictures").glob("m*.png")], 4, "no case"),
+        (lambda home: [p.write_bytes(b"no picture") for p in (home / "pictures").glob("p*.png")], 4, "left out: "),
+        (lambda home: write_site(home, policy=""), 3, "is not approved here: to approve it, add " + STUDY.digest),
+        (lambda home: write_site(home, policy=f"{{studies: [{STUDY.digest}]}}"), 3, "require_secure_aggregation"),
+    ],
+)
+def test_what_is_wrong_ends_with_its_status_and_one_line_that_names_it(
+    home: Path, damage: Any, status: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(home)
+    got, _, err = check(home, capsys)
+    assert (got, words in err) == (status, True), err
+    assert err.startswith("medfl-client: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_coordinator_that_cannot_be_reached_ends_with_status_five(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out_of_reach(settings: object) -> None:
+        raise NetworkError("coordinator 127.0.0.1:9443 cannot be reached: is it running?")
+
+    monkeypatch.setattr(checks, "check_reach", out_of_reach)
+    assert check(home, capsys, study=False)[0] == 5
+
+
+def test_no_error_names_a_patient_or_a_patients_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for picture in (home / "pictures").glob("p*.png"):
+        picture.write_bytes(b"no picture")
+    _, out, err = check(home, capsys)
+    assert "P3" not in out + err
+    assert "p3.png" not in out + err
+
+
+def test_keys_are_made_for_the_owner_only_and_never_over_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "keys"
+    assert main(["keys", str(folder), "--name", "north"]) == 0
+    assert capsys.readouterr().out.count("SHA256:") == 2
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert {name for name, mode in modes.items() if mode & 0o077} == {"request.json", "node.key.pub", "site.key.pub"}
+    request = (folder / "request.json").read_text()
+    assert "PRIVATE" not in request
+    assert json.loads(request)["site"] == "north"
+    before = (folder / "node.key").read_bytes()
+    assert main(["keys", str(folder), "--name", "north"]) == 2
+    assert (folder / "node.key").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["", "Not A Name", "../north", "a" * 70])
+def test_a_malformed_site_name_is_refused_before_any_key_is_made(tmp_path: Path, name: str) -> None:
+    assert main(["keys", str(tmp_path / "keys"), "--name", name]) == 2
+    assert not (tmp_path / "keys").exists()
+
+
+MINIMAL = "site: a\ncoordinator: {}\nkeys: k\nstate: s\ndata: {{source: dicom, folder: d}}\n"
+
+
+@pytest.mark.parametrize("address", ["fl.example.org:9443", "10.0.0.1:1", "'[::1]:9443'", "host:0"])
+def test_an_address_is_host_and_port(address: str) -> None:
+    parse_settings(MINIMAL.format(address), SiteSettings, name="f")
+
+
+@pytest.mark.parametrize("address", ["fl.example.org", "https://fl.example.org:9443", "a b:1", "':9443'", "a:123456"])
+def test_anything_else_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"f:2:1: coordinator: "):
+        parse_settings(MINIMAL.format(address), SiteSettings, name="f")
+
+
+def test_without_a_policy_nothing_is_allowed() -> None:
+    settings = parse_settings(MINIMAL.format("a:1"), SiteSettings, name="f")
+    assert settings.policy == Policy()
+    assert settings.policy.studies == ()
+    assert settings.policy.require_secure_aggregation
+    assert not settings.policy.allow_no_privacy
+    assert not settings.policy.release_site_metrics
+
+
+def notice(kind: Kind, digest: str) -> Notice:
+    return Notice(kind.value, "1", "tiny", digest, 1, 1)
+
+
+def test_the_gate_lets_offers_in_and_of_the_rest_only_what_is_approved() -> None:
+    gate = gate_of(Policy(studies=(STUDY.digest,)))
+    gate(notice(Kind.OFFER, "0" * 64))
+    for kind in (kind for kind in Kind if kind is not Kind.OFFER):
+        gate(notice(kind, STUDY.digest))
+        with pytest.raises(PolicyRefusal) as caught:
+            gate(notice(kind, "0" * 64))
+        assert caught.value.reason == "study not approved"
+
+
+def test_a_device_that_is_not_there_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = load_settings(home / "site.yaml", SiteSettings)
+    assert site_device(settings).type == "cpu"
+    assert site_device(settings.model_copy(update={"device": "auto"})).type == "cpu"
+    with pytest.raises(ConfigError, match="device: cuda was asked for"):
+        site_device(settings.model_copy(update={"device": "cuda"}))
+
+
+def test_a_state_folder_that_cannot_be_used_is_a_configuration_error(home: Path) -> None:
+    (home / "file").write_text("")
+    write_site(home, state="file/state")
+    with pytest.raises(ConfigError, match="state: "):
+        build_site(load_settings(home / "site.yaml", SiteSettings))
+
+
+def test_the_nodes_state_and_keys_are_where_the_file_says(home: Path) -> None:
+    settings = node_settings(load_settings(home / "site.yaml", SiteSettings))
+    assert settings.state_dir == home / "state"
+    assert settings.fleet.transport.coordinator == "127.0.0.1:9443"
+    assert settings.fleet.transport.key.parent == home / "keys"
