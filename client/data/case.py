@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -41,8 +42,12 @@ class Case(Protocol):
         """Pseudonym of the patient at this site."""
 
     @property
-    def identity(self) -> str:
-        """Hexadecimal digest that changes when the files that the case is made of change."""
+    def files(self) -> tuple[Path, ...]:
+        """Files that the case is read from."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What the case is besides the content of its files: its classes, names it goes by, how to read it."""
 
     @property
     def attributes(self) -> Mapping[str, str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from medfl.client.data.case import Findings, Quarantine
 from medfl.client.data.dicom_cases import ImageCase, LabelFiles, SeriesCase, Stack
-from medfl.client.data.headers import Header, Progress, Reader
+from medfl.client.data.headers import Header, Progress, Reader, scan
+from medfl.client.data.memo import FileMemo
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import DicomSettings, DicomwebSettings, DimseSettings, NiftiLabels, TableLabels
 from medfl.client.data.tables import classes_of, read_rows
@@ -59,6 +61,7 @@ def find_dicom(
     findings: Findings,
     opted_out: Callable[[str], bool],
     progress: Progress | None = None,
+    memo: FileMemo | None = None,
 ) -> list[SeriesCase | ImageCase]:
     """Cases in ``folder`` that have the study's images and labels, in the order of their identifiers.
 
@@ -73,7 +76,8 @@ def find_dicom(
     if missing := sorted(set(spec.series) - set(settings.series)):
         raise ConfigError(f"data.series: says no description for the study's channel {missing[0]!r}")
     channels = {name: settings.series[name] for name in spec.series}
-    headers = Reader(key, opted_out, channels).scan(folder, findings, progress)
+    read = Reader(key, channels).read
+    headers = scan(folder, partial(memo.header, read=read) if memo else read, opted_out, findings, progress)
     archive = _sort(headers, spec, findings)
     if not archive.images:
         kind = " or ".join(sorted(modality.value for modality in _modalities(spec)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,9 +61,10 @@ class SeriesCase:
         return (*(path for stack in self.stacks for path in stack.files), *self.label.files)
 
     @property
-    def identity(self) -> str:
-        """Digest of the content of all files, whatever they are called."""
-        return content_digest(self.files, self.label.classes)
+    def fingerprint(self) -> str:
+        """How many files each channel has, what they are, the classes and the aliases."""
+        stacks = [(stack.modality.value, len(stack.files)) for stack in self.stacks]
+        return repr((stacks, self.label.classes and sorted(self.label.classes), sorted(self.aliases.items())))
 
     def read(self) -> Example:
         """Decode, check, order and orient the volumes and bring the labels onto their grid."""
@@ -108,9 +108,9 @@ class ImageCase:
         return (self.image, *self.label.files)
 
     @property
-    def identity(self) -> str:
-        """Digest of the content of all files, whatever they are called."""
-        return content_digest(self.files, self.label.classes)
+    def fingerprint(self) -> str:
+        """The classes and the aliases."""
+        return repr((self.label.classes and sorted(self.label.classes), sorted(self.aliases.items())))
 
     def read(self) -> Example:
         """Decode, check and bring to display values, and the label onto its pixels."""
@@ -124,19 +124,6 @@ class ImageCase:
                 self.label.segmentations, str(dataset.SOPInstanceUID), image.shape[1:], self.spec, self.aliases
             )
         return Example(image, _pixel_spacing(dataset), mask, self.label.classes, review, unmatched)
-
-
-def content_digest(files: Sequence[Path], classes: frozenset[int] | None) -> str:
-    """Hexadecimal SHA-256 of what is in ``files``, in any order, and of ``classes``.
-
-    Raises:
-        Quarantine: a file has gone.
-    """
-    try:
-        parts = sorted(hashlib.sha256(path.read_bytes()).digest() for path in files)
-    except OSError:
-        raise Quarantine("file is missing") from None
-    return hashlib.sha256(b"".join(parts) + repr(classes and sorted(classes)).encode()).hexdigest()
 
 
 def oriented(

@@ -47,35 +47,16 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """How to read headers: whose secret, who has opted out, and which descriptions mean which channel."""
+    """How to read headers: whose secret, and which descriptions mean which channel."""
 
     key: SiteKey
-    opted_out: Callable[[str], bool]
     channels: Mapping[str, str] = field(default_factory=dict)  # channel -> regular expression on the description
-
-    def scan(self, folder: Path, findings: Findings, progress: Progress | None = None) -> list[Header]:
-        """Headers of all DICOM files under ``folder``, in the order of names. DICOMDIR and links are not followed."""
-        paths = [
-            Path(root, name)
-            for root, _, names in os.walk(folder)
-            for name in names
-            if name.upper() != "DICOMDIR" and not name.startswith(".")
-        ]
-        headers = []
-        for done, path in enumerate(sorted(paths)):
-            if progress and done % 50 == 0:
-                progress("reading headers", done, len(paths))
-            try:
-                headers.append(self.read(path))
-            except Quarantine as reason:
-                findings.quarantined[str(reason)] += 1
-        return headers
 
     def read(self, path: Path) -> Header:
         """The allowed part of one file's header; pixels are not read.
 
         Raises:
-            Quarantine: not DICOM, unreadable, without identifiers, or the patient has opted out.
+            Quarantine: not DICOM, unreadable, or without identifiers.
         """
         try:
             with quiet():
@@ -95,8 +76,6 @@ class Reader:
             raise Quarantine("no patient identifier")
         if not all(uids[:4]):
             raise Quarantine("no DICOM unique identifiers")
-        if self.opted_out(patient):
-            raise Quarantine("opted out")
         sop_class, instance, study, series, frame = uids
         pseudonym = self.key.pseudonym(patient)
         return Header(
@@ -106,6 +85,36 @@ class Reader:
     def _channel(self, description: str) -> str:
         found = [name for name, pattern in self.channels.items() if re.search(pattern, description, re.IGNORECASE)]
         return found[0] if len(found) == 1 else ""
+
+
+def scan(
+    folder: Path,
+    read: Callable[[Path], Header],
+    opted_out: Callable[[str], bool],
+    findings: Findings,
+    progress: Progress | None = None,
+) -> list[Header]:
+    """Headers of all DICOM files under ``folder``, in the order of names. DICOMDIR and links are not followed."""
+    paths = sorted(
+        Path(root, name)
+        for root, _, names in os.walk(folder)
+        for name in names
+        if name.upper() != "DICOMDIR" and not name.startswith(".")
+    )
+    headers = []
+    for done, path in enumerate(paths):
+        if progress and done % 50 == 0:
+            progress("reading headers", done, len(paths))
+        try:
+            header = read(path)
+        except Quarantine as reason:
+            findings.quarantined[str(reason)] += 1
+            continue
+        if opted_out(header.patient):
+            findings.quarantined["opted out"] += 1
+        else:
+            headers.append(header)
+    return headers
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from medfl.client.data.case import Example, Findings, Quarantine
-from medfl.client.data.dicom_cases import content_digest, oriented
+from medfl.client.data.dicom_cases import oriented
 from medfl.client.data.headers import age_band
 from medfl.client.data.nifti import read_mask_on, read_nifti
 from medfl.client.data.secret import SiteKey
@@ -42,9 +42,9 @@ class NiftiCase:
         return self.images if self.mask is None else (*self.images, self.mask)
 
     @property
-    def identity(self) -> str:
-        """Digest of the files' content and of the classes."""
-        return content_digest(self.files, self.label)
+    def fingerprint(self) -> str:
+        """The classes, and what the mask's values mean."""
+        return repr((self.label and sorted(self.label), self.values and sorted(self.values.items())))
 
     def read(self) -> Example:
         """Decode the images and the mask; orient as the study says."""
@@ -77,7 +77,7 @@ def find_nnunet(
             match = re.fullmatch(settings.patient, name)
             if match is None or not match[1]:
                 raise Quarantine("case whose name has no patient (data.patient)")
-            if opted_out(match[1]):
+            if opted_out(key.pseudonym(match[1])):
                 raise Quarantine("opted out")
             if not all(path.is_file() for path in images):
                 raise Quarantine("a channel is missing")
@@ -134,7 +134,7 @@ def find_bids(
         subject = session.relative_to(settings.folder).parts[0]
         findings.studies += 1
         try:
-            if opted_out(subject) or opted_out(subject.removeprefix("sub-")):
+            if opted_out(key.pseudonym(subject)) or opted_out(key.pseudonym(subject.removeprefix("sub-"))):
                 raise Quarantine("opted out")
             images = tuple(_one(session, f"*/*_{suffix}.nii*", "a channel is missing") for suffix in settings.suffixes)
             findings.series += len(images)

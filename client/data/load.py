@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from medfl.client.data.case import Case, Example, Findings, Quarantine
+from medfl.client.data.cache import EncryptedCache
+from medfl.client.data.case import Case, Findings
 from medfl.client.data.headers import Progress
-from medfl.client.data.preprocess import preprocess
+from medfl.client.data.ingest import Block, Job, blocks
+from medfl.client.data.memo import FileMemo
 from medfl.client.data.report import DataReport, Range
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import (
@@ -26,7 +30,7 @@ from medfl.client.data.settings import (
     TableSettings,
 )
 from medfl.client.data.splits import Split, split_patients
-from medfl.client.data.tensors import SiteData, TensorSet, gather, narrowest
+from medfl.client.data.tensors import SiteData, TensorSet, gather
 from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import DataError
 
@@ -53,38 +57,40 @@ def load_site_data(
     """
     started = time.monotonic()
     findings = Findings()
-    cases = find_cases(settings, spec, task, key, findings, progress)
+    cache, memo = _open_cache(settings, key, cache_dir)
+    cases = find_cases(settings, spec, task, key, findings, progress, memo)
     if not cases:
         raise DataError(f"no case has an image and a label that can be used{_because(findings)}")
     parts = split_patients({case.patient for case in cases}, key, settings.split)
     numbers = {patient: number for number, patient in enumerate(sorted(parts))}
-    blocks: dict[Split, list[tuple[Tensor, Tensor, int]]] = defaultdict(list)
+    kept: dict[Split, list[tuple[Tensor, Tensor, int]]] = defaultdict(list)
     statistics = _Statistics(len(spec.classes))
-    for done, case in enumerate(cases):
+    jobs = [Job(case, spec, parts[case.patient] is not Split.TRAIN) for case in cases]
+    for done, (case, block) in enumerate(zip(cases, blocks(jobs, settings.workers, cache, memo), strict=True)):
         if progress:
             progress("reading images", done, len(cases))
-        part = parts[case.patient]
-        try:
-            example = case.read()
-            images, masks = preprocess(example, spec, held_out=part is not Split.TRAIN)
-        except Quarantine as reason:
-            findings.quarantined[str(reason)] += 1
+        if isinstance(block, str):
+            findings.quarantined[block] += 1
             continue
-        labels = masks if masks is not None else _class_labels(example, spec, len(images))
-        blocks[part].append((narrowest(images), labels, numbers[case.patient]))
-        statistics.add(example, labels, case)
-        findings.unmatched.update(example.unmatched)
-        findings.review.update(example.review)
+        labels = block.masks if block.masks is not None else _class_labels(block.label, spec, len(block.images))
+        kept[parts[case.patient]].append((block.images, labels, numbers[case.patient]))
+        statistics.add(block, labels, case)
+        findings.unmatched.update(block.unmatched)
+        findings.review.update(block.review)
+    if cache is not None and memo is not None:
+        memo.save()
+        cache.evict()
+    counts = {part: len(kept[part]) for part in Split}
     if progress:
         progress("reading images", len(cases), len(cases))
-    splits = {part: _tensor_set(blocks[part], spec, task, torch.device(device)) for part in Split}
+    splits = {part: _tensor_set(kept[part], spec, task, torch.device(device)) for part in Split}
     _refuse_empty(splits, settings, findings)
     report = DataReport(
         patients=len(statistics.patients),
         studies=findings.studies,
         series=findings.series,
         labels=findings.labels,
-        cases={part: len(blocks[part]) for part in Split},
+        cases=counts,
         examples={part: len(splits[part]) for part in Split},
         quarantined=dict(findings.quarantined),
         unmatched=dict(findings.unmatched),
@@ -95,7 +101,21 @@ def load_site_data(
         subgroups=statistics.subgroups(),
         seconds=time.monotonic() - started,
     )
-    return SiteData(splits, report)
+    return SiteData(splits, report, tuple(sorted(parts)))
+
+
+def without_opted_out(data: SiteData, settings: DataSettings, key: SiteKey) -> SiteData:
+    """``data`` less the patients who have opted out since it was loaded: to be asked for before every round.
+
+    Raises:
+        DataError: the list cannot be read, or nobody is left to train on.
+    """
+    opted_out = _opt_out(settings.opt_out, key)
+    gone = [number for number, pseudonym in enumerate(data.pseudonyms) if opted_out(pseudonym)]
+    splits = {part: found.without(gone) for part, found in data.splits.items()}
+    if not len(splits[Split.TRAIN]):
+        raise DataError("no patient is left to train on: all have opted out")
+    return SiteData(splits, data.report, data.pseudonyms)
 
 
 def find_cases(
@@ -105,14 +125,15 @@ def find_cases(
     key: SiteKey,
     findings: Findings,
     progress: Progress | None = None,
+    memo: FileMemo | None = None,
 ) -> Sequence[Case]:
     """Cases of whatever source ``settings`` names; what is left out is counted in ``findings``."""
-    opted_out = _opt_out(settings.opt_out)
+    opted_out = _opt_out(settings.opt_out, key)
     match settings:
         case DicomSettings():
             from medfl.client.data.dicom import find_dicom
 
-            return find_dicom(settings, settings.folder, spec, task, key, findings, opted_out, progress)
+            return find_dicom(settings, settings.folder, spec, task, key, findings, opted_out, progress, memo)
         case TableSettings():
             from medfl.client.data.tables import find_pictures
 
@@ -131,31 +152,41 @@ def find_cases(
             from medfl.client.data.dicom import find_dicom
             from medfl.client.data.pacs import fetch_all
 
-            fetch_all(settings, findings, opted_out, progress)
-            return find_dicom(settings, settings.fetch.folder, spec, task, key, findings, opted_out, progress)
+            fetch_all(settings, key, findings, opted_out, progress)
+            return find_dicom(settings, settings.fetch.folder, spec, task, key, findings, opted_out, progress, memo)
 
 
-def _opt_out(path: Path | None) -> Callable[[str], bool]:
-    """Whether a patient is on the site's opt-out list; a list that cannot be read stops everything."""
+def _open_cache(
+    settings: DataSettings, key: SiteKey, folder: Path | None
+) -> tuple[EncryptedCache | None, FileMemo | None]:
+    if folder is None or not settings.cache.enabled:
+        return None, None
+    cache = EncryptedCache.open(folder, key, int(settings.cache.gigabytes * 1e9))
+    context = json.dumps([version("medfl"), version("pydicom"), getattr(settings, "series", {})], sort_keys=True)
+    return cache, FileMemo.load(cache, context)
+
+
+def _opt_out(path: Path | None, key: SiteKey) -> Callable[[str], bool]:
+    """Whether a pseudonym is of a patient on the site's opt-out list; a list that cannot be read stops everything."""
     if path is None:
-        return lambda patient: False
+        return lambda pseudonym: False
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
         raise DataError(
             f"{path}: the opt-out list cannot be read (data.opt_out): nothing is loaded without it"
         ) from None
-    refused = {line.strip().upper() for line in lines if line.strip() and not line.startswith("#")}
-    return lambda patient: patient.strip().upper() in refused
+    refused = {key.pseudonym(line) for line in lines if line.strip() and not line.startswith("#")}
+    return refused.__contains__
 
 
-def _class_labels(example: Example, spec: DataSpec, rows: int) -> Tensor:
-    assert example.label is not None  # noqa: S101 - a source gives a mask or a class
+def _class_labels(label: frozenset[int] | None, spec: DataSpec, rows: int) -> Tensor:
+    assert label is not None  # noqa: S101 - a source gives a mask or a class
     if spec.multi_label:
         row = torch.zeros(len(spec.classes))
-        row[sorted(example.label)] = 1
+        row[sorted(label)] = 1
         return row.repeat(rows, 1)
-    (index,) = example.label
+    (index,) = label
     return torch.full((rows,), index, dtype=torch.int64)
 
 
@@ -163,7 +194,7 @@ def _tensor_set(
     blocks: list[tuple[Tensor, Tensor, int]], spec: DataSpec, task: Task, device: torch.device
 ) -> TensorSet:
     if blocks:
-        return gather([b[0] for b in blocks], [b[1] for b in blocks], [b[2] for b in blocks], device)
+        return gather(blocks, device)
     size = spec.preprocessing.size
     match task, spec.multi_label:
         case "segmentation", _:
@@ -199,13 +230,13 @@ class _Statistics:
         self._total = 0
         self._attributes: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
 
-    def add(self, example: Example, labels: Tensor, case: Case) -> None:
+    def add(self, block: Block, labels: Tensor, case: Case) -> None:
         self.patients.add(case.patient)
-        low, high = float(example.image.min()), float(example.image.max())
+        low, high = block.intensity
         self.intensity = (self.intensity or Range(low, high)).including(low).including(high)
-        if example.spacing_mm is not None:
-            before = self.spacing or tuple(Range(s, s) for s in example.spacing_mm)
-            self.spacing = tuple(r.including(s) for r, s in zip(before, example.spacing_mm, strict=True))
+        if block.spacing_mm is not None:
+            before = self.spacing or tuple(Range(s, s) for s in block.spacing_mm)
+            self.spacing = tuple(r.including(s) for r, s in zip(before, block.spacing_mm, strict=True))
         if labels.is_floating_point():
             self._classes += labels.sum(0).double()
             self._total += len(labels)

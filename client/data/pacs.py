@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 from medfl.client.data.case import Findings
 from medfl.client.data.headers import Progress
+from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import DicomwebSettings, DimseSettings, FetchSettings
 from medfl.shared.errors import DataError, NetworkError
 
@@ -96,6 +97,7 @@ def _name(uid: str) -> str:
 
 def fetch_all(
     settings: DicomwebSettings | DimseSettings,
+    key: SiteKey,
     findings: Findings,
     opted_out: Callable[[str], bool],
     progress: Progress | None = None,
@@ -124,7 +126,7 @@ def fetch_all(
     for done, series in enumerate(wanted):
         if progress:
             progress("fetching series", done, len(wanted))
-        if opted_out(series.patient):
+        if opted_out(key.pseudonym(series.patient)):
             findings.quarantined["opted out"] += 1
             continue
         store = Store.of(fetch.folder, series)

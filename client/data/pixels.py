@@ -41,10 +41,9 @@ def _to_little_endian(dataset: pydicom.FileDataset) -> None:
     """Swap pixels of a retired syntax that highdicom refuses. Bytes of 8-bit and 1-bit pixels travel in words too."""
     if "PixelData" in dataset:
         bits = int(dataset.BitsAllocated)
-        if bits > 16:
-            raise Quarantine("big endian pixels of more than 16 bits")
-        if bits == 16 or dataset["PixelData"].VR == "OW":
-            dataset.PixelData = np.frombuffer(dataset.PixelData, ">u2").astype("<u2").tobytes()
+        if bits >= 16 or dataset["PixelData"].VR == "OW":
+            size = max(bits, 16) // 8
+            dataset.PixelData = np.frombuffer(dataset.PixelData, f">u{size}").astype(f"<u{size}").tobytes()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.set_original_encoding(False, True, dataset.original_character_set)
 

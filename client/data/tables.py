@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,12 +37,9 @@ class PictureCase:
         return (self.image,) if self.mask is None else (self.image, self.mask)
 
     @property
-    def identity(self) -> str:
-        """Digest of the files' content and of the classes."""
-        digest = hashlib.sha256(repr(sorted(self.label) if self.label is not None else None).encode())
-        for path in self.files:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
+    def fingerprint(self) -> str:
+        """The classes."""
+        return repr(self.label and sorted(self.label))
 
     def read(self) -> Example:
         """Decode picture and mask (see :func:`read_picture`, :func:`read_mask`)."""
@@ -102,7 +98,7 @@ def _case(
     patient, label = ((row.get(column) or "").strip() for column in ("patient", wanted))
     if not patient:
         raise Quarantine("no patient identifier")
-    if opted_out(patient):
+    if opted_out(key.pseudonym(patient)):
         raise Quarantine("opted out")
     if not label:
         raise Quarantine("no label")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class TensorSet:
         """Images of ``rows`` (int64, same device) as float32 network input."""
         return as_input(self.images.index_select(0, rows))
 
+    def without(self, patients: Sequence[int]) -> TensorSet:
+        """The set less the examples of ``patients``; itself where there are none."""
+        stays = ~torch.isin(self.patients, torch.tensor(patients, dtype=torch.int64, device=self.patients.device))
+        return self if bool(stays.all()) else TensorSet(self.images[stays], self.labels[stays], self.patients[stays])
+
 
 @dataclass(frozen=True, slots=True)
 class SiteData:
@@ -39,6 +44,7 @@ class SiteData:
 
     splits: Mapping[Split, TensorSet]
     report: DataReport
+    pseudonyms: tuple[str, ...] = field(default=(), repr=False)  # by the patient's number
 
 
 def as_input(images: Tensor) -> Tensor:
@@ -55,21 +61,23 @@ def narrowest(images: Tensor) -> Tensor:
     return half if torch.equal(half.float(), images) else images
 
 
-def gather(
-    images: Sequence[Tensor], labels: Sequence[Tensor], patients: Sequence[int], device: torch.device
-) -> TensorSet:
-    """One set on ``device`` from blocks of examples, one block a case; ``patients`` has one number a block.
+def gather(blocks: list[tuple[Tensor, Tensor, int]], device: torch.device) -> TensorSet:
+    """One set on ``device`` from (images, labels, patient) of each case. Empties ``blocks`` as it goes.
 
-    Blocks are moved one by one into the tensor that stays, so that host memory never holds a second copy of the set.
+    Blocks are moved one by one into the tensor that stays, so that memory never holds the set twice.
     """
-    count = sum(len(block) for block in images)
-    dtype = images[0].dtype if len({block.dtype for block in images}) == 1 else torch.float32
-    out = torch.empty((count, *images[0].shape[1:]), dtype=dtype, device=device)
+    count = sum(len(images) for images, _, _ in blocks)
+    first_images, first_labels, _ = blocks[0]
+    dtype = first_images.dtype if len({images.dtype for images, _, _ in blocks}) == 1 else torch.float32
+    out = torch.empty((count, *first_images.shape[1:]), dtype=dtype, device=device)
+    labels = torch.empty((count, *first_labels.shape[1:]), dtype=first_labels.dtype, device=device)
+    patients = torch.empty(count, dtype=torch.int64, device=device)
+    blocks.reverse()
     start = 0
-    for block in images:
-        out[start : start + len(block)] = block if block.dtype == dtype else as_input(block)
-        start += len(block)
-    numbers = torch.repeat_interleave(
-        torch.tensor(patients, dtype=torch.int64), torch.tensor([len(block) for block in images])
-    )
-    return TensorSet(out, torch.cat(list(labels)).to(device), numbers.to(device))
+    while blocks:
+        images, of_images, patient = blocks.pop()
+        rows = slice(start, start + len(images))
+        out[rows] = images if images.dtype == dtype else as_input(images)
+        labels[rows], patients[rows] = of_images, patient
+        start = rows.stop
+    return TensorSet(out, labels, patients)

@@ -41,7 +41,7 @@ def settings(way: str, pacs: Pacs, folder: Path, **changes: object) -> Any_:
 
 
 def fetch(wanted: Any_, findings: Findings | None = None, **options: object) -> list[Path]:
-    fetch_all(wanted, findings or Findings(), lambda patient: False, **options)  # type: ignore[arg-type]
+    fetch_all(wanted, KEY, findings or Findings(), lambda patient: False, **options)  # type: ignore[arg-type]
     return files(wanted)
 
 
@@ -114,7 +114,7 @@ def test_a_body_part_restricts_images_and_keeps_labels(way: str, pacs: Pacs, tmp
 def test_an_opted_out_patient_is_not_even_fetched(pacs: Pacs, tmp_path: Path) -> None:
     pacs.upload(save([*ct(name="STAYS"), *ct(name="GOES")], tmp_path / "data"))
     wanted = settings("dicomweb", pacs, tmp_path)
-    fetch_all(wanted, Findings(), lambda patient: patient == "GOES")
+    fetch_all(wanted, KEY, Findings(), lambda patient: patient == KEY.pseudonym("goes"))
     assert {pydicom.dcmread(path).PatientID for path in files(wanted)} == {"STAYS"}
 
 
