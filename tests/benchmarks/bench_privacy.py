@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="plain and private only, without peak memory")
     parser.add_argument("--peak", metavar="VARIANT", help=argparse.SUPPRESS)  # one variant, alone in its process
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
@@ -86,22 +87,24 @@ def main() -> None:
         return
     print(f"device {options.device}, {options.threads} thread(s), load average {os.getloadavg()[0]:.1f}")
     for name in options.cases or CASES:
-        print(f"\n{name} (aim: {CASES[name].limit:g} x)\n{'':24}{'ms':>10}{'ratio':>8}{'MB':>8}{'ratio':>8}")
-        times = step_times(CASES[name], options.device, options.repeats)
-        peaks = {variant: _peak_alone(name, variant, options) for variant in times}
+        memory = "" if options.quick else f"{'MB':>8}{'ratio':>8}"
+        print(f"\n{name} (aim: {CASES[name].limit:g} x)\n{'':24}{'ms':>10}{'ratio':>8}{memory}")
+        wanted = ("plain", "plain again", "private") if options.quick else None
+        times = step_times(CASES[name], options.device, options.repeats, wanted)
+        peaks = {} if options.quick else {variant: _peak_alone(name, variant, options) for variant in times}
         for variant, taken in times.items():
             ratio = statistics.median(a / b for a, b in zip(taken, times["plain"], strict=True))
-            print(
-                f"{variant:24}{statistics.median(taken) * 1e3:10.1f}{ratio:8.2f}"
-                f"{peaks[variant]:8.0f}{peaks[variant] / max(peaks['plain'], 1):8.2f}"
-            )
+            line = f"{variant:24}{statistics.median(taken) * 1e3:10.1f}{ratio:8.2f}"
+            if peaks:
+                line += f"{peaks[variant]:8.0f}{peaks[variant] / max(peaks['plain'], 1):8.2f}"
+            print(line, flush=True)
     first, later = ledger_milliseconds()
     print(f"\nledger charge: first of a process {first:.1f} ms with its accounting, later median {later:.1f} ms")
 
 
-def step_times(case: Case, device: str, repeats: int) -> dict[str, list[float]]:
+def step_times(case: Case, device: str, repeats: int, wanted: Collection[str] | None = None) -> dict[str, list[float]]:
     """Seconds of each variant's step, the variants taking turns; two warm-up turns are left out."""
-    steps = variants(case, device)
+    steps = variants(case, device, wanted)
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 2):
         for name, step in steps.items():
@@ -112,7 +115,7 @@ def step_times(case: Case, device: str, repeats: int) -> dict[str, list[float]]:
     return taken
 
 
-def variants(case: Case, device: str, only: str | None = None) -> dict[str, Step]:
+def variants(case: Case, device: str, wanted: Collection[str] | None = None) -> dict[str, Step]:
     """Whole training steps by name, each with its own network."""
     loss = build_loss(Loss.DICE_CE) if isinstance(case.spec, UNetSpec) else functional.cross_entropy
     made = {
@@ -126,22 +129,22 @@ def variants(case: Case, device: str, only: str | None = None) -> dict[str, Step
     if device == "cuda":
         made["plain, bf16"] = lambda: _autocast(_plain(case, device, loss))
         made["private, bf16"] = lambda: _autocast(_private(case, device, loss, Engine.BOOKKEEPING))
-    return {name: make() for name, make in made.items() if only in (None, name)}
+    return {name: make() for name, make in made.items() if wanted is None or name in wanted}
 
 
 def peak_megabytes(case: Case, variant: str, device: str) -> float:
     """Peak memory of three steps above what the process held before the network was built."""
     if device == "cuda":
-        step = variants(case, device, only=variant)[variant]
+        step = variants(case, device, [variant])[variant]
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             step()
         return torch.cuda.max_memory_allocated() / 1e6
     tiny = replace(case, units=1, size=32)
-    variants(tiny, device, only=variant)[variant]()  # libraries are loaded, kernels are chosen
+    variants(tiny, device, [variant])[variant]()  # libraries are loaded, kernels are chosen
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    step = variants(case, device, only=variant)[variant]
+    step = variants(case, device, [variant])[variant]
     for _ in range(3):
         step()
     return _resident("VmHWM") - before
