@@ -31,7 +31,7 @@ CREATE TABLE consumed (
     PRIMARY KEY (study, purpose, round));
 CREATE INDEX consumed_models ON consumed (study, purpose, model);
 CREATE TABLE weights (study BLOB, epoch INTEGER, weight INTEGER, PRIMARY KEY (study, epoch));
-CREATE TABLE open_rounds (context BLOB PRIMARY KEY, study BLOB, sealed BLOB);
+CREATE TABLE open_rounds (context BLOB PRIMARY KEY, study BLOB, purpose INTEGER, sealed BLOB);
 """
 _NONCE_BYTES = 12
 
@@ -103,9 +103,9 @@ class Journal:
         )
 
     def begin(self, announcement: Announcement, *, weight: int, epoch: int) -> None:
-        """Record that this attempt is answered and with which weight; forget how to finish earlier rounds."""
+        """Record that this attempt is answered and with which weight; forget how to finish the purpose's last round."""
         with self._transaction() as run:
-            run("DELETE FROM open_rounds WHERE study=?", announcement.study)
+            run("DELETE FROM open_rounds WHERE study=? AND purpose=?", announcement.study, announcement.purpose)
             run(
                 "INSERT OR REPLACE INTO seen VALUES (?,?,?,?)",
                 announcement.study,
@@ -116,14 +116,12 @@ class Journal:
             if announcement.purpose is not Purpose.EVALUATE:  # where weights mean nothing
                 run("INSERT OR IGNORE INTO weights VALUES (?,?,?)", announcement.study, epoch, weight)
 
-    def keep(self, context: bytes, study: bytes, secret: bytes) -> None:
-        """Keep ``secret``, encrypted: what is needed to go on with the round of ``context`` after a restart."""
+    def keep(self, announcement: Announcement, secret: bytes) -> None:
+        """Keep ``secret``, encrypted: what is needed to go on with this attempt after a restart."""
         with self._transaction() as run:
-            run("INSERT OR REPLACE INTO open_rounds VALUES (?,?,?)", context, study, self._seal(context, secret))
+            self._keep(run, announcement, secret)
 
-    def consume(
-        self, announcement: Announcement, *, survivors: bytes, contribution: bytes, context: bytes, secret: bytes
-    ) -> None:
+    def consume(self, announcement: Announcement, *, survivors: bytes, contribution: bytes, secret: bytes) -> None:
         """Record, in one step, that the round is consumed by a sum over ``survivors``, and replace what is kept."""
         with self._transaction() as run:
             run(
@@ -136,12 +134,7 @@ class Journal:
                 survivors,
                 contribution,
             )
-            run(
-                "INSERT OR REPLACE INTO open_rounds VALUES (?,?,?)",
-                context,
-                announcement.study,
-                self._seal(context, secret),
-            )
+            self._keep(run, announcement, secret)
 
     def kept(self, context: bytes) -> bytes | None:
         """What :meth:`keep` or :meth:`consume` kept for ``context``, or None.
@@ -162,13 +155,20 @@ class Journal:
             ) from None
 
     def forget(self, study: bytes) -> None:
-        """Delete what is kept to finish the study's open round."""
+        """Delete what is kept to finish the study's open rounds."""
         with self._transaction() as run:
             run("DELETE FROM open_rounds WHERE study=?", study)
 
-    def _seal(self, context: bytes, secret: bytes) -> bytes:
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        return nonce + ChaCha20Poly1305(self._key).encrypt(nonce, secret, context)
+    def _keep(self, run: _Run, announcement: Announcement, secret: bytes) -> None:
+        context, nonce = announcement.context(), secrets.token_bytes(_NONCE_BYTES)
+        sealed = nonce + ChaCha20Poly1305(self._key).encrypt(nonce, secret, context)
+        run(
+            "INSERT OR REPLACE INTO open_rounds VALUES (?,?,?,?)",
+            context,
+            announcement.study,
+            announcement.purpose,
+            sealed,
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[_Run]:

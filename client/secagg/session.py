@@ -1,4 +1,4 @@
-"""The site's side of all secure sums: what it holds for them, and one open sum a study, led through the five phases.
+"""The site's side of all secure sums: what it holds, and one open sum for each purpose, led through five phases.
 
 A phase that refuses changes nothing, and a phase that has answered is not answered again, but for the last two: they
 repeat their bytes for the same survivors, so that a lost reply or a restarted coordinator can finish the round.
@@ -29,6 +29,7 @@ from medfl.shared.secagg.reasons import Reason
 log = logging.getLogger("medfl.site")
 
 _State = Advertised | Shared | OpenRound
+_Key = tuple[bytes, Purpose]  # study, purpose: of each, one sum at a time
 
 
 class SecureSite:
@@ -38,8 +39,8 @@ class SecureSite:
         self._enrolment = enrolment
         self._journal = journal
         self._threads = usable_threads() if threads is None else threads
-        self._held: dict[tuple[bytes, Purpose], Contribution] = {}
-        self._open: dict[bytes, tuple[bytes, _State]] = {}  # study -> context, state
+        self._held: dict[_Key, Contribution] = {}
+        self._open: dict[_Key, tuple[bytes, _State]] = {}  # with the context
         self._lock = Lock()
 
     def hold(self, contribution: Contribution) -> None:
@@ -48,9 +49,9 @@ class SecureSite:
             self._held[contribution.study, contribution.purpose] = contribution
 
     def release(self, study: bytes) -> None:
-        """Let go of everything held for ``study``; its open round cannot be finished any more."""
+        """Let go of everything held for ``study``; its open rounds cannot be finished any more."""
         with self._lock:
-            self._open.pop(study, None)
+            self._open = {key: opened for key, opened in self._open.items() if key[0] != study}
             self._held = {key: held for key, held in self._held.items() if key[0] != study}
             self._journal.forget(study)
 
@@ -74,7 +75,8 @@ class SecureSite:
                     return self._unmask(ConfirmationList.parse(request.control))
 
     def _advertise_keys(self, announcement: Announcement) -> PhaseReply:
-        held = self._held.get((announcement.study, announcement.purpose))
+        key = announcement.study, announcement.purpose
+        held = self._held.get(key)
         if held is None:
             raise ProtocolError(
                 "a sum was announced for which nothing is held here: this site restarted, or was not asked to train",
@@ -83,31 +85,31 @@ class SecureSite:
         epoch = self._enrolment.roster.epoch
         history = self._journal.history(announcement, epoch=epoch)
         state = advertise_keys(announcement, held, self._enrolment, history)
-        self._open.pop(announcement.study, None)
+        self._open.pop(key, None)
         self._journal.begin(announcement, weight=held.weight, epoch=epoch)
-        self._open[announcement.study] = (state.context, state)
+        self._open[key] = (state.context, state)
         return PhaseReply(state.advert.to_bytes())
 
     def _share_keys(self, request: KeyList) -> PhaseReply:
-        study, state = self._state(request.context)
+        key, state = self._state(request.context)
         if not isinstance(state, Advertised):
             raise _out_of_order()
         after, message = share_keys(state, request, self._enrolment)
-        self._open[study] = (request.context, after)
+        self._open[key] = (request.context, after)
         return PhaseReply(message.to_bytes())
 
     def _masked_input(self, request: ShareDelivery) -> PhaseReply:
-        study, state = self._state(request.context)
+        key, state = self._state(request.context)
         if not isinstance(state, Shared):
             raise _out_of_order()
         masked, reply = masked_input(state, request, self._enrolment, threads=self._threads)
         after = OpenRound(masked)
-        self._open[study] = (request.context, after)  # before the disk: no second masking under the same keys
-        self._journal.keep(request.context, study, after.to_bytes())
+        self._open[key] = (request.context, after)  # before the disk: no second masking under the same keys
+        self._journal.keep(masked.announcement, after.to_bytes())
         return reply
 
     def _confirm_survivors(self, request: SurvivorList) -> PhaseReply:
-        study, state = self._state(request.context)
+        key, state = self._state(request.context)
         if not isinstance(state, OpenRound):
             raise _out_of_order()
         if (before := state.confirmed) is not None:
@@ -123,39 +125,39 @@ class SecureSite:
             state.masked.announcement,
             survivors=ids_to_bytes(confirmed.survivors),
             contribution=state.masked.contribution,
-            context=request.context,
             secret=after.to_bytes(),
         )
-        self._open[study] = (request.context, after)
+        self._open[key] = (request.context, after)
         return PhaseReply(message.to_bytes())
 
     def _unmask(self, request: ConfirmationList) -> PhaseReply:
-        study, state = self._state(request.context)
+        key, state = self._state(request.context)
         if not isinstance(state, OpenRound) or (confirmed := state.confirmed) is None:
             raise _out_of_order()
         if state.reveal is not None:
             return PhaseReply(state.reveal)
         reveal = unmask(confirmed, request, self._enrolment).to_bytes()
         after = state.revealed(reveal)
-        self._journal.keep(request.context, study, after.to_bytes())
-        self._open[study] = (request.context, after)
+        self._journal.keep(state.masked.announcement, after.to_bytes())
+        self._open[key] = (request.context, after)
         log.info("a masked sum over %d sites is complete", len(confirmed.survivors))
         return PhaseReply(reveal)
 
-    def _state(self, context: bytes) -> tuple[bytes, _State]:
-        """Study and state of the open sum of ``context``, from the journal where this process has just started."""
-        for study, (known, state) in self._open.items():
+    def _state(self, context: bytes) -> tuple[_Key, _State]:
+        """Key and state of the open sum of ``context``, from the journal where this process has just started."""
+        for key, (known, state) in self._open.items():
             if known == context:
-                return study, state
+                return key, state
         kept = self._journal.kept(context)
         if kept is None:
             raise _out_of_order()
         restored = OpenRound.from_bytes(kept)
-        study = restored.masked.announcement.study
-        if restored.masked.announcement.roster != self._enrolment.roster.digest:
+        announcement = restored.masked.announcement
+        if announcement.roster != self._enrolment.roster.digest:
             raise ProtocolError("the roster has changed since this sum began", reason=Reason.BAD_ROSTER)
-        self._open[study] = (context, restored)
-        return study, restored
+        key = announcement.study, announcement.purpose
+        self._open[key] = (context, restored)
+        return key, restored
 
 
 def _out_of_order() -> ProtocolError:

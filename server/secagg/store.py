@@ -26,19 +26,19 @@ class Store(Protocol):
     """The coordinator's memory for secure sums. Whether it outlives the process is for the implementation to say."""
 
     def begin(self, study: bytes, purpose: Purpose) -> int:
-        """A round number that was never announced for ``study`` and ``purpose``; forgets an earlier pending sum."""
+        """A round number that was never announced for ``study`` and ``purpose``; forgets their earlier pending sum."""
         ...
 
     def keep(self, pending: PendingSum) -> None:
         """Keep ``pending`` until the next :meth:`begin` of its study and purpose, or :meth:`forget`."""
         ...
 
-    def pending(self, study: bytes) -> PendingSum | None:
-        """The sum kept for ``study``: a fresh copy, to be finished."""
+    def pending(self, study: bytes, purpose: Purpose = Purpose.TRAIN) -> PendingSum | None:
+        """The sum kept for ``study`` and ``purpose``: a fresh copy, to be finished."""
         ...
 
     def forget(self, study: bytes) -> None:
-        """Drop the pending sum: its result is safe elsewhere, or given up."""
+        """Drop the study's pending sums: their results are safe elsewhere, or given up."""
         ...
 
 
@@ -57,7 +57,7 @@ class MemoryStore:
     def keep(self, pending: PendingSum) -> None:
         """Keep nothing."""
 
-    def pending(self, study: bytes) -> PendingSum | None:
+    def pending(self, study: bytes, purpose: Purpose = Purpose.TRAIN) -> PendingSum | None:
         """None."""
         return None
 
@@ -66,7 +66,7 @@ class MemoryStore:
 
 
 class FolderStore:
-    """A store on disk: ``STUDY/{rounds.json, pending.json, pending.npy}``; each write is durable when it returns."""
+    """A store on disk: ``STUDY/{rounds.json, PURPOSE.json, PURPOSE.npy}``; each write is durable when it returns."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = private_folder(folder)
@@ -77,7 +77,7 @@ class FolderStore:
         Raises:
             DataError: the file of round numbers is damaged: a guessed number would be refused as a replay.
         """
-        self.forget(study)
+        self._drop(study, purpose)
         path = private_folder(self._of(study)) / "rounds.json"
         try:
             rounds = {Purpose(int(key)): int(number) for key, number in json.loads(path.read_bytes()).items()}
@@ -94,7 +94,8 @@ class FolderStore:
     def keep(self, pending: PendingSum) -> None:
         """Keep ``pending``: first its vector, then the file that names it. Memory stays at one model."""
         folder = private_folder(self._of(pending.announcement.study))
-        _save_vector(folder / "pending.npy", pending.vector)
+        name = pending.announcement.purpose.name.lower()
+        _save_vector(folder / f"{name}.npy", pending.vector)
         content: dict[str, Any] = {
             "announcement": pending.announcement.to_bytes().hex(),
             "encoding": pending.encoding.to_bytes().hex(),
@@ -104,14 +105,14 @@ class FolderStore:
             "scalars": pending.scalars.tobytes().hex(),
             "vector": _digest(pending.vector),
         }
-        write_whole(folder / "pending.json", json.dumps(content).encode())
+        write_whole(folder / f"{name}.json", json.dumps(content).encode())
 
-    def pending(self, study: bytes) -> PendingSum | None:
-        """The sum kept for ``study``, or None where there is none or it is damaged (its round is void then)."""
-        folder = self._of(study)
+    def pending(self, study: bytes, purpose: Purpose = Purpose.TRAIN) -> PendingSum | None:
+        """The sum kept, or None where there is none or it is damaged (its round is void then)."""
+        folder, name = self._of(study), purpose.name.lower()
         try:
-            content = json.loads((folder / "pending.json").read_bytes())
-            vector = np.load(folder / "pending.npy", allow_pickle=False)
+            content = json.loads((folder / f"{name}.json").read_bytes())
+            vector = np.load(folder / f"{name}.npy", allow_pickle=False)
             if _digest(vector) != content["vector"]:
                 raise ValueError
             return PendingSum(
@@ -130,9 +131,13 @@ class FolderStore:
             return None
 
     def forget(self, study: bytes) -> None:
-        """Remove the pending sum of ``study``."""
-        for name in ("pending.json", "pending.npy"):
-            (self._of(study) / name).unlink(missing_ok=True)
+        """Remove the pending sums of ``study``."""
+        for purpose in Purpose:
+            self._drop(study, purpose)
+
+    def _drop(self, study: bytes, purpose: Purpose) -> None:
+        for ending in ("json", "npy"):
+            (self._of(study) / f"{purpose.name.lower()}.{ending}").unlink(missing_ok=True)
 
     def _of(self, study: bytes) -> Path:
         return self._folder / study.hex()

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from secagg_world import PHASES, STUDY, Consortium
 
+from medfl.client.secagg.contribution import Contribution
 from medfl.server.secagg.finish import finish
 from medfl.server.secagg.outcome import SumVoid
 from medfl.server.secagg.store import FolderStore
 from medfl.shared.errors import PolicyRefusal
+from medfl.shared.secagg.announcement import Purpose
+from medfl.shared.secagg.encoding import Encoding
 from medfl.shared.secagg.exchange import Phase
+from medfl.shared.secagg.rings import Ring
 
 LATE = PHASES[2:]  # from the masked input on, a site's journal knows how to go on
 
@@ -90,6 +94,25 @@ def test_a_coordinator_killed_between_any_two_messages_gets_the_exact_sum_after_
 def test_a_coordinator_killed_before_its_checkpoint_gets_the_same_sum_again(tmp_path: Path) -> None:
     world = Consortium(4, folder=tmp_path)
     first = world.round(FolderStore(tmp_path / "coordinator")).run(world.exchange())
+    pending = FolderStore(tmp_path / "coordinator").pending(STUDY)
+    assert pending is not None
+    again = finish(pending, roster=world.roster, exchange=world.exchange(), threads=1)
+    assert np.array_equal(first.mean, again.mean)
+
+
+def test_a_coordinator_killed_while_scores_are_summed_still_gets_the_sum_of_the_updates(tmp_path: Path) -> None:
+    world = Consortium(4, folder=tmp_path)
+    store = FolderStore(tmp_path / "coordinator")
+    first = world.round(store).run(world.exchange())
+    scores = Encoding(Ring.BITS_32, (), 0, ("loss",))
+    for site in world.ids:
+        world.sites[site].hold(
+            Contribution(STUDY, Purpose.EVALUATE, b"n" * 32, scores, 1, scalars={"loss": float(site)})
+        )
+    result = world.round(store, purpose=Purpose.EVALUATE, model=b"n" * 32, encoding=scores).run(world.exchange())
+    assert result.scalars == {"loss": 10.0}  # 1 + 2 + 3 + 4
+    for site in world.ids:
+        world.start(site)
     pending = FolderStore(tmp_path / "coordinator").pending(STUDY)
     assert pending is not None
     again = finish(pending, roster=world.roster, exchange=world.exchange(), threads=1)

@@ -12,9 +12,10 @@ from secagg_world import MODEL, STUDY, Consortium
 
 from medfl.client.secagg.journal import ConsumedRound, History, Journal
 from medfl.shared.errors import ConfigError, DataError
+from medfl.shared.secagg.announcement import Purpose
 
-CONTEXT = b"c" * 32
 WORLD = Consortium(3)
+CONTEXT = WORLD.announcement().context()
 
 
 def history(journal: Journal, model: bytes = MODEL) -> History:
@@ -29,12 +30,12 @@ def test_everything_is_there_after_opening_it_again(tmp_path: Path) -> None:
     announcement = WORLD.announcement(round=5, attempt=2)
     journal = Journal(tmp_path)
     journal.begin(announcement, weight=70, epoch=1)
-    journal.consume(announcement, survivors=b"\1\0\2\0", contribution=b"u" * 32, context=CONTEXT, secret=b"shares")
+    journal.consume(announcement, survivors=b"\1\0\2\0", contribution=b"u" * 32, secret=b"shares")
     journal.close()
     again = Journal(tmp_path)
     assert history(again) == History((5, 2), 5, (ConsumedRound(5, b"\1\0\2\0", b"u" * 32),), 70)
     assert history(again, model=b"other" * 6 + b"..").same_model == ()
-    assert again.kept(CONTEXT) == b"shares"
+    assert again.kept(announcement.context()) == b"shares"
 
 
 def test_a_weight_is_written_once_an_epoch(tmp_path: Path) -> None:
@@ -46,16 +47,27 @@ def test_a_weight_is_written_once_an_epoch(tmp_path: Path) -> None:
     assert journal.history(world.announcement(), epoch=2).weight_ceiling is None
 
 
-def test_what_is_kept_goes_when_the_next_round_begins(tmp_path: Path) -> None:
+def test_what_is_kept_goes_when_the_next_round_of_its_purpose_begins(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.keep(CONTEXT, STUDY, b"shares")
-    journal.begin(Consortium(3).announcement(), weight=1, epoch=1)
+    journal.keep(WORLD.announcement(), b"shares")
+    journal.begin(WORLD.announcement(purpose=Purpose.EVALUATE), weight=1, epoch=1)
+    assert journal.kept(CONTEXT) == b"shares"  # the coordinator may not have saved the model yet
+    journal.begin(WORLD.announcement(round=2), weight=1, epoch=1)
+    assert journal.kept(CONTEXT) is None
+
+
+def test_a_study_is_forgotten_on_request(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.keep(WORLD.announcement(), b"shares")
+    journal.forget(b"\x33" * 32)
+    assert journal.kept(CONTEXT) == b"shares"
+    journal.forget(STUDY)
     assert journal.kept(CONTEXT) is None
 
 
 def test_secrets_are_not_on_the_disk_in_clear(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.keep(CONTEXT, STUDY, b"a secret share that must not be readable")
+    journal.keep(WORLD.announcement(), b"a secret share that must not be readable")
     assert all(b"secret share" not in file.read_bytes() for file in tmp_path.iterdir())
 
 
@@ -92,7 +104,7 @@ def test_a_damaged_journal_is_an_error_with_a_way_out(tmp_path: Path) -> None:
 
 def test_another_key_does_not_open_what_is_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.keep(CONTEXT, STUDY, b"shares")
+    journal.keep(WORLD.announcement(), b"shares")
     journal.close()
     (tmp_path / "journal.key").write_bytes(bytes(32))
     with pytest.raises(DataError, match="does not fit its key file"):
@@ -101,7 +113,7 @@ def test_another_key_does_not_open_what_is_kept(tmp_path: Path) -> None:
 
 def test_what_is_kept_opens_under_its_own_context_only(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.keep(CONTEXT, STUDY, b"shares")
+    journal.keep(WORLD.announcement(), b"shares")
     with journal._transaction() as run:
         run("UPDATE open_rounds SET context=?", b"d" * 32)
     with pytest.raises(DataError):
@@ -124,7 +136,7 @@ journal = Journal(Path({str(tmp_path)!r}))
 for number in range(1000):
     announcement = Consortium(3).announcement(round=number)
     journal.begin(announcement, weight=1, epoch=1)
-    journal.consume(announcement, survivors=b"", contribution=b"", context=b"", secret=b"")
+    journal.consume(announcement, survivors=b"", contribution=b"", secret=b"")
     print(number, flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

@@ -63,7 +63,7 @@ def test_a_confirmation_of_another_round_is_refused() -> None:
 def test_the_seed_share_of_a_survivor_and_the_key_share_of_a_drop_out_are_revealed_and_never_both() -> None:
     stage = Stage(Consortium(5), Phase.MASKED_INPUT)
     survivors = SurvivorList(stage.context, (1, 2, 3, 4))
-    masked = stage.world.sites[1]._open[stage.announcement.study][1].masked
+    masked = stage.world.sites[1]._open[stage.announcement.study, stage.announcement.purpose][1].masked
     confirmations = tuple(
         Confirmation.parse(stage.world.ask(s, Phase.CONFIRM_SURVIVORS, survivors).control) for s in (1, 2, 3, 4)
     )
@@ -82,7 +82,7 @@ def test_a_repeated_request_gets_the_same_bytes_even_with_other_valid_confirmati
 
 def test_secrets_are_gone_after_the_reveal() -> None:
     stage = Stage(Consortium(5), Phase.UNMASK)
-    state = stage.world.sites[1]._open[stage.announcement.study][1]
+    state = stage.world.sites[1]._open[stage.announcement.study, stage.announcement.purpose][1]
     assert state.masked.shares == {}
     kept = stage.world.journals[1].kept(stage.context)
     assert kept is not None

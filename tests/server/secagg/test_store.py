@@ -56,28 +56,39 @@ def test_a_pending_sum_is_read_back_whole(tmp_path: Path) -> None:
 def test_a_damaged_pending_sum_is_none(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.keep(pending())
-    file = tmp_path / STUDY.hex() / "pending.npy"
+    file = tmp_path / STUDY.hex() / "train.npy"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     assert store.pending(STUDY) is None
 
 
-@pytest.mark.parametrize("left", ["pending.npy", "pending.json"])
+@pytest.mark.parametrize("left", ["train.npy", "train.json"])
 def test_half_a_pending_sum_is_none(tmp_path: Path, left: str) -> None:
     store = FolderStore(tmp_path)
     store.keep(pending())
-    for file in (tmp_path / STUDY.hex()).glob("pending.*"):
+    for file in (tmp_path / STUDY.hex()).glob("train.*"):
         if file.name != left:
             file.unlink()
     assert store.pending(STUDY) is None
 
 
-def test_a_pending_sum_is_forgotten_when_the_next_round_begins(tmp_path: Path) -> None:
+def test_a_pending_sum_is_forgotten_when_the_next_round_of_its_purpose_begins(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.keep(pending())
+    store.begin(STUDY, Purpose.EVALUATE)
+    assert store.pending(STUDY) is not None  # scores are summed before the model is in a checkpoint
+    assert store.pending(STUDY, Purpose.EVALUATE) is None
     store.begin(STUDY, Purpose.TRAIN)
     assert store.pending(STUDY) is None
+
+
+def test_a_pending_sum_is_forgotten_on_request(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.keep(pending())
+    store.forget(STUDY)
+    assert store.pending(STUDY) is None
+    assert store.begin(STUDY, Purpose.TRAIN) == 1
 
 
 def test_the_store_of_a_simulation_counts_and_keeps_nothing() -> None:
