@@ -27,7 +27,7 @@ def score(study: Study, weights: Flat, sites: Mapping[str, SiteData], *, device:
     bench = make_bench(study, device)
     bench.load(weights, None)
     return {
-        name: _headline(read(evaluate(bench.network, data.splits[Split.VALIDATION], study)))
+        name: headline_or_nan(read(evaluate(bench.network, data.splits[Split.VALIDATION], study)))
         for name, data in sites.items()
     }
 
@@ -37,10 +37,12 @@ def alone(
 ) -> dict[str, float]:
     """Each site trains the study by itself, as many steps as in the federation; scored at home."""
     by_itself = _with_one_site(study)
-    return {
-        name: _headline(federate(by_itself, {name: data}, device=device, reporter=reporter).site_scores[name])
-        for name, data in sites.items()
-    }
+
+    def reached(name: str, data: SiteData) -> float:
+        federation = federate(by_itself, {name: data}, device=device, reporter=reporter)
+        return headline_or_nan(federation.site_scores.get(name, {}))
+
+    return {name: reached(name, data) for name, data in sites.items()}
 
 
 def pooled(
@@ -147,6 +149,7 @@ def _concatenate(sets: Sequence[TensorSet]) -> TensorSet:
     return TensorSet(torch.cat(images), torch.cat([part.labels for part in sets]), torch.cat(numbers))
 
 
-def _headline(scores: Mapping[str, float]) -> float:
+def headline_or_nan(scores: Mapping[str, float]) -> float:
+    """The headline score, or NaN where there is none: training diverged, or no held-out patient can be scored."""
     found = headline(scores)
     return found[1] if found else float("nan")

@@ -86,7 +86,10 @@ def print_table(console: Console, experiment: Experiment) -> None:
     table.add_column("method")
     for site in experiment.sites:
         table.add_column(site, justify="right")
-    best = {site: max(experiment.mean(method, site) for method in experiment.methods) for site in experiment.sites}
+    best = {  # -1 stands for no score, which is NaN
+        site: max(value if (value := experiment.mean(method, site)) >= 0 else -1 for method in experiment.methods)
+        for site in experiment.sites
+    }
     for method in experiment.methods:
         cells = []
         for site in experiment.sites:

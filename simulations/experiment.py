@@ -23,12 +23,12 @@ from medfl.client.data.secret import SiteKey
 from medfl.client.data.tensors import SiteData
 from medfl.server.checkpoint import save_model
 from medfl.server.reporter import MetricsFile, Reporter, Several
-from medfl.shared.errors import DataError
+from medfl.server.rounds import Ending
+from medfl.shared.errors import DataError, TrainingError
 from medfl.shared.files import write_whole
-from medfl.shared.metrics import headline
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
-from medfl.simulations.baselines import alone, pooled, trivial, unprotected
+from medfl.simulations.baselines import alone, headline_or_nan, pooled, trivial, unprotected
 from medfl.simulations.config import SimulationSettings
 from medfl.simulations.federation import federate
 
@@ -151,14 +151,18 @@ def _methods(
     metrics = MetricsFile(folder / "metrics.jsonl")
     federation = federate(study, sites, device=device, reporter=Several(metrics, *([reporter] if reporter else [])))
     result = federation.result
+    if result.ending is not Ending.DONE:
+        raise TrainingError(
+            f"study {study.name} ended after round {result.round} of {study.rounds.count}: {result.ending.value}: "
+            "see the warnings before this line"
+        )
     save_model(folder / "model.safetensors", study, result.layout, result.weights, round_number=result.round)
-    federated = {name: headline(scores) for name, scores in federation.site_scores.items()}
     scores: dict[str, dict[str, float]] = {}
-    scores[study.strategy.name] = {name: found[1] for name in sites if (found := federated.get(name))}
+    scores[study.strategy.name] = {name: headline_or_nan(federation.site_scores.get(name, {})) for name in sites}
     if not isinstance(study.privacy, NoPrivacy) and settings.baselines.unprotected:
         bare = unprotected(study)
         by_site = federate(bare, sites, device=device, reporter=reporter).site_scores
-        scores["unprotected"] = {name: found[1] for name in sites if (found := headline(by_site[name]))}
+        scores["unprotected"] = {name: headline_or_nan(by_site.get(name, {})) for name in sites}
     if settings.baselines.pooled:
         scores["pooled"] = pooled(study, sites, device=device, reporter=reporter)
     if settings.baselines.alone:
