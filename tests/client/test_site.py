@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,6 @@ def test_no_text_of_an_exception_ever_leaves(
     def load(_: Study) -> SiteData:
         raise error
 
-    logging.getLogger("medfl").propagate = True
     reply = offer(make_site(study, tmp_path, data=load), study)
     failed(reply, code, reason)
     assert PATIENT not in everything_in(reply)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +101,6 @@ def test_a_damaged_newest_is_told_and_the_one_before_is_used(
         }[damage]
     )
     assert newest(tmp_path).read_bytes() != content
-    logging.getLogger("medfl").propagate = True
     assert same(CheckpointFolder(tmp_path).load(STUDY), checkpoint(1))
     assert "damaged" in caplog.text
 

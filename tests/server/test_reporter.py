@@ -100,7 +100,6 @@ def tell_all(reporter: Several | LiveTable | LogLines) -> None:
 
 
 def test_a_log_has_a_line_for_each_round_and_names_who_was_missing(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("medfl").propagate = True
     with caplog.at_level(logging.INFO, "medfl"):
         tell_all(LogLines())
     text = caplog.text

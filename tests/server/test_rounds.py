@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import random
 import time
 from collections.abc import Callable
@@ -78,7 +77,6 @@ def moved(study: Study, result: Result) -> float:
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds_module, "_SETTLE_S", 0.2)
     monkeypatch.setattr(rounds_module, "_POLL_S", 0.01)
-    logging.getLogger("medfl").propagate = True
 
 
 def failing(code: Code, reason: str = "", *, times: int = 10**9) -> Callable[[ModelRequest], Answer]:

@@ -3,25 +3,10 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from medfl.shared.logs import set_up_logs
-
-
-@pytest.fixture(autouse=True)
-def _put_loggers_back() -> Iterator[None]:
-    names = ("medfl", "flwr", "pydicom")
-    before = {
-        n: (logging.getLogger(n).level, logging.getLogger(n).propagate, logging.getLogger(n).handlers[:]) for n in names
-    }
-    yield
-    for name, (level, propagate, handlers) in before.items():
-        logger = logging.getLogger(name)
-        logger.setLevel(level)
-        logger.propagate = propagate
-        logger.handlers[:] = handlers
 
 
 def test_a_line_of_text_an_event() -> None:
