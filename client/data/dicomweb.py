@@ -14,7 +14,7 @@ import requests
 from dicomweb_client.api import DICOMwebClient
 from pydicom.dataset import Dataset
 
-from medfl.client.data.headers import quiet
+from medfl.client.data.guard import quiet
 from medfl.client.data.pacs import LABEL_MODALITIES, RemoteSeries, Store
 from medfl.client.data.settings import DicomwebSettings
 from medfl.shared.errors import NetworkError

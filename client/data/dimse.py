@@ -31,7 +31,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 
 from medfl.client.data.dicom import PLANAR, SEGMENTATIONS, STRUCTURE_SET, VOLUMES
-from medfl.client.data.headers import quiet
+from medfl.client.data.guard import quiet
 from medfl.client.data.pacs import LABEL_MODALITIES, RemoteSeries, Store
 from medfl.client.data.settings import DimseSettings
 from medfl.shared.errors import NetworkError

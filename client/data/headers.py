@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydicom.errors import InvalidDicomError
 
 from medfl.client.data.case import Findings, Quarantine
+from medfl.client.data.guard import reading
 from medfl.client.data.secret import SiteKey
 
 Progress = Callable[[str, int, int], None]
@@ -58,20 +55,15 @@ class Reader:
         Raises:
             Quarantine: not DICOM, unreadable, or without identifiers.
         """
-        try:
-            with quiet():
-                dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_FIELDS)
-                meta = dataset.file_meta
-                patient = str(dataset.get("PatientID") or "").strip()
-                uids = [str(dataset.get(name) or meta.get(f"MediaStorage{name}") or "") for name in _UIDS]
-                channel = self._channel(str(dataset.get("SeriesDescription") or ""))
-                attributes = tuple(sorted(_attributes(dataset).items()))
-                referenced = frozenset(_referenced_series(dataset))
-                modality = str(dataset.get("Modality") or "")
-        except InvalidDicomError:
-            raise Quarantine("not a DICOM file") from None
-        except Exception:  # pydicom raises many kinds on damaged files, and their text may quote the file
-            raise Quarantine("unreadable DICOM file") from None
+        with reading("unreadable DICOM file"):
+            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_FIELDS)
+            meta = dataset.file_meta
+            patient = str(dataset.get("PatientID") or "").strip()
+            uids = [str(dataset.get(name) or meta.get(f"MediaStorage{name}") or "") for name in _UIDS]
+            channel = self._channel(str(dataset.get("SeriesDescription") or ""))
+            attributes = tuple(sorted(_attributes(dataset).items()))
+            referenced = frozenset(_referenced_series(dataset))
+            modality = str(dataset.get("Modality") or "")
         if not patient:
             raise Quarantine("no patient identifier")
         if not all(uids[:4]):
@@ -115,19 +107,6 @@ def scan(
         else:
             headers.append(header)
     return headers
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep pydicom, highdicom and the decoders silent: their warnings quote values from the files."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-for _name in ("pydicom", "highdicom", "pynetdicom", "dicomweb_client", "openjpeg", "nibabel"):  # log lines do too
-    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
-    logging.getLogger(_name).propagate = False
 
 
 def _attributes(dataset: Any) -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from medfl.client.data.cache import EncryptedCache
 from medfl.client.data.case import Case, Quarantine
+from medfl.client.data.guard import reading
 from medfl.client.data.memo import FileMemo
 from medfl.client.data.preprocess import preprocess
 from medfl.client.data.tensors import narrowest
@@ -50,7 +51,8 @@ class Job:
     def run(self) -> Block | str:
         """The block, or the reason why there is none."""
         try:
-            example = self.case.read()
+            with reading("unreadable case"):  # headers are parsed as they are looked at: anything may raise
+                example = self.case.read()
             images, masks = preprocess(example, self.spec, held_out=self.held_out)
         except Quarantine as reason:
             return str(reason)

@@ -28,7 +28,7 @@ def label_volume(
     aliases: Mapping[str, str],
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """Class of every voxel of ``volume`` (see :func:`combine`). ``instances`` are the SOP instances of its slices."""
-    objects = [read_segments(path, volume, spec, aliases) for path in segmentations]
+    objects = [read_segments(path, volume, instances, spec, aliases) for path in segmentations]
     objects += [read_contours(path, volume, instances, spec, aliases) for path in structure_sets]
     return combine(objects, volume.spatial_shape)
 

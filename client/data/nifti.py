@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.grids import place
-from medfl.client.data.headers import quiet
+from medfl.client.data.guard import reading
 from medfl.shared.data_spec import DataSpec
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -26,19 +26,14 @@ def read_nifti(path: Path, dtype: type[np.generic] = np.float32) -> hd.Volume:
     Raises:
         Quarantine: unreadable, not three-dimensional, not in mm, without a place, or with two that differ.
     """
-    try:
-        with quiet():
-            image: Any = nib.load(path)
-            header, affine = image.header, np.asarray(image.affine, float)
-            space, _ = header.get_xyzt_units()
-            both = header["sform_code"] > 0 and header["qform_code"] > 0
-            neither = header["sform_code"] <= 0 and header["qform_code"] <= 0
-            sform, qform = header.get_sform(), header.get_qform()
-            array = np.asarray(image.dataobj)
-    except FileNotFoundError:
-        raise Quarantine("file is missing") from None
-    except Exception:  # nibabel raises many kinds on damaged files, and their text names the file
-        raise Quarantine("unreadable NIfTI file") from None
+    with reading("unreadable NIfTI file"):
+        image: Any = nib.load(path)
+        header, affine = image.header, np.asarray(image.affine, float)
+        space, _ = header.get_xyzt_units()
+        both = header["sform_code"] > 0 and header["qform_code"] > 0
+        neither = header["sform_code"] <= 0 and header["qform_code"] <= 0
+        sform, qform = header.get_sform(), header.get_qform()
+        array = np.asarray(image.dataobj)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 3 or array.dtype.kind not in "iuf":
@@ -49,10 +44,8 @@ def read_nifti(path: Path, dtype: type[np.generic] = np.float32) -> hd.Volume:
         raise Quarantine("NIfTI file without a place in space")
     if both and _apart(sform, qform, array.shape) > _SAME_MM:
         raise Quarantine("NIfTI file with two different places in space")
-    try:
+    with reading("not a regular volume"):  # axes that are not at right angles
         return hd.Volume(array.astype(dtype), _RAS_TO_LPS @ affine, coordinate_system="PATIENT")
-    except Exception:  # axes that are not at right angles
-        raise Quarantine("not a regular volume") from None
 
 
 def read_mask_on(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medfl.client.data.case import Quarantine
+from medfl.client.data.guard import reading
 from medfl.shared.data_spec import DataSpec
 
 _EXIF_ORIENTATION = 0x0112
@@ -65,20 +66,13 @@ def read_mask(path: Path, spec: DataSpec, shape: tuple[int, ...]) -> NDArray[np.
 
 
 def _open(path: Path) -> NDArray[Any]:
-    try:
-        with Image.open(path) as picture:
-            if getattr(picture, "n_frames", 1) != 1:
-                raise Quarantine("picture of several pages")
-            if picture.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-                raise Quarantine("picture that EXIF says is rotated")
-            if picture.mode == "P":
-                return np.asarray(picture.convert("RGB"))
-            if picture.mode not in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F", "RGB", "RGBA"):
-                raise Quarantine("picture in an unknown colour space")
-            return np.asarray(picture)
-    except Quarantine:
-        raise
-    except FileNotFoundError:
-        raise Quarantine("file is missing") from None
-    except Exception:  # Pillow raises many kinds on damaged files, and their text may name the file
-        raise Quarantine("unreadable picture") from None
+    with reading("unreadable picture"), Image.open(path) as picture:
+        if getattr(picture, "n_frames", 1) != 1:
+            raise Quarantine("picture of several pages")
+        if picture.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            raise Quarantine("picture that EXIF says is rotated")
+        if picture.mode == "P":
+            return np.asarray(picture.convert("RGB"))
+        if picture.mode not in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F", "RGB", "RGBA"):
+            raise Quarantine("picture in an unknown colour space")
+        return np.asarray(picture)

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.errors import InvalidDicomError
 from pydicom.pixels.utils import get_expected_length, pixel_array
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from medfl.client.data.case import Quarantine
-from medfl.client.data.headers import quiet
+from medfl.client.data.guard import reading
 
 
 def open_dataset(path: Path) -> pydicom.FileDataset:
@@ -22,18 +21,13 @@ def open_dataset(path: Path) -> pydicom.FileDataset:
     Raises:
         Quarantine: not DICOM, or damaged.
     """
-    try:
-        with quiet():
-            dataset = pydicom.dcmread(path)
-            for keyword in ("SOPClassUID", "SOPInstanceUID"):  # PS3.10 7.1: the meta group says the same
-                if not dataset.get(keyword) and f"MediaStorage{keyword}" in dataset.file_meta:
-                    setattr(dataset, keyword, dataset.file_meta[f"MediaStorage{keyword}"].value)
-            if dataset.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian:
-                _to_little_endian(dataset)
-    except InvalidDicomError:
-        raise Quarantine("not a DICOM file") from None
-    except Exception:  # pydicom raises many kinds on damaged files, and their text may quote the file
-        raise Quarantine("unreadable DICOM file") from None
+    with reading("unreadable DICOM file"):
+        dataset = pydicom.dcmread(path)
+        for keyword in ("SOPClassUID", "SOPInstanceUID"):  # PS3.10 7.1: the meta group says the same
+            if not dataset.get(keyword) and f"MediaStorage{keyword}" in dataset.file_meta:
+                setattr(dataset, keyword, dataset.file_meta[f"MediaStorage{keyword}"].value)
+        if dataset.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian:
+            _to_little_endian(dataset)
     return dataset
 
 
@@ -56,14 +50,9 @@ def decode(dataset: pydicom.Dataset) -> NDArray[Any]:
     """
     if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise Quarantine("no pixels")
-    try:
-        with quiet():
-            _length_is_right(dataset)
-            return np.asarray(pixel_array(dataset))
-    except Quarantine:
-        raise
-    except Exception:  # decoders raise many kinds; their text may quote the file
-        raise Quarantine("unreadable pixels") from None
+    with reading("unreadable pixels"):
+        _length_is_right(dataset)
+        return np.asarray(pixel_array(dataset))
 
 
 def _length_is_right(dataset: pydicom.Dataset) -> None:

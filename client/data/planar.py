@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
 from medfl.client.data.case import Quarantine
-from medfl.client.data.headers import quiet
+from medfl.client.data.guard import reading
 from medfl.client.data.pixels import decode
 
 
@@ -49,14 +49,11 @@ def _displayed(stored: NDArray[np.generic], dataset: pydicom.Dataset) -> NDArray
     bits = int(dataset.BitsStored)
     signed = int(dataset.get("PixelRepresentation") or 0) == 1
     ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1], stored.dtype)
-    try:
-        with quiet():
-            low, high = sorted(float(v) for v in np.asarray(apply_modality_lut(ends, dataset)).ravel())
-            values = apply_modality_lut(stored, dataset)
-            shown = np.asarray(apply_voi_lut(values, dataset), np.float32)
-            table = dataset.get("VOILUTSequence")
-    except Exception:
-        raise Quarantine("unreadable display transform") from None
+    with reading("unreadable display transform"):
+        low, high = sorted(float(v) for v in np.asarray(apply_modality_lut(ends, dataset)).ravel())
+        values = apply_modality_lut(stored, dataset)
+        shown = np.asarray(apply_voi_lut(values, dataset), np.float32)
+        table = dataset.get("VOILUTSequence")
     if table:
         low, high = 0.0, float(2 ** int(table[0].LUTDescriptor[2]) - 1)
     if not high > low:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import highdicom as hd
@@ -12,25 +12,28 @@ from numpy.typing import NDArray
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.grids import place
-from medfl.client.data.headers import quiet
+from medfl.client.data.guard import reading
 from medfl.client.data.pixels import open_dataset
 from medfl.shared.data_spec import DataSpec
 
 
 def read_segments(
-    path: Path, volume: hd.Volume, spec: DataSpec, aliases: Mapping[str, str]
+    path: Path, volume: hd.Volume, instances: Collection[str], spec: DataSpec, aliases: Mapping[str, str]
 ) -> tuple[dict[int, NDArray[np.bool_]], Counter[str]]:
     """Voxels of ``volume`` that are each class in one SEG object, and names of segments that are no class.
 
     Any type of SEG: binary, fractional (counts from one half), label map, overlapping, with empty frames left out.
 
     Raises:
-        Quarantine: unreadable, or on another frame of reference or grid.
+        Quarantine: unreadable, on another frame of reference or grid, or made on slices that are not among
+            ``instances`` (so that a series of which the first or last slice was lost is noticed).
     """
     seg, chosen, unmatched = _open(path, spec, aliases)
     frame = seg.get("FrameOfReferenceUID")
     if frame is None or frame != volume.frame_of_reference_uid:
         raise Quarantine("label in another frame of reference")
+    if not _sources(seg) <= set(instances):
+        raise Quarantine("label was made on slices that are missing")
     return {label: _voxels(seg, numbers, volume) for label, numbers in chosen.items()}, unmatched
 
 
@@ -45,31 +48,32 @@ def read_planar_segments(
     seg, chosen, unmatched = _open(path, spec, aliases)
     out = {}
     for label, numbers in chosen.items():
-        try:
-            with quiet():
-                frames = seg.get_pixels_by_source_instance(
-                    [instance], segment_numbers=numbers, assert_missing_frames_are_empty=True, dtype=np.float32
-                )
-        except Exception:
-            raise Quarantine("segmentation of other images") from None
+        with reading("segmentation of other images"):
+            frames = seg.get_pixels_by_source_instance(
+                [instance], segment_numbers=numbers, assert_missing_frames_are_empty=True, dtype=np.float32
+            )
         out[label] = np.asarray((frames[0] >= 0.5).any(axis=-1))
         if out[label].shape != shape:
             raise Quarantine("label is not on the image's grid")
     return out, unmatched
 
 
+def _sources(seg: hd.seg.Segmentation) -> set[str]:
+    """Instances that the object says it was made on (PS3.3 C.12.4)."""
+    return {
+        str(item.ReferencedSOPInstanceUID)
+        for series in seg.get("ReferencedSeriesSequence") or []
+        for item in series.get("ReferencedInstanceSequence") or []
+    }
+
+
 def _open(
     path: Path, spec: DataSpec, aliases: Mapping[str, str]
 ) -> tuple[hd.seg.Segmentation, dict[int, list[int]], Counter[str]]:
     """The object, its segment numbers of each class, and the names of segments that are no class."""
-    try:
-        with quiet():
-            seg = hd.seg.Segmentation.from_dataset(open_dataset(path), copy=False)
-            names = {number: seg.get_segment_description(number).segment_label for number in seg.segment_numbers}
-    except Quarantine:
-        raise
-    except Exception:  # highdicom raises many kinds, and their text may quote the file
-        raise Quarantine("unreadable segmentation") from None
+    with reading("unreadable segmentation"):
+        seg = hd.seg.Segmentation.from_dataset(open_dataset(path), copy=False)
+        names = {number: seg.get_segment_description(number).segment_label for number in seg.segment_numbers}
     chosen: dict[int, list[int]] = {}
     unmatched: Counter[str] = Counter()
     for number, name in names.items():
@@ -82,10 +86,7 @@ def _open(
 
 
 def _voxels(seg: hd.seg.Segmentation, numbers: list[int], volume: hd.Volume) -> NDArray[np.bool_]:
-    try:
-        with quiet():
-            segments = seg.get_volume(segment_numbers=numbers, dtype=np.float32)
-    except Exception:
-        raise Quarantine("unreadable segmentation") from None
+    with reading("unreadable segmentation"):
+        segments = seg.get_volume(segment_numbers=numbers, dtype=np.float32)
     union = segments.with_array(np.asarray((segments.array >= 0.5).any(axis=-1)), channels=None)
     return place(union, volume)

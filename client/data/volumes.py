@@ -10,7 +10,7 @@ import numpy as np
 import pydicom
 
 from medfl.client.data.case import Quarantine
-from medfl.client.data.headers import quiet
+from medfl.client.data.guard import reading
 from medfl.client.data.uptake import suv_factor
 from medfl.shared.data_spec import Modality
 
@@ -39,14 +39,11 @@ def read_volume(datasets: Sequence[pydicom.Dataset], modality: Modality) -> hd.V
     if max(factors) > 1.001 * min(factors):
         raise Quarantine("mixed series")
     options: dict[str, Any] = {"dtype": np.float32, "apply_real_world_transform": False}
-    try:
-        with quiet():
-            if "PerFrameFunctionalGroupsSequence" in datasets[0]:
-                volume = hd.Image.from_dataset(datasets[0], copy=False).get_volume(**options)
-            else:
-                volume = hd.get_volume_from_series(datasets, **options)
-    except Exception as error:  # many kinds; their text may quote the file
-        raise Quarantine(_reason(error)) from None
+    with reading(_reason):
+        if "PerFrameFunctionalGroupsSequence" in datasets[0]:
+            volume = hd.Image.from_dataset(datasets[0], copy=False).get_volume(**options)
+        else:
+            volume = hd.get_volume_from_series(datasets, **options)
     if volume.number_of_channel_dimensions:
         raise Quarantine("colour volume")
     if modality is Modality.CT:
@@ -116,7 +113,7 @@ def _rescale_places(group: pydicom.Dataset) -> list[pydicom.Dataset]:
     return [group, *(group.get("PixelValueTransformationSequence") or [])]
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     text = f"{type(error).__name__} {error}".lower()
     if any(word in text for word in ("decod", "decompress", "pixel data", "codestream", "plugin")):
         return "unreadable pixels"

@@ -63,9 +63,10 @@ def test_a_real_compressed_ct_is_a_regular_volume_in_hounsfield_units() -> None:
 def test_real_segments_lie_on_their_real_ct() -> None:
     slices = series("series/ct_ge_3slice")
     volume = read_volume(slices, Modality.CT)  # type: ignore[arg-type]
+    instances = [str(d.SOPInstanceUID) for d in slices]  # type: ignore[attr-defined]
     names = ("GREEN", "ORANGE", "PURPLE", "LIGHT_BLUE", "DARK_BLUE")
     study = spec(classes=("background", *names))
-    mask, unmatched = label_volume([KIT / "seg" / "partial_overlaps.dcm"], [], volume, [], study, {})
+    mask, unmatched = label_volume([KIT / "seg" / "partial_overlaps.dcm"], [], volume, instances, study, {})
     assert unmatched == ()
     assert set(np.unique(mask).tolist()) <= set(range(6))
     # 43,639 voxels in five segments that overlap: fewer voxels than that have a class

@@ -73,7 +73,7 @@ def test_names_go_through_the_sites_aliases_and_the_studys_map(tmp_path: Path) -
     (path,) = save([seg(slices, {"Tumeur 1": lesion(), "Foie": lesion()})], tmp_path)
     volume = read_volume(slices, Modality.CT)
     study = spec(label_map={"GTV": "lesion"})
-    mask, unmatched = label_volume([path], [], volume, [], study, {"Tumeur 1": "gtv"})
+    mask, unmatched = label_volume([path], [], volume, [d.SOPInstanceUID for d in slices], study, {"Tumeur 1": "gtv"})
     assert mask.sum() == lesion().sum()
     assert unmatched == ("Foie",)
 
@@ -100,8 +100,16 @@ def test_a_segmentation_between_the_grid_points_is_refused(tmp_path: Path) -> No
 def test_a_segmentation_that_reaches_outside_the_volume_is_refused(tmp_path: Path) -> None:
     slices = ct()
     (path,) = save([seg(slices)], tmp_path)
+    volume = read_volume(slices[3:], Modality.CT)
     with pytest.raises(Quarantine, match="outside the image"):
-        upright(slices[3:], path)
+        label_volume([path], [], volume, [d.SOPInstanceUID for d in slices], spec(), {})
+
+
+def test_a_series_that_lost_its_last_slice_is_noticed_by_its_label(tmp_path: Path) -> None:
+    slices = ct()
+    (path,) = save([seg(slices)], tmp_path)
+    with pytest.raises(Quarantine, match="slices that are missing"):
+        upright(slices[:-1], path)
 
 
 def test_a_file_without_any_class_of_the_study_is_refused(tmp_path: Path) -> None:
