@@ -85,7 +85,6 @@ class SecureSite:
         epoch = self._enrolment.roster.epoch
         history = self._journal.history(announcement, epoch=epoch)
         state = advertise_keys(announcement, held, self._enrolment, history)
-        self._open.pop(key, None)
         self._journal.begin(announcement, weight=held.weight, epoch=epoch)
         self._open[key] = (state.context, state)
         return PhaseReply(state.advert.to_bytes())

@@ -55,6 +55,17 @@ def test_a_site_that_leaves_needs_no_confirmation(tmp_path: Path) -> None:
     confirmed.check(make_roster("lungs", 2, MEMBERS[:3]))
 
 
+def test_a_lowered_smallest_cohort_waits_for_the_administrator(tmp_path: Path) -> None:
+    nine = tuple(Member(site, f"hospital-{site}", bytes([site]) * 32) for site in range(1, 10))
+    confirmed = ConfirmedRoster(tmp_path)
+    confirmed.confirm(make_roster("lungs", 1, nine))  # half of nine, rounded up: 5
+    assert refused(confirmed, make_roster("lungs", 2, nine, minimum_cohort=4)).reason == Reason.UNCONFIRMED_ROSTER
+    confirmed.check(make_roster("lungs", 2, nine[:8]))  # one site left: 4 is usual for eight
+    assert refused(confirmed, make_roster("lungs", 2, nine[:8], minimum_cohort=3)).reason == Reason.UNCONFIRMED_ROSTER
+    confirmed.confirm(make_roster("lungs", 2, nine, minimum_cohort=3))
+    confirmed.check(make_roster("lungs", 3, nine, minimum_cohort=3))
+
+
 def test_an_older_epoch_or_another_consortium_is_refused(tmp_path: Path) -> None:
     confirmed = ConfirmedRoster(tmp_path)
     confirmed.confirm(make_roster("lungs", 3, MEMBERS))
