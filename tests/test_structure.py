@@ -112,33 +112,6 @@ def test_only_the_adapters_touch_flowers_private_modules(path: Path) -> None:
             assert under(path, FLOWER_PRIVATE), f"{path} may not import {name}"
 
 
-@pytest.mark.parametrize("path", sources(), ids=str)
-def test_the_environment_is_set_before_flower_is_imported(path: Path) -> None:
-    """At the top of a module; what is imported inside a function comes after some module's top."""
-    names = []
-    for node in tree_of(path).body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names.append(node.module or "")
-    flower = [index for index, name in enumerate(names) if name.split(".")[0] == "flwr"]
-    ours = [index for index, name in enumerate(names) if name.startswith("medfl.") and name != "medfl.configs"]
-    if flower and not (ours and min(ours) < min(flower)):
-        assert under(path, IMPORTED_AFTER_ANOTHER), f"{path} imports flwr before medfl.shared.environment"
-
-
-IMPORTED_AFTER_ANOTHER: tuple[str, ...] = (  # reached only through a module that has set the environment
-    "server/admission.py",
-    "server/cohort.py",
-    "server/exchange.py",
-    "server/stage.py",
-    "server/collector.py",
-    "server/clear.py",
-    "server/secure.py",
-    "strategies/state.py",
-)
-
-
 def test_every_folder_with_code_is_shipped_and_no_other() -> None:
     on_disk = {
         "medfl." + ".".join(path.parent.relative_to(ROOT).parts)

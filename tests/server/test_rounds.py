@@ -146,7 +146,7 @@ def test_a_single_wild_update_does_not_move_a_robust_strategy(strategy: str) -> 
 def test_krum_tells_small_updates_apart_on_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     study = classes_study(strategy={"name": "krum", "malicious": 1}, rounds={"count": 1})
     grid = ScriptedGrid(
-        {name: ScriptedSite(update) for name, update in zip("abcde", [1e-3, 1.1e-3, 1.2e-3, 1.3e-3, 0.05], strict=True)}
+        {name: ScriptedSite(update) for name, update in zip("abcde", [0.05, 1e-3, 1.1e-3, 1.2e-3, 1.3e-3], strict=True)}
     )
     run_ = Rounds(study, grid, grid, checkpoints=None, reporter=Heard(), stop=Event())
     run_._weights = np.full(LOGISTIC_VALUES, 1000.0, np.float32)

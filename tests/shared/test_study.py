@@ -72,7 +72,11 @@ def test_every_value_is_in_the_digest() -> None:
             section[where[-1]] = old + 1 if isinstance(old, int) else old / 2 + 0.01
         else:
             section[where[-1]] = f"{old}x"
-        seen.add(Study.model_validate(changed).digest)
+        try:
+            seen.add(Study.model_validate(changed).digest)
+        except ValidationError:
+            assert isinstance(old, str), f"{where} has no other value in this test"  # a choice of words
+            continue
         tried += 1
     assert len(seen) == tried + 1
     assert tried > 35
