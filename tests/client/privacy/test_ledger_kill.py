@@ -53,7 +53,9 @@ def kill_at_random_moments(path: Path, kills: int) -> None:
             print(path, file=parent.stdin, flush=True)
             started = parent.stdout.readline().split()
             assert started[0] == "pid"
-            time.sleep(chance.uniform(0, 0.03))
+            for _ in range(chance.randrange(4)):  # however slow the machine, some updates leave before the kill
+                left.append(parent.stdout.readline().split()[1])
+            time.sleep(chance.uniform(0, 0.005))
             os.kill(int(started[1]), 9)
             for line in parent.stdout:
                 if line == "gone\n":
@@ -66,7 +68,7 @@ def kill_at_random_moments(path: Path, kills: int) -> None:
     finally:
         parent.stdin.close()
         parent.wait(timeout=20)
-    assert len(left) > kills  # the workers did work
+    assert len(left) >= kills  # the workers did work
 
 
 def test_twenty_kills_never_leave_an_uncharged_release(tmp_path: Path) -> None:

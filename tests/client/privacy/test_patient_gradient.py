@@ -162,7 +162,9 @@ def test_momentum_and_adam_step_on_what_was_released() -> None:
     before = float(network.weight.detach())
     step(network, [patient(0.5)])
     optimizer.step()
-    assert float(network.weight.detach()) == pytest.approx(before - 0.1, abs=1e-5)  # Adam's first step is lr times the sign
+    assert float(network.weight.detach()) == pytest.approx(
+        before - 0.1, abs=1e-5
+    )  # Adam's first step is lr times the sign
 
 
 def test_clip_factors_never_let_a_float32_norm_through_above_the_clip() -> None:
