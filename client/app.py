@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import medfl.shared.environment  # noqa: F401 - before flwr
@@ -18,13 +19,21 @@ from flwr.clientapp import ClientApp
 
 from medfl.client.site import Site
 from medfl.shared.errors import Code, MedFLError
-from medfl.shared.messages import Failure, ModelRequest, SecureRequest, StudyOffer, WeightRequest
+from medfl.shared.messages import Failure, LedgerHead, ModelRequest, SecureRequest, StudyOffer, WeightRequest
 
 log = logging.getLogger("medfl.site")
 
 
 class _Reply(Protocol):
     def record(self) -> RecordDict: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _LedgerReply:
+    head: LedgerHead
+
+    def record(self) -> RecordDict:
+        return self.head.reply()
 
 
 def build_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
@@ -46,6 +55,12 @@ def build_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
     @app.query("weight")
     def weight(message: Message, context: Context) -> Message:
         return _answer(message, lambda: site_of(context).hold_weight(WeightRequest.parse(message.content)))
+
+    @app.query("ledger")
+    def ledger(message: Message, context: Context) -> Message:
+        return _answer(
+            message, lambda: _LedgerReply(site_of(context).compare_ledger(LedgerHead.parse(message.content)))
+        )
 
     @app.query("phase")
     def phase(message: Message, context: Context) -> Message:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from medfl.shared.errors import DataError, ProtocolError
 from medfl.shared.files import PRIVATE_FILE, private_folder, write_whole
@@ -32,12 +32,12 @@ class Records(Protocol):
         """Append one row to the site's own metrics of a study."""
         ...
 
-    def keep_personal(self, digest: str, weights: Flat) -> None:
-        """Replace the site's personal tensors of a study."""
+    def keep_personal(self, digest: str, weights: Flat, *, asked: str = "") -> None:
+        """Replace what stays at the site of a study: personal tensors, a control variate; ``asked`` is what made it."""
         ...
 
-    def personal(self, digest: str) -> Flat | None:
-        """The site's personal tensors of a study, or None."""
+    def personal(self, digest: str, *, asked: str = "") -> Flat | None:
+        """What stays at the site of a study, or None; to ``asked`` itself, what stood before it was answered."""
         ...
 
     def keep_answer(self, digest: str, asked: str, reply: TrainReply) -> None:
@@ -69,11 +69,11 @@ class MemoryRecords:
         """Append one row to the metrics of a study."""
         self.rows.setdefault(digest, []).append(row)
 
-    def keep_personal(self, digest: str, weights: Flat) -> None:
-        """Replace the personal tensors of a study."""
+    def keep_personal(self, digest: str, weights: Flat, *, asked: str = "") -> None:
+        """Replace the personal tensors of a study; what stood before is let go."""
         self._personal[digest] = weights
 
-    def personal(self, digest: str) -> Flat | None:
+    def personal(self, digest: str, *, asked: str = "") -> Flat | None:
         """The personal tensors of a study, or None."""
         return self._personal.get(digest)
 
@@ -114,15 +114,25 @@ class FolderRecords:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def keep_personal(self, digest: str, weights: Flat) -> None:
-        """Replace the study's personal tensors, atomically."""
-        write_whole(private_folder(self._of(digest)) / "personal.safetensors", save({"weights": weights}))
+    def keep_personal(self, digest: str, weights: Flat, *, asked: str = "") -> None:
+        """Replace the study's personal tensors, atomically, beside what stood before ``asked`` was answered.
 
-    def personal(self, digest: str) -> Flat | None:
+        So a round that is trained again, because the site was killed before its answer was kept, starts where it did.
+        """
+        before = self.personal(digest, asked=asked)
+        tensors = {"weights": weights} | ({} if before is None else {"before": before})
+        content = save(tensors, metadata={"asked": asked})
+        write_whole(private_folder(self._of(digest)) / "personal.safetensors", content)
+
+    def personal(self, digest: str, *, asked: str = "") -> Flat | None:
         """The study's personal tensors, or None where none were kept yet."""
         path = self._of(digest) / "personal.safetensors"
         try:
-            weights = load(path.read_bytes())["weights"]
+            with safe_open(path, framework="numpy") as file:
+                again = bool(asked) and (file.metadata() or {}).get("asked") == asked
+                if again and "before" not in file.keys():  # noqa: SIM118 - not a mapping
+                    return None
+                weights = file.get_tensor("before" if again else "weights")
         except FileNotFoundError:
             return None
         except Exception:  # safetensors raises its own untyped errors

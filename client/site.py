@@ -17,18 +17,22 @@ from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.client.participant import Participant
 from medfl.client.policy import Policy
+from medfl.client.privacy.chain import Head
 from medfl.client.privacy.ledger import Ceilings, Ledger
 from medfl.client.privacy.refusals import require_private_network
 from medfl.client.records import Records
 from medfl.client.training.charged import PrivateRound, fix_plan, train_charged
 from medfl.client.training.evaluate import evaluate
-from medfl.client.training.plain import train_plain
+from medfl.client.training.local import Given, train_local
 from medfl.client.workbench import Bench, Workbench
+from medfl.shared.algorithms.needs import demands_of
+from medfl.shared.algorithms.settings import DittoSettings
 from medfl.shared.errors import ConfigError, DataError, PolicyRefusal, ProtocolError
 from medfl.shared.files import private_folder
 from medfl.shared.messages import (
     UNKNOWN_STUDY,
     EvaluateReply,
+    LedgerHead,
     ModelRequest,
     OfferAccepted,
     Ready,
@@ -42,7 +46,7 @@ from medfl.shared.metrics import EXAMPLES, headline, read
 from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy, Unit
 from medfl.shared.secagg.exchange import PhaseRequest
 from medfl.shared.study import Study
-from medfl.shared.weights import weights_digest
+from medfl.shared.weights import Flat, weights_digest
 
 log = logging.getLogger("medfl.site")
 
@@ -114,20 +118,27 @@ class Site:
         Raises:
             PolicyRefusal, ProtocolError, DataError, TrainingError: why not; nothing has left then.
         """
-        study, bench = self._prepare(request)
+        study, bench = self._open(request)
+        beside = demands_of(study.strategy).beside
+        weights, shared = bench.parts(request.weights, beside.down(bench.layout.length))
         asked = f"{request.round}/{weights_digest(request.weights)}"
         result = self._records.answer(study.digest, asked)
         if result is None:
-            self._policy.permit_upload(request.weights.nbytes)
-            result = self._train(study, bench, self._split(study, Split.TRAIN), request)
-            if bench.personal.tensors:
-                self._records.keep_personal(study.digest, bench.personal_weights())
+            self._policy.permit_upload(4 * (bench.layout.length + beside.up(bench.layout.length)))
+            given = Given(weights, shared, self._kept(study, asked))
+            bench.load(weights, given.kept if bench.personal.tensors else None)
+            result, kept = self._train(study, bench, self._split(study, Split.TRAIN), request, given)
+            if kept is not None:
+                self._records.keep_personal(study.digest, kept, asked=asked)
             self._records.keep_answer(study.digest, asked, result)
         if study.secure_aggregation.mode != "none":
-            return self._require_participant().hold_update(study, request, result)
+            return self._require_participant().hold_update(study, replace(request, weights=weights), result)
         return result if self._releases(study) else replace(result, tally={})
 
-    def _train(self, study: Study, bench: Bench, data: TensorSet, request: ModelRequest) -> TrainReply:
+    def _train(
+        self, study: Study, bench: Bench, data: TensorSet, request: ModelRequest, given: Given
+    ) -> tuple[TrainReply, Flat | None]:
+        """The result of a round, and what the site keeps of it."""
         started = time.monotonic()
         match study.privacy:
             case DpSgd() as privacy:
@@ -138,20 +149,28 @@ class Site:
                     privacy,
                     data,
                     round_number=request.round,
-                    weights=request.weights,
+                    weights=given.weights,
                     progress=self._progress,
                 )
                 self._note_spent(study, request.round, private, time.monotonic() - started)
                 # Equal weights and no tally: an exact count or loss would be a release of its own.
-                return TrainReply(private.update, examples=1)
+                kept = bench.personal_weights() if bench.personal.tensors else None
+                return TrainReply(private.update, examples=1), kept
             case ClientLevel():
                 raise ConfigError("privacy mode client-level needs secure aggregation, which this study does not use")
             case NoPrivacy():
                 generator = _generator(study, self.name, request.round, data.labels.device)
-                tally = train_plain(bench.network, data, study, generator=generator, progress=self._progress)
-                update = bench.update_from(request.weights)
-                self._note(study, request.round, "train", tally, time.monotonic() - started)
-                return TrainReply(update, examples=len(data.labels), tally=tally)
+                local = train_local(
+                    bench,
+                    data,
+                    study,
+                    given,
+                    generator=generator,
+                    round_number=request.round,
+                    progress=self._progress,
+                )
+                self._note(study, request.round, "train", local.tally, time.monotonic() - started)
+                return TrainReply(local.update, examples=len(data.labels), tally=local.tally), local.kept
 
     def hold_weight(self, request: WeightRequest) -> Ready:
         """Hold this site's weight, the number of its training images, for the secure sum of all weights.
@@ -162,6 +181,20 @@ class Site:
         study = self._approved(request.study)
         examples = len(self._split(study, Split.TRAIN).labels)
         return self._require_participant().hold_weight(study, request.encoding, examples)
+
+    def compare_ledger(self, recorded: LedgerHead) -> LedgerHead:
+        """Check that the ledger still holds what the coordinator has recorded of it, and return its head now.
+
+        Raises:
+            PolicyRefusal: reason ``ledger restored``: rows are missing; this site then trains no private study until
+                its newest ledger is back. ProtocolError: an unknown study.
+        """
+        study = self._approved(recorded.study)
+        ledger = self._ledger()
+        if recorded.rows:
+            ledger.countersign(Head(recorded.rows, recorded.digest))
+        head = ledger.head
+        return LedgerHead(study.digest, head.rows, head.digest)
 
     def secure_phase(self, request: SecureRequest) -> SecureReply:
         """Answer one phase of a secure sum over what is held.
@@ -177,7 +210,13 @@ class Site:
         Raises:
             PolicyRefusal, ProtocolError, DataError: why not.
         """
-        study, bench = self._prepare(request)
+        study, bench = self._open(request)
+        kept = self._kept(study)
+        if isinstance(study.strategy, DittoSettings):  # the site's own model is what its patients get
+            bench.layout.check(request.weights)
+            bench.load(request.weights if kept is None else kept, None)
+        else:
+            bench.load(request.weights, kept if bench.personal.tensors else None)
         started = time.monotonic()
         tally = evaluate(bench.network, self._split(study, Split.VALIDATION), study)
         self._note(study, request.round, "validation", tally, time.monotonic() - started)
@@ -204,13 +243,15 @@ class Site:
         self._policy.permit(study, today=self._today())
         return study
 
-    def _prepare(self, request: ModelRequest) -> tuple[Study, Bench]:
+    def _open(self, request: ModelRequest) -> tuple[Study, Bench]:
         study = self._approved(request.study)
         if request.round > study.rounds.count:
             raise ProtocolError(f"round {request.round} is beyond the study's {study.rounds.count}")
-        bench = self._workbench.open(study)
-        bench.load(request.weights, self._records.personal(study.digest) if bench.personal.tensors else None)
-        return study, bench
+        return study, self._workbench.open(study)
+
+    def _kept(self, study: Study, asked: str = "") -> Flat | None:
+        """What the site has kept of the study's earlier rounds; None for strategies without memory at sites."""
+        return self._records.personal(study.digest, asked=asked) if demands_of(study.strategy).site_state else None
 
     def _split(self, study: Study, split: Split) -> TensorSet:
         key = study.data.model_dump_json().encode() + study.task.value.encode()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from medfl.shared.algorithms.travel import build_study_network, layouts
-from medfl.shared.errors import TrainingError
+from medfl.shared.errors import ProtocolError, TrainingError
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout
 
@@ -36,6 +38,37 @@ class Bench:
         if not np.isfinite(update).all():
             raise TrainingError("training left weights that are not finite: lower training.learning_rate")
         return update
+
+    def parts(self, vector: Flat, beside: int) -> tuple[Flat, Flat]:
+        """The model, and the ``beside`` values after it, of a received ``vector``.
+
+        Raises:
+            ProtocolError: it has another length, or values that are not finite.
+        """
+        if vector.shape != (self.layout.length + beside,):
+            self.layout.check(vector)  # for a model alone it says what does not fit
+            raise ProtocolError("the study's strategy needs a second vector, and the message has none")
+        if beside and not np.isfinite(vector[self.layout.length :]).all():
+            raise ProtocolError("the vector beside the model holds values that are not finite")
+        return vector[: self.layout.length], vector[self.layout.length :]
+
+    def on_parameters(self, vector: Flat) -> list[torch.Tensor | None]:
+        """The part of ``vector`` that belongs to each trainable parameter, on its device; None where it stays home."""
+        pieces, start = {}, 0
+        for name, shape in self.layout.tensors:
+            pieces[name] = vector[start : start + prod(shape)].reshape(shape)
+            start += prod(shape)
+        return [
+            torch.from_numpy(pieces[name].copy()).to(parameter.device) if name in pieces else None
+            for name, parameter in self.network.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    def trainable(self) -> NDArray[np.bool_]:
+        """Which values of the flat vector are trained; the others are buffers, which no gradient moves."""
+        named = {name for name, parameter in self.network.named_parameters() if parameter.requires_grad}
+        parts = [np.full(prod(shape), name in named) for name, shape in self.layout.tensors]
+        return np.concatenate(parts)
 
     def personal_weights(self) -> Flat:
         """What stays at the site, as a flat vector."""

@@ -37,6 +37,7 @@ class CheckpointFolder:
     """The two latest checkpoints of a study; the older one is used where the newer is damaged."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._newest, self._previous = folder / "checkpoint.safetensors", folder / "checkpoint.previous.safetensors"
         self._evaluated = folder / "evaluated.json"
         self._damaged = False  # the newest, as the last load found it

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import nan
 
 from flwr.app import Message
 
 from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_flower
 from medfl.server.stage import Stages
 from medfl.server.summation import FixedPointSum
+from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.messages import EvaluateReply, Kind, TrainReply, request_config
-from medfl.shared.metrics import EXAMPLES, LOSS, add, check_names, tally_names
+from medfl.shared.metrics import EXAMPLES, LOSS, add, check_names, read, tally_names
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.strategies.build import Needs
@@ -23,12 +25,14 @@ class ClearCollector:
         self._study = study
         self._stages = stages
         self._needs = needs
+        self._demands = demands_of(study.strategy)
 
     def train(
         self, number: int, weights: Flat, cohort: Mapping[int, str], configure: Configure, *, quorum: int
     ) -> Collected:
         """Let the cohort train and add what comes back."""
-        collected, total = Collected(), FixedPointSum(weights.size)
+        collected = Collected()
+        total = FixedPointSum(weights.size + self._demands.beside.up(weights.size))
         single: dict[str, Message] = {}
         tallies: list[Mapping[str, float]] = []
 
@@ -37,7 +41,8 @@ class ClearCollector:
             check_names(trained.tally, (LOSS, EXAMPLES))
             total.add(trained.update, trained.examples)
             if self._needs is Needs.SINGLE_UPDATES:
-                single[site] = as_flower(trained.update, trained.examples)
+                loss = read(trained.tally).get("loss", nan) if self._demands.losses else None
+                single[site] = as_flower(trained.update, trained.examples, loss=loss)
             collected.received_bytes += trained.update.nbytes
             tallies.append(trained.tally)
             return TRAINED
@@ -49,6 +54,8 @@ class ClearCollector:
             # By name, so that no order of arrival shows; updates and not weights, because distances between nearly
             # equal weights drown in rounding.
             collected.replies, collected.relative = [single[site] for site in sorted(single)], True
+        elif collected.trained >= quorum and self._demands.takes_updates:
+            collected.replies, collected.relative = [as_flower(total.mean(), total.weight)], True
         elif collected.trained >= quorum:
             collected.replies = [as_flower(weights + total.mean(), total.weight)]
         return collected

@@ -67,7 +67,11 @@ class Collector(Protocol):
         ...
 
 
-def as_flower(vector: Flat, examples: float) -> Message:
-    """A reply in the form Flower's strategies aggregate: weights or an update, and how many examples they stand for."""
-    content = RecordDict({"arrays": pack(vector), "metrics": MetricRecord({"num-examples": examples})})
+def as_flower(vector: Flat, examples: float, *, loss: float | None = None) -> Message:
+    """A reply in the form Flower's strategies aggregate: weights or an update, and how many examples they stand for.
+
+    ``loss`` is the mean training loss of a single site, where it is known.
+    """
+    metrics = {"num-examples": examples} | ({} if loss is None else {"loss": loss})
+    content = RecordDict({"arrays": pack(vector), "metrics": MetricRecord(metrics)})
     return Message(content, dst_node_id=0, message_type=Kind.TRAIN.value)

@@ -21,6 +21,7 @@ from medfl.server.checkpoint import Checkpoint, CheckpointFolder
 from medfl.server.clear import ClearCollector
 from medfl.server.cohort import CohortGrid
 from medfl.server.collector import TRAINED, Collected, Collector, Evaluated
+from medfl.server.heads import Heads
 from medfl.server.reporter import Reporter, RoundReport
 from medfl.server.secure import SecureCollector, SecureParts
 from medfl.server.stage import Stages
@@ -28,6 +29,7 @@ from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.messages import TENSOR, pack, request_config
 from medfl.shared.metrics import read
+from medfl.shared.privacy.settings import DpSgd
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout
 from medfl.strategies.build import build_strategy, needs_of
@@ -90,6 +92,11 @@ class Rounds:
         self._round = 0
         stages = Stages(grid, reporter, stop, study.rounds.deadline_s, self._admission.forget)
         self._collector = _collector(study, stages, self._layout, secure)
+        self._heads: Heads | None = None
+        if isinstance(study.privacy, DpSgd):
+            self._heads = Heads(
+                study.digest, stages, None if checkpoints is None else checkpoints.folder / "heads.json"
+            )
 
     def run(self) -> Result:
         """Run to the study's end, going on from the latest checkpoint where there is one."""
@@ -158,7 +165,11 @@ class Rounds:
     def _one_round(self, cohort: dict[int, str]) -> bool:
         """Train, aggregate, make durable, evaluate; False when too few sites answered (nothing has changed then)."""
         number, started = self._round + 1, time.monotonic()
+        elsewhere: dict[str, str] = {}
+        if self._heads is not None:
+            cohort, elsewhere = self._heads.agree(number, cohort)
         collected = self._train(number, cohort)
+        collected.outcomes = elsewhere | collected.outcomes
         if collected.trained < self._study.rounds.minimum_sites or not collected.replies:
             failed = ", ".join(f"{name}: {why}" for name, why in collected.outcomes.items() if why != TRAINED)
             log.warning("round %d is void: %d of %d sites trained (%s)", number, collected.trained, len(cohort), failed)
@@ -173,7 +184,7 @@ class Rounds:
         return True
 
     def _train(self, number: int, cohort: dict[int, str]) -> Collected:
-        view = CohortGrid(self._grid, cohort)
+        view = CohortGrid(self._grid, cohort, everyone=max(len(cohort), len(self._admission.taking_part())))
         quorum = self._study.rounds.minimum_sites
 
         def configure(config: ConfigRecord) -> list[Message]:

@@ -17,6 +17,7 @@ from medfl.server.secagg.outcome import SecureSum, SumPlan, SumVoid
 from medfl.server.secagg.round import SecureRound
 from medfl.server.secagg.store import Store
 from medfl.server.stage import Stages
+from medfl.shared.algorithms.needs import Beside, demands_of
 from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.files import write_whole
 from medfl.shared.messages import (
@@ -33,8 +34,8 @@ from medfl.shared.messages import (
 from medfl.shared.metrics import EXAMPLES, LOSS, tally_names
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.secagg.announcement import Purpose
-from medfl.shared.secagg.clipping import clip_by_class, widened
-from medfl.shared.secagg.encoding import Encoding
+from medfl.shared.secagg.clipping import clip_by_class, merge, widened
+from medfl.shared.secagg.encoding import Encoding, Segment
 from medfl.shared.secagg.exchange import Phase, PhaseReply, PhaseRequest, SiteRefusal
 from medfl.shared.secagg.rings import Ring
 from medfl.shared.secagg.roster import Roster
@@ -66,7 +67,8 @@ class SecureCollector:
         self._ids = {member.name: member.id for member in parts.roster.members}
         settings = study.secure_aggregation
         self._ring = Ring(settings.ring_bits)
-        self._segments = clip_by_class(layout, weights=settings.clip, statistics=settings.statistics_clip)
+        self._demands = demands_of(study.strategy)
+        self._segments = _segments(layout, study)
         self._private = not isinstance(study.privacy, NoPrivacy)
         self._reference: tuple[int, frozenset[str]] = (0, frozenset())  # sum of all weights, and whose
 
@@ -153,7 +155,10 @@ class SecureCollector:
                 why = total.refusals.get(self._ids.get(site, 0))
                 collected.outcomes[site] = f"left the secure sum: {why}" if why else "left the secure sum"
         collected.outcomes |= dict.fromkeys(survivors, TRAINED)
-        collected.replies = [as_flower(weights + total.mean, total.weight)]
+        if self._demands.takes_updates:
+            collected.replies, collected.relative = [as_flower(total.mean, total.weight)], True
+        else:
+            collected.replies = [as_flower(weights + total.mean, total.weight)]
         collected.tally = dict(total.scalars)
         collected.received_bytes = len(survivors) * total.mean.size * int(self._ring) // 8
         values = len(total.survivors) * total.mean.size
@@ -219,6 +224,19 @@ class SecureCollector:
     def _exchange(self, cohort: Mapping[int, str]) -> GridExchange:
         nodes = {self._ids[site]: node for node, site in cohort.items() if site in self._ids}
         return GridExchange(self._stages, nodes, deadline_s=self._study.secure_aggregation.phase_deadline_s)
+
+
+def _segments(layout: Layout, study: Study) -> tuple[Segment, ...]:
+    """Clips of the model, and after it of what the study's strategy sends beside it."""
+    settings, beside = study.secure_aggregation, demands_of(study.strategy).beside
+    model = clip_by_class(layout, weights=settings.clip, statistics=settings.statistics_clip)
+    match beside:
+        case Beside.NOTHING:
+            return model
+        case Beside.ONE_VALUE:
+            return merge([*model, Segment(1, settings.statistics_clip)])
+        case Beside.A_MODEL:
+            return merge([*model, *model])
 
 
 class GridExchange:

@@ -37,6 +37,8 @@ UNKNOWN_STUDY = "unknown study"
 
 _LONGEST_NAME = 200  # of a tally's entry: "confusion/", and two names of classes of at most 64 letters
 
+_HEXADECIMAL = frozenset("0123456789abcdef")
+
 T = TypeVar("T", str, int, float, bytes, bool)
 
 
@@ -48,6 +50,7 @@ class Kind(StrEnum):
     EVALUATE = "evaluate"
     WEIGHT = "query.weight"
     PHASE = "query.phase"
+    LEDGER = "query.ledger"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,46 @@ class WeightRequest:
         config = _read_config(content, {"study", "encoding", "protocol"}, others=set())
         _check_protocol(config)
         return cls(_digest(config), _value(config, "encoding", bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerHead:
+    """How long a site's privacy ledger is and the hash of its last row: no spend, no patient.
+
+    Coordinator to site: the head it has recorded, 0 rows when none; the site trains only while its ledger still holds
+    that row. Site to coordinator: the head now.
+    """
+
+    study: str  # digest
+    rows: int
+    digest: str  # hexadecimal SHA-256, empty for 0 rows
+
+    def record(self) -> RecordDict:
+        """As a request."""
+        return _config({"study": self.study, "rows": self.rows, "head": self.digest, "protocol": PROTOCOL})
+
+    def reply(self) -> RecordDict:
+        """As a reply."""
+        return _reply("ledger", {"study": self.study, "rows": self.rows, "head": self.digest})
+
+    @classmethod
+    def parse(cls, content: RecordDict) -> LedgerHead:
+        """Raises ProtocolError when a request is malformed."""
+        config = _read_config(content, {"study", "rows", "head", "protocol"}, others=set())
+        _check_protocol(config)
+        return cls._of(config)
+
+    @classmethod
+    def parse_reply(cls, content: RecordDict) -> LedgerHead:
+        """Raises ProtocolError when a reply is malformed."""
+        return cls._of(_read_reply(content, "ledger", {"study", "rows", "head"}))
+
+    @classmethod
+    def _of(cls, config: ConfigRecord) -> LedgerHead:
+        rows, digest = _count(config, "rows"), _value(config, "head", str)
+        if (rows > 0 or digest) and (len(digest) != 64 or set(digest) - _HEXADECIMAL):
+            raise ProtocolError("the head of a ledger is malformed")
+        return cls(_digest(config), rows, digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +391,7 @@ def _value(config: ConfigRecord, key: str, kind: type[T]) -> T:
 
 def _digest(config: ConfigRecord) -> str:
     digest = _value(config, "study", str)
-    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+    if len(digest) != 64 or set(digest) - _HEXADECIMAL:
         raise ProtocolError("the message names its study by something that is not a digest")
     return digest
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from enum import StrEnum
+from math import cos, pi
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from medfl.shared.algorithms.needs import misfit
 from medfl.shared.algorithms.settings import FedAvgSettings, FedBNSettings, StrategySettings
 from medfl.shared.config import Settings
 from medfl.shared.data_spec import DataSpec
@@ -44,6 +46,7 @@ class Training(Settings):
     loss: Loss
     optimizer: Optimizer = Optimizer.ADAM
     learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    decay: Literal["none", "cosine"] = "none"  # cosine: from learning_rate in round 1 towards 0 after the last round
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     momentum: float = Field(default=0.0, ge=0, lt=1)  # sgd only
     batch_size: int = Field(default=8, ge=1, le=4096)
@@ -55,6 +58,18 @@ class Training(Settings):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
         return self
+
+    def learning_rate_of(self, round_number: int, rounds: int) -> float:
+        """Learning rate in round ``round_number`` (from 1) of ``rounds``.
+
+        Cosine decay by round: Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983.
+
+        >>> Training(loss="dice-ce", epochs=1, learning_rate=1.0, decay="cosine").learning_rate_of(3, 4)
+        0.5
+        """
+        if self.decay == "none":
+            return self.learning_rate
+        return self.learning_rate * (1 + cos(pi * (round_number - 1) / rounds)) / 2
 
 
 class Rounds(Settings):
@@ -122,6 +137,16 @@ class Study(Settings):
                 "strategy fedbn would leave nothing at the sites: this network's normalisation has no parameters: "
                 "use model.norm: batch or group"
             )
+        wrong = misfit(
+            self.strategy,
+            optimizer=self.training.optimizer.value,
+            momentum=self.training.momentum,
+            private=not isinstance(self.privacy, NoPrivacy),
+            norm=norm,
+            sites=self.rounds.minimum_sites,
+        )
+        if wrong is not None:
+            raise ValueError(wrong)
         return self
 
     def canonical(self) -> bytes:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Any
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 from flwr.serverapp.strategy import (
+    Bulyan,
     FedAdagrad,
     FedAdam,
     FedAvg,
@@ -21,53 +21,66 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
+from medfl.shared.algorithms.needs import SUM_ONLY, Needs, demands_of
 from medfl.shared.algorithms.settings import (
     AdaptiveSettings,
+    BulyanSettings,
+    DittoSettings,
     FedAvgMSettings,
     FedAvgSettings,
     FedBNSettings,
+    FedDynSettings,
+    FedNovaSettings,
     FedProxSettings,
+    GeometricMedianSettings,
     KrumSettings,
     MedianSettings,
+    MoonSettings,
+    PersonalLayersSettings,
+    QFedAvgSettings,
+    ScaffoldSettings,
     TrimmedMeanSettings,
 )
 from medfl.shared.errors import ConfigError
 from medfl.shared.study import Study
+from medfl.strategies.fed_dyn import fed_dyn
+from medfl.strategies.fed_nova import fed_nova
+from medfl.strategies.geometric_median import geometric_median
+from medfl.strategies.q_fed_avg import q_fed_avg
+from medfl.strategies.rule import RuleStrategy
+from medfl.strategies.scaffold import CONTROL, scaffold
 
-
-class Needs(Enum):
-    """What a strategy must see of a round."""
-
-    SUM = "the weighted mean of all updates"
-    SINGLE_UPDATES = "each site's update by itself"
+__all__ = ["Needs", "build_strategy", "needs_of"]
 
 
 def needs_of(study: Study) -> Needs:
-    """What the study's strategy needs.
+    """What the study's strategy must see of a round.
 
     Raises:
         ConfigError: it needs single updates, and secure aggregation hides them.
     """
-    match study.strategy:
-        case TrimmedMeanSettings() | MedianSettings() | KrumSettings():
-            needs = Needs.SINGLE_UPDATES
-        case _:
-            needs = Needs.SUM
+    needs = demands_of(study.strategy).sees
     if needs is Needs.SINGLE_UPDATES and study.secure_aggregation.mode != "none":
         raise ConfigError(
-            f"strategy {study.strategy.name} compares single updates, which secure aggregation hides: choose fedavg, "
-            "fedprox, fedavgm, fedadam, fedyogi, fedadagrad or fedbn, or secure_aggregation mode none where every "
-            "site's policy allows it"
+            f"strategy {study.strategy.name} compares single updates, which secure aggregation hides: choose "
+            f"{SUM_ONLY}, or secure_aggregation mode none where every site's policy allows it"
         )
     return needs
 
 
-def build_strategy(study: Study) -> Strategy:
+def build_strategy(study: Study) -> Strategy:  # noqa: PLR0912 - one branch an algorithm
     """A fresh strategy for ``study``. Node sampling is the round loop's; strategies take every node they are shown."""
     needs_of(study)
     settings = study.strategy
     match settings:
-        case FedAvgSettings() | FedProxSettings() | FedBNSettings():  # what differs of these runs at the site
+        case (
+            FedAvgSettings()
+            | FedProxSettings()
+            | FedBNSettings()
+            | PersonalLayersSettings()
+            | DittoSettings()
+            | MoonSettings()
+        ):  # what differs of these runs at the site
             return FedAvg(**_TAKE_ALL)
         case FedAvgMSettings():
             return FedAvgM(server_learning_rate=settings.learning_rate, server_momentum=settings.momentum, **_TAKE_ALL)
@@ -89,6 +102,18 @@ def build_strategy(study: Study) -> Strategy:
             )
         case AdaptiveSettings():
             return FedAdagrad(eta=settings.learning_rate, tau=settings.tau, **_TAKE_ALL)
+        case ScaffoldSettings(learning_rate=rate):
+            return RuleStrategy(scaffold(learning_rate=rate), sends=CONTROL)
+        case FedNovaSettings():
+            return RuleStrategy(fed_nova)
+        case FedDynSettings(alpha=alpha):
+            return RuleStrategy(fed_dyn(alpha=alpha))
+        case QFedAvgSettings(q=q):
+            return RuleStrategy(q_fed_avg(q=q, learning_rate=study.training.learning_rate))
+        case GeometricMedianSettings(iterations=iterations):
+            return RuleStrategy(geometric_median(iterations=iterations))
+        case BulyanSettings():
+            return Bulyan(num_malicious_nodes=settings.malicious, **_TAKE_ALL)
         case TrimmedMeanSettings():
             return FedTrimmedAvg(beta=settings.trim, **_TAKE_ALL)
         case MedianSettings():

@@ -7,6 +7,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from medfl.shared.messages import TENSOR
+from medfl.strategies.rule import RuleStrategy
 
 _KEYED = ("m_t", "v_t")  # FedOpt family: one array for each tensor of the model
 _LISTED = "momentum_vector"  # FedAvgM: a list in the order of the tensors
@@ -14,6 +15,8 @@ _LISTED = "momentum_vector"  # FedAvgM: a list in the order of the tensors
 
 def capture(strategy: Strategy) -> dict[str, NDArray[np.float32]]:
     """Copies of the strategy's arrays; empty for a strategy without memory."""
+    if isinstance(strategy, RuleStrategy):
+        return {name: vector.copy() for name, vector in strategy.memory.items()}
     state = {}
     for name in _KEYED:
         if value := getattr(strategy, name, None):
@@ -25,6 +28,9 @@ def capture(strategy: Strategy) -> dict[str, NDArray[np.float32]]:
 
 def restore(strategy: Strategy, state: dict[str, NDArray[np.float32]]) -> None:
     """Put back what :func:`capture` gave."""
+    if isinstance(strategy, RuleStrategy):
+        strategy.memory = dict(state)
+        return
     for name in _KEYED:
         if name in state:
             setattr(strategy, name, {TENSOR: state[name]})

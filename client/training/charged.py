@@ -66,7 +66,7 @@ def train_charged(
     training = secrets.token_hex(8)
     ledger.charge(Charge(study.digest, round_number, training, plan.round_cost))
     before = {name: value.clone() for name, value in bench.network.state_dict().items()}
-    train_private(bench.network, data, study, settings, plan, progress=progress)
+    train_private(bench.network, data, study, settings, plan, round_number=round_number, progress=progress)
     refuse_unnoised_changes(before, bench.network)
     update = bench.update_from(weights)
     ledger.release(study.digest, training, digest=weights_digest(update), size=update.nbytes)

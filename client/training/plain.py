@@ -21,6 +21,9 @@ from medfl.shared.study import Optimizer, Study, Training
 AdjustGradients = Callable[[], None]
 """Called between backward and optimizer step: a strategy's site half adds its own term to the gradients."""
 
+ExtraLoss = Callable[[torch.Tensor], torch.Tensor]
+"""Called after the forward pass with the batch's images: a further term of the loss."""
+
 
 def train_plain(
     network: nn.Module,
@@ -28,9 +31,14 @@ def train_plain(
     study: Study,
     *,
     generator: torch.Generator,
+    round_number: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    adjust: AdjustGradients | None = None,
+    extra_loss: ExtraLoss | None = None,
 ) -> dict[str, float]:
     """Train ``network`` in place for one round of ``study``; order, augmentation and dropout come from ``generator``.
+
+    ``adjust`` replaces the study's own gradient rule; ``extra_loss`` is added to the loss, and not to its tally.
 
     Returns:
         The tally of the training losses: their sum over examples, and the number of examples seen.
@@ -40,8 +48,8 @@ def train_plain(
     """
     loss_of, training = build_loss(study.training.loss), study.training
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(training, parameters)
-    adjust = gradient_rule(study, parameters)
+    optimizer = build_optimizer(study, parameters, round_number)
+    adjust = adjust or gradient_rule(study, parameters)
     total = planned_steps(training, len(data.labels))
     losses = torch.zeros((), dtype=torch.float64, device=data.labels.device)
     seen = 0
@@ -52,7 +60,7 @@ def train_plain(
             with enough_memory():
                 loss = loss_of(network(images), labels)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                (loss + extra_loss(images) if extra_loss else loss).backward()  # type: ignore[no-untyped-call]
                 adjust()
                 optimizer.step()
             losses += loss.detach() * len(labels)
@@ -71,20 +79,17 @@ def planned_steps(training: Training, examples: int) -> int:
     return (training.epochs or 1) * -(-examples // training.batch_size)
 
 
-def build_optimizer(training: Training, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The study's optimizer over ``parameters``, with a fresh state."""
+def build_optimizer(study: Study, parameters: Sequence[nn.Parameter], round_number: int) -> torch.optim.Optimizer:
+    """The study's optimizer over ``parameters``, with a fresh state and the round's learning rate."""
+    training = study.training
+    rate = training.learning_rate_of(round_number, study.rounds.count)
     match training.optimizer:
         case Optimizer.ADAM:
-            return torch.optim.Adam(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+            return torch.optim.Adam(parameters, lr=rate, weight_decay=training.weight_decay)
         case Optimizer.ADAMW:
-            return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+            return torch.optim.AdamW(parameters, lr=rate, weight_decay=training.weight_decay)
         case Optimizer.SGD:
-            return torch.optim.SGD(
-                parameters,
-                lr=training.learning_rate,
-                momentum=training.momentum,
-                weight_decay=training.weight_decay,
-            )
+            return torch.optim.SGD(parameters, lr=rate, momentum=training.momentum, weight_decay=training.weight_decay)
 
 
 def gradient_rule(study: Study, parameters: Sequence[nn.Parameter]) -> AdjustGradients:

@@ -28,6 +28,7 @@ def train_private(
     settings: DpSgd,
     plan: TrainingPlan,
     *,
+    round_number: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Train ``network`` in place for the plan's steps of one round.
@@ -39,7 +40,7 @@ def train_private(
     draws = torch.Generator(data.labels.device).manual_seed(secrets.randbits(63))  # augmentation only
     loss, augment = build_loss(study.training.loss), augmenter(study.data.augmentation)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(study.training, parameters)
+    optimizer = build_optimizer(study, parameters, round_number)
     adjust = gradient_rule(study, parameters)
     units = rows_of_units(data, plan.unit)
     network.train()

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from medfl.shared.config import Settings
 
+LayerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
+
 
 class FedAvgSettings(Settings):
     """Weighted mean of the sites' models (McMahan et al. 2017, https://arxiv.org/abs/1602.05629)."""
@@ -46,6 +48,69 @@ class FedBNSettings(Settings):
     name: Literal["fedbn"] = "fedbn"
 
 
+class PersonalLayersSettings(Settings):
+    """FedAvg that leaves named layers at their site (Arivazhagan et al. 2019, https://arxiv.org/abs/1912.00818)."""
+
+    name: Literal["personal-layers"] = "personal-layers"
+    layers: tuple[LayerName, ...] = Field(default=(), max_length=100)  # beginnings of tensor names; absent: the last
+
+
+class ScaffoldSettings(Settings):
+    """Control variates against client drift (Karimireddy et al. 2020, https://arxiv.org/abs/1910.06378)."""
+
+    name: Literal["scaffold"] = "scaffold"
+    learning_rate: float = Field(default=1.0, gt=0, le=10)  # of the coordinator
+
+
+class FedNovaSettings(Settings):
+    """Mean of normalised updates where sites take unequal steps (Wang et al. 2020, https://arxiv.org/abs/2007.07481)."""
+
+    name: Literal["fednova"] = "fednova"
+
+
+class FedDynSettings(Settings):
+    """Dynamic regularisation of local objectives (Acar et al. 2021, https://arxiv.org/abs/2111.04263)."""
+
+    name: Literal["feddyn"] = "feddyn"
+    alpha: float = Field(default=0.1, gt=0, le=100)
+
+
+class DittoSettings(Settings):
+    """FedAvg, and at each site a model of its own near it (Li et al. 2021, https://arxiv.org/abs/2012.04221)."""
+
+    name: Literal["ditto"] = "ditto"
+    pull: float = Field(default=0.1, gt=0, le=100)  # lambda of the paper: 0 would be training alone
+
+
+class MoonSettings(Settings):
+    """FedAvg with model-contrastive local training (Li et al. 2021, https://arxiv.org/abs/2103.16257)."""
+
+    name: Literal["moon"] = "moon"
+    mu: float = Field(default=1.0, gt=0, le=100)
+    temperature: float = Field(default=0.5, gt=0, le=100)
+
+
+class QFedAvgSettings(Settings):
+    """Sites with a larger loss weigh more (Li et al. 2020, https://arxiv.org/abs/1905.10497)."""
+
+    name: Literal["qfedavg"] = "qfedavg"
+    q: float = Field(default=0.2, ge=0, le=10)
+
+
+class GeometricMedianSettings(Settings):
+    """Geometric median of the updates (Pillutla et al. 2022, https://arxiv.org/abs/1912.13445)."""
+
+    name: Literal["geometric-median"] = "geometric-median"
+    iterations: int = Field(default=8, ge=1, le=1000)
+
+
+class BulyanSettings(Settings):
+    """Krum's choice, then a trimmed mean (El Mhamdi et al. 2018, https://arxiv.org/abs/1802.07927)."""
+
+    name: Literal["bulyan"] = "bulyan"
+    malicious: int = Field(default=0, ge=0, le=100)
+
+
 class TrimmedMeanSettings(Settings):
     """Coordinate-wise trimmed mean (Yin et al. 2018, https://arxiv.org/abs/1803.01498)."""
 
@@ -73,8 +138,17 @@ StrategySettings = Annotated[
     | FedAvgMSettings
     | AdaptiveSettings
     | FedBNSettings
+    | PersonalLayersSettings
+    | ScaffoldSettings
+    | FedNovaSettings
+    | FedDynSettings
+    | DittoSettings
+    | MoonSettings
+    | QFedAvgSettings
     | TrimmedMeanSettings
     | MedianSettings
-    | KrumSettings,
+    | GeometricMedianSettings
+    | KrumSettings
+    | BulyanSettings,
     Field(discriminator="name"),
 ]

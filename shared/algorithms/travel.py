@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from medfl.shared.algorithms.fed_bn import normalisation_tensors
-from medfl.shared.algorithms.settings import FedBNSettings
+from medfl.shared.algorithms.personal_layers import layer_tensors
+from medfl.shared.algorithms.settings import FedBNSettings, PersonalLayersSettings
 from medfl.shared.errors import ConfigError
 from medfl.shared.study import Study
 from medfl.shared.weights import Layout
@@ -37,6 +38,8 @@ def layouts(study: Study, network: nn.Module) -> tuple[Layout, Layout]:
                 "strategy fedbn would leave nothing at the sites: this network's normalisation has no values: use "
                 "model.norm batch or group"
             )
+    if isinstance(study.strategy, PersonalLayersSettings):
+        personal = layer_tensors(network, study.strategy.layers)
     travel = Layout.of(network, keep=lambda name: name not in personal)
     if not travel.tensors:
         raise ConfigError("the study's strategy leaves nothing to send")

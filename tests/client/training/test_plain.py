@@ -116,7 +116,7 @@ def test_the_optimizer_is_the_studys(name: str, kind: type[torch.optim.Optimizer
         "weight_decay": 0.125,
         "momentum": 0.5 if name == "sgd" else 0,
     }
-    made = build_optimizer(classes_study(training=settings).training, [nn.Parameter(torch.zeros(1))])
+    made = build_optimizer(classes_study(training=settings), [nn.Parameter(torch.zeros(1))], 1)
     assert type(made) is kind
     assert (made.defaults["lr"], made.defaults["weight_decay"]) == (0.25, 0.125)
     if name == "sgd":
