@@ -7,7 +7,19 @@ import logging
 import sys
 from typing import TextIO
 
-_QUIET = ("flwr", "httpx", "httpcore", "pydicom", "pynetdicom", "highdicom", "monai", "PIL", "uvicorn", "alembic")
+_QUIET = (
+    "absl",
+    "flwr",
+    "httpx",
+    "httpcore",
+    "pydicom",
+    "pynetdicom",
+    "highdicom",
+    "monai",
+    "PIL",
+    "uvicorn",
+    "alembic",
+)
 """Libraries whose messages are noise here, or may carry identifiers (pydicom and pynetdicom quote headers)."""
 
 

@@ -1,0 +1,115 @@
+"""Private rounds through the ClientApp: charged before anything leaves, nothing exact goes with it, no second spend."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sites import call, evaluate, offer, policy_for, train
+from sites import make_site as any_site
+from tiny import classes_study
+
+from medfl.client.privacy.ledger import Ceilings, Ledger
+from medfl.client.records import FolderRecords
+from medfl.client.site import Site
+from medfl.shared.errors import Code
+from medfl.shared.messages import EvaluateReply, Failure, Kind, LedgerHead, OfferAccepted, TrainReply
+from medfl.shared.study import Study
+
+PRIVACY: dict[str, Any] = {
+    "mode": "dp-sgd",
+    "epsilon": 8,
+    "delta": 1e-2,
+    "clip_norm": 1.0,
+    "expected_batch": 2,
+    "steps_per_round": 3,
+}
+
+
+@pytest.fixture
+def study() -> Study:
+    return classes_study(privacy=PRIVACY)
+
+
+def make_site(study: Study, folder: Path, *, records: FolderRecords | None = None, **rules: Any) -> Site:
+    allowed = {"max_epsilon_per_study": 8, "max_epsilon_total": 8, "max_delta": 1e-2, **rules}
+    return any_site(study, folder, policy=policy_for(study, **allowed), records=records)
+
+
+def spent(tmp_path: Path, study: Study) -> float:
+    with Ledger(tmp_path / "north" / "ledger.jsonl", cohort="north", ceilings=Ceilings(8, 8, 1e-2)) as ledger:
+        return ledger.spent(study.digest).study
+
+
+def test_a_private_round_is_charged_and_sends_an_equal_weight_and_no_tally(study: Study, tmp_path: Path) -> None:
+    site = make_site(study, tmp_path)
+    assert OfferAccepted.parse(offer(site, study)) == OfferAccepted()
+    reply = TrainReply.parse(train(site, study))
+    assert reply.examples == 1
+    assert reply.tally == {}
+    assert np.abs(reply.update).max() > 0
+    site.close()
+    assert 0 < spent(tmp_path, study) < 8
+
+
+def test_exact_scores_never_leave_a_private_study_whatever_the_policy_says(study: Study, tmp_path: Path) -> None:
+    site = make_site(study, tmp_path, release_site_metrics=True)
+    offer(site, study)
+    assert EvaluateReply.parse(evaluate(site, study)).tally == {}
+
+
+def test_the_same_request_again_is_answered_without_training_or_charge(study: Study, tmp_path: Path) -> None:
+    records = FolderRecords(tmp_path / "state")
+    site = make_site(study, tmp_path, records=records)
+    offer(site, study)
+    first = TrainReply.parse(train(site, study))
+    again = TrainReply.parse(train(site, study))
+    assert (first.update == again.update).all()
+    site.close()
+    once = spent(tmp_path, study)
+
+    restarted = make_site(study, tmp_path, records=FolderRecords(tmp_path / "state"))
+    assert (TrainReply.parse(train(restarted, study)).update == first.update).all()
+    restarted.close()
+    assert spent(tmp_path, study) == once
+
+
+def test_a_round_beyond_the_ceiling_is_refused_and_nothing_is_trained(tmp_path: Path) -> None:
+    study = classes_study(privacy=PRIVACY, rounds={"count": 2})
+    site = make_site(study, tmp_path, max_epsilon_total=0.5)
+    offer(site, study)
+    refused = Failure.parse(train(site, study))
+    assert (refused.code, refused.reason) == (Code.REFUSED, "budget")
+    site.close()
+    assert spent(tmp_path, study) == 0
+
+
+def test_a_ledger_restored_from_a_backup_is_refused(study: Study, tmp_path: Path) -> None:
+    site = make_site(study, tmp_path)
+    offer(site, study)
+    site.close()
+    shutil.copytree(tmp_path / "north", tmp_path / "backup")
+    site = make_site(study, tmp_path)
+    offer(site, study)
+    train(site, study)
+    recorded = LedgerHead.parse_reply(call(site, Kind.LEDGER, LedgerHead(study.digest, 0, "").record()))
+    assert recorded.rows > 1
+    site.close()
+
+    shutil.rmtree(tmp_path / "north")
+    shutil.copytree(tmp_path / "backup", tmp_path / "north")
+    restored = make_site(study, tmp_path)
+    offer(restored, study)
+    refused = Failure.parse(call(restored, Kind.LEDGER, recorded.record()))
+    assert (refused.code, refused.reason) == (Code.REFUSED, "ledger restored")
+    restored.close()
+
+
+def test_the_learning_rate_falls_to_half_in_the_middle_of_a_cosine() -> None:
+    training = classes_study(training={"decay": "cosine", "learning_rate": 0.4}).training
+    assert training.learning_rate_of(1, 4) == pytest.approx(0.4)
+    assert training.learning_rate_of(3, 4) == pytest.approx(0.2)
+    assert classes_study().training.learning_rate_of(3, 4) == 0.5
