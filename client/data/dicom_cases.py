@@ -15,7 +15,7 @@ from medfl.client.data.case import Example, Quarantine
 from medfl.client.data.grids import onto_grid
 from medfl.client.data.labels import label_image, label_volume
 from medfl.client.data.nifti import read_mask_on
-from medfl.client.data.pixels import open_dataset
+from medfl.client.data.pixels import open_series
 from medfl.client.data.planar import read_planar
 from medfl.client.data.volumes import read_volume
 from medfl.shared.data_spec import DataSpec, Modality
@@ -72,7 +72,7 @@ class SeriesCase:
         volumes: list[hd.Volume] = []
         instances: list[str] = []
         for stack in self.stacks:
-            datasets = [open_dataset(path) for path in stack.files]
+            datasets = open_series(stack.files)
             for dataset in datasets:
                 review |= admit(dataset)
             if not volumes:
@@ -114,7 +114,7 @@ class ImageCase:
 
     def read(self) -> Example:
         """Decode, check and bring to display values, and the label onto its pixels."""
-        dataset = open_dataset(self.image)
+        (dataset,) = open_series([self.image])
         review = admit(dataset)
         image = read_planar(dataset, self.spec.channels)
         mask: NDArray[np.uint8] | None = None

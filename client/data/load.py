@@ -241,7 +241,7 @@ class _Statistics:
             self._classes += labels.sum(0).double()
             self._total += len(labels)
         else:
-            self._classes += torch.bincount(labels.flatten().long(), minlength=len(self._classes)).double()
+            self._classes += torch.bincount(labels.flatten(), minlength=len(self._classes)).double()
             self._total += labels.numel()
         for attribute, value in case.attributes.items():
             self._attributes[attribute][value].add(case.patient)

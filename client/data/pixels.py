@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydicom.pixels.utils import get_expected_length, pixel_array
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from medfl.client.data.case import Quarantine
+from medfl.client.data.decoder import decompress
 from medfl.client.data.guard import reading
 
 
@@ -29,6 +31,17 @@ def open_dataset(path: Path) -> pydicom.FileDataset:
         if dataset.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian:
             _to_little_endian(dataset)
     return dataset
+
+
+def open_series(paths: Sequence[Path]) -> list[pydicom.FileDataset]:
+    """All of ``paths`` as :func:`open_dataset`, with compressed pixels decoded.
+
+    Raises:
+        Quarantine: one of them is not DICOM, damaged, or in a syntax that no installed decoder reads.
+    """
+    datasets = [open_dataset(path) for path in paths]
+    decompress(datasets, paths)
+    return datasets
 
 
 def _to_little_endian(dataset: pydicom.FileDataset) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from medfl.client.data.case import Quarantine
 from medfl.client.data.grids import place
 from medfl.client.data.guard import reading
-from medfl.client.data.pixels import open_dataset
+from medfl.client.data.pixels import open_series
 from medfl.shared.data_spec import DataSpec
 
 
@@ -72,7 +72,8 @@ def _open(
 ) -> tuple[hd.seg.Segmentation, dict[int, list[int]], Counter[str]]:
     """The object, its segment numbers of each class, and the names of segments that are no class."""
     with reading("unreadable segmentation"):
-        seg = hd.seg.Segmentation.from_dataset(open_dataset(path), copy=False)
+        (dataset,) = open_series([path])
+        seg = hd.seg.Segmentation.from_dataset(dataset, copy=False)
         names = {number: seg.get_segment_description(number).segment_label for number in seg.segment_numbers}
     chosen: dict[int, list[int]] = {}
     unmatched: Counter[str] = Counter()

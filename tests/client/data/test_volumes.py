@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from medfl.client.data import decoder
 from medfl.client.data.case import Quarantine
 from medfl.client.data.grids import onto_grid
-from medfl.client.data.pixels import open_dataset
+from medfl.client.data.pixels import open_series
 from medfl.client.data.uptake import suv_factor
 from medfl.client.data.volumes import read_volume
 from medfl.shared.data_spec import Modality
@@ -47,7 +49,7 @@ def in_syntax(slices: Slices, syntax: UID, folder: Path) -> Slices:
             dataset.set_original_encoding(False, False)
         else:
             dataset.file_meta.TransferSyntaxUID = syntax
-    return [open_dataset(path) for path in save(slices, folder)]
+    return open_series(save(slices, folder))
 
 
 @pytest.mark.parametrize(
@@ -258,3 +260,21 @@ def test_pet_reconstructed_after_acquisition_is_left_out() -> None:
     dataset.SeriesTime = "113000"
     with pytest.raises(Quarantine, match="times"):
         suv_factor(dataset)
+
+
+def test_a_decoder_that_crashes_costs_one_series_and_not_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices = ct()
+    for dataset in slices:
+        dataset.compress(RLELossless, generate_instance_uid=False)
+    paths = save(slices, tmp_path)
+    monkeypatch.setattr(decoder, "_in_child", crash)
+    with pytest.raises(Quarantine, match="a decoder crashed"):
+        open_series(paths)
+    monkeypatch.undo()
+    assert len(open_series(paths)) == len(paths)
+
+
+def crash(paths: list[Path]) -> None:
+    os.abort()

@@ -1,0 +1,78 @@
+"""Compressed pixels decoded in a process of their own: a decoder that crashes on a damaged file takes nothing along.
+
+Native decoders do: gdcm 3.2 aborts the whole process on some damaged JPEG and JPEG 2000 streams.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from pydicom.uid import ExplicitVRLittleEndian
+
+from medfl.client.data.case import Quarantine
+from medfl.client.data.guard import reading
+
+Native = tuple[bytes, dict[str, Any]]
+"""Uncompressed pixels, and the elements of the header that describe them."""
+
+_DESCRIBES = ("PhotometricInterpretation", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit")
+_SECONDS = 300  # for one series
+_lock = threading.Lock()
+_pool: ProcessPoolExecutor | None = None
+
+
+def decompress(datasets: Sequence[pydicom.FileDataset], paths: Sequence[Path]) -> None:
+    """Replace compressed pixels of ``datasets``, which were read from ``paths``, by uncompressed ones, colour as RGB.
+
+    Raises:
+        Quarantine: no installed decoder reads them, or one crashed or did not end.
+    """
+    compressed = [
+        (dataset, path) for dataset, path in zip(datasets, paths, strict=True)
+        if "PixelData" in dataset and dataset.file_meta.TransferSyntaxUID.is_encapsulated
+    ]  # fmt: skip
+    if not compressed:
+        return
+    for (dataset, _), (pixels, elements) in zip(compressed, _decode([path for _, path in compressed]), strict=True):
+        dataset.PixelData = pixels
+        for keyword, value in elements.items():
+            setattr(dataset, keyword, value)
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+
+
+def _decode(paths: list[Path]) -> list[Native]:
+    global _pool  # noqa: PLW0603 - one helper process for the life of this one
+    with _lock:
+        if _pool is None:
+            # Not a fork, which would copy locked threads and the GPU's context. The child imports no torch.
+            _pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            atexit.register(_pool.shutdown, wait=False, cancel_futures=True)
+        pool = _pool
+        try:
+            return pool.submit(_in_child, paths).result(timeout=_SECONDS)
+        except (BrokenProcessPool, TimeoutError) as error:
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
+            _pool = None
+            crashed = isinstance(error, BrokenProcessPool)
+            raise Quarantine("a decoder crashed" if crashed else "decoding did not end") from None
+
+
+def _in_child(paths: list[Path]) -> list[Native]:
+    out: list[Native] = []
+    for path in paths:
+        with reading("unreadable pixels"):
+            dataset = pydicom.dcmread(path)
+            dataset.decompress(as_rgb=True, generate_instance_uid=False)
+            elements = {keyword: dataset[keyword].value for keyword in _DESCRIBES if keyword in dataset}
+            out.append((dataset.PixelData, elements))
+    return out
