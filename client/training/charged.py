@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from medfl.client.data.tensors import TensorSet
 from medfl.client.privacy.ledger import Charge, Ledger, Spent
 from medfl.client.privacy.refusals import refuse_unnoised_changes
-from medfl.client.training.private import planned_units, train_private
+from medfl.client.training.private import planned_units, require_promised_images, train_private
 from medfl.client.workbench import Bench
 from medfl.shared.privacy.plan import TrainingPlan, plan_training, warnings
 from medfl.shared.privacy.settings import DpSgd
@@ -34,15 +34,20 @@ def fix_plan(ledger: Ledger, study: Study, settings: DpSgd, data: TensorSet) -> 
 
     Raises:
         ConfigError: delta above one over the patients, or noise too small for the promised epsilon.
+        DataError: a patient has more images than the study promises.
     """
+    require_promised_images(data, settings)
     known = ledger.plan(study.digest)
     if known is not None:
         return known
     units, patients = planned_units(data, settings)
-    plan = plan_training(settings, units=units, patients=patients, rounds=study.rounds.count)
-    for told in warnings(settings, plan, patients=patients, rounds=study.rounds.count):
+    rounds = study.rounds.count + settings.spare_rounds
+    plan = plan_training(settings, units=units, patients=patients, rounds=rounds)
+    for told in warnings(settings, plan, patients=patients, rounds=rounds):
         log.warning("%s", told)
-    return ledger.fix_plan(study.digest, plan, patients=patients)
+    plan = ledger.fix_plan(study.digest, plan, patients=patients)
+    _tell_budget(ledger, study, plan)
+    return plan
 
 
 def train_charged(
@@ -71,3 +76,24 @@ def train_charged(
     update = bench.update_from(weights)
     ledger.release(study.digest, training, digest=weights_digest(update), size=update.nbytes)
     return PrivateRound(update, ledger.spent(study.digest), plan)
+
+
+def _tell_budget(ledger: Ledger, study: Study, plan: TrainingPlan) -> None:
+    """What the site's administrator should know before the first round: spent, next cost, rounds left."""
+    left = ledger.remaining(study.digest)
+    tell = log.info if left.rounds_left >= study.rounds.count else log.warning
+    tell(
+        "study %s: each %s has spent epsilon %.3f of %g on it and %.3f in total; its next round brings that to %.3f "
+        "and %.3f; %s of its %d rounds fit below every ceiling (noise multiplier %g, %d steps a round)",
+        study.name,
+        plan.unit.value,
+        left.spent.study,
+        plan.epsilon,
+        left.spent.total,
+        left.after_next_round.study,
+        left.after_next_round.total,
+        "all" if left.rounds_left >= study.rounds.count else left.rounds_left,
+        study.rounds.count,
+        plan.noise_multiplier,
+        plan.steps_per_round,
+    )

@@ -15,6 +15,7 @@ from medfl.client.privacy.clipped import UnitData
 from medfl.client.privacy.patient_gradient import private_gradients, sample_patients
 from medfl.client.privacy.randomness import SecureGenerator
 from medfl.client.training.plain import build_optimizer, gradient_rule
+from medfl.shared.errors import DataError
 from medfl.shared.losses import build_loss
 from medfl.shared.privacy.plan import TrainingPlan
 from medfl.shared.privacy.settings import DpSgd, Unit
@@ -93,3 +94,21 @@ def _unit(
 def planned_units(data: TensorSet, settings: DpSgd) -> tuple[int, int]:
     """Number of units and of patients the accountant plans with."""
     return len(rows_of_units(data, settings.unit)), int(torch.unique(data.patients).numel())
+
+
+def require_promised_images(data: TensorSet, settings: DpSgd) -> None:
+    """Return when no patient has more images than ``unit: image`` was promised: the patient's epsilon rests on it.
+
+    Raises:
+        DataError: with counts only.
+    """
+    if settings.unit is not Unit.IMAGE or settings.images_per_patient is None:
+        return
+    images = torch.unique(data.patients, return_counts=True)[1]
+    above = int((images > settings.images_per_patient).sum())
+    if above:
+        raise DataError(
+            f"{above} of {len(images)} patients have more than privacy.images_per_patient, which is "
+            f"{settings.images_per_patient} (the most here is {int(images.max())}): their epsilon would be larger than "
+            "what is charged. Leave out images of these patients, or ask for a study with unit: patient"
+        )
