@@ -47,9 +47,7 @@ class DpSgd(Settings):
     expected_batch: float = Field(default=8.0, gt=0, le=1e6)  # units per step on average; also divides the sum
     sampling_rate: float | None = Field(default=None, gt=0, le=1)  # absent: expected_batch over the site's units
     steps_per_round: int = Field(default=10, ge=1, le=1_000_000)
-    spare_rounds: int = Field(default=0, ge=0, le=10_000)  # the noise also pays for so many trainings repeated by crashes
-        default=0, ge=0, le=10_000
-    )  # trainings repeated after crashes that the noise is solved for
+    spare_rounds: int = Field(default=0, ge=0, le=10_000)  # of repeated trainings that the noise is solved for too
     slices_per_patient: int | None = Field(default=4, ge=1, le=10_000)  # drawn anew each step; null: all of them
     augmentations: int = Field(default=1, ge=1, le=64)  # averaged before the clip, so free in epsilon (De et al. 2022)
     images_per_patient: int | None = Field(default=None, ge=1, le=1000)  # unit image: the most one patient may have
