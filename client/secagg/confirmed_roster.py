@@ -93,8 +93,8 @@ class ConfirmedRoster:
             return _Confirmed()
         except (OSError, ValueError, KeyError, TypeError):
             raise DataError(
-                "the file of confirmed keys cannot be read: restore the state folder from its backup, or confirm the "
-                "roster again",
+                "the file of confirmed keys cannot be read: restore the state folder from its backup, or "
+                "remove it and confirm the roster again",
                 reason=Reason.UNCONFIRMED_ROSTER,
             ) from None
 

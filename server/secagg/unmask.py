@@ -52,12 +52,14 @@ def open_masks(pending: PendingSum, reveals: Collection[Reveal]) -> list[Mask]:
         BadDealer: a site's shares open neither its seed nor its mask key.
     """
     given = {reveal.site: dict(reveal.shares) for reveal in reveals}
-    weights = {window: weights_at_zero([site + 1 for site in window]) for window in _windows(given, pending)}
+    weights: dict[tuple[int, ...], list[int]] = {}  # of each window when it is first needed: nearly always one
     masks: list[Mask] = []
     bad: list[int] = []
     for owner in pending.sharers:
-        for window, window_weights in weights.items():
-            opened = _open_one(pending, owner, [given[site][owner] for site in window], window_weights)
+        for window in _windows(given, pending):
+            if window not in weights:
+                weights[window] = weights_at_zero([site + 1 for site in window])
+            opened = _open_one(pending, owner, [given[site][owner] for site in window], weights[window])
             if opened is not None:
                 masks += opened
                 break
