@@ -72,6 +72,8 @@ def as_flower(vector: Flat, examples: float, *, loss: float | None = None) -> Me
 
     ``loss`` is the mean training loss of a single site, where it is known.
     """
-    metrics = {"num-examples": examples} | ({} if loss is None else {"loss": loss})
-    content = RecordDict({"arrays": pack(vector), "metrics": MetricRecord(metrics)})
+    metrics = MetricRecord({"num-examples": examples})
+    if loss is not None:
+        metrics["loss"] = loss
+    content = RecordDict({"arrays": pack(vector), "metrics": metrics})
     return Message(content, dst_node_id=0, message_type=Kind.TRAIN.value)

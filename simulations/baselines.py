@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.client.training.evaluate import evaluate
+from medfl.client.training.plain import train_plain
 from medfl.client.workbench import make_bench
 from medfl.server.reporter import Reporter
+from medfl.shared.algorithms.settings import FedAvgSettings
 from medfl.shared.metrics import headline, patient_dice, read
 from medfl.shared.privacy.settings import DpSgd, NoPrivacy
 from medfl.shared.study import SecureAggregation, Study
@@ -36,13 +39,65 @@ def alone(
     study: Study, sites: Mapping[str, SiteData], *, device: torch.device, reporter: Reporter | None = None
 ) -> dict[str, float]:
     """Each site trains the study by itself, as many steps as in the federation; scored at home."""
-    by_itself = _with_one_site(study)
+    return alone_and_ensemble(study, sites, device=device, reporter=reporter)[0]
 
-    def reached(name: str, data: SiteData) -> float:
+
+def alone_and_ensemble(
+    study: Study, sites: Mapping[str, SiteData], *, device: torch.device, reporter: Reporter | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores of each site by itself, and of the mean prediction of all their models at every site.
+
+    The ensemble is federated learning in one round (Guha et al. 2019, https://arxiv.org/abs/1902.11175).
+    """
+    by_itself, scores, models = _with_one_site(study), {}, []
+    for name, data in sites.items():
         federation = federate(by_itself, {name: data}, device=device, reporter=reporter)
-        return headline_or_nan(federation.site_scores.get(name, {}))
+        scores[name] = headline_or_nan(federation.site_scores.get(name, {}))
+        models.append(federation.result.weights)
+    ensemble = _Ensemble(study, models, device)
+    together = {
+        name: headline_or_nan(read(evaluate(ensemble, data.splits[Split.VALIDATION], study)))
+        for name, data in sites.items()
+    }
+    return scores, together
 
-    return {name: reached(name, data) for name, data in sites.items()}
+
+class _Ensemble(nn.Module):
+    """The logarithm of the mean probability over models; as logits for several yes-or-no labels."""
+
+    def __init__(self, study: Study, models: Sequence[Flat], device: torch.device) -> None:
+        super().__init__()
+        self._bench = make_bench(_with_one_site(study), device)
+        self._models = models
+        self._yes_or_no = study.data.multi_label
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, class, ...)."""
+        total: Tensor | None = None
+        for weights in self._models:
+            self._bench.load(weights, None)
+            logits = self._bench.network.eval()(images)
+            part = logits.sigmoid() if self._yes_or_no else logits.softmax(1)
+            total = part if total is None else total + part
+        assert total is not None  # noqa: S101 - at least one site
+        mean = (total / len(self._models)).clamp(1e-7, 1 - 1e-7)
+        return mean.logit() if self._yes_or_no else mean.log()
+
+
+def cyclic(study: Study, sites: Mapping[str, SiteData], *, device: torch.device) -> dict[str, float]:
+    """One model handed from site to site, trained at each as in a round, as often around as there are rounds.
+
+    Cyclic weight transfer: Chang et al. 2018, https://doi.org/10.1093/jamia/ocy017.
+    """
+    plain = _with_one_site(study)
+    bench = make_bench(plain, device)
+    for number in range(1, study.rounds.count + 1):
+        for name, data in sites.items():
+            seed = int.from_bytes(hashlib.sha256(f"cyclic/{study.seed}/{name}/{number}".encode()).digest()[:7], "big")
+            generator = torch.Generator(device).manual_seed(seed)
+            train_plain(bench.network, data.splits[Split.TRAIN], plain, generator=generator, round_number=number)
+    weights = bench.layout.flatten(bench.network.state_dict())
+    return score(plain, weights, sites, device=device)
 
 
 def pooled(
@@ -58,7 +113,7 @@ def pooled(
         training = study.training.model_copy(update={"steps": study.training.steps * len(sites)})
         one_place = one_place.model_copy(update={"training": training})
     result = federate(one_place, {"pooled": together}, device=device, reporter=reporter).result
-    return score(study, result.weights, sites, device=device)
+    return score(one_place, result.weights, sites, device=device)
 
 
 def unprotected(study: Study) -> Study:
@@ -134,8 +189,10 @@ def _by_patient(predicted: Tensor, data: TensorSet, label: int) -> float:
 
 
 def _with_one_site(study: Study) -> Study:
+    """``study`` for one place: nothing to aggregate, so that no strategy matters."""
     rounds = study.rounds.model_copy(update={"minimum_sites": 1, "sites_per_round": None})
-    return study.model_copy(update={"rounds": rounds, "secure_aggregation": SecureAggregation(mode="none")})
+    changes = {"rounds": rounds, "secure_aggregation": SecureAggregation(mode="none"), "strategy": FedAvgSettings()}
+    return study.model_copy(update=changes)
 
 
 def _concatenate(sets: Sequence[TensorSet]) -> TensorSet:

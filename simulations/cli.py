@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from medfl.shared.command import parser, run
 
 if TYPE_CHECKING:
-    from medfl.simulations.experiment import Experiment
+    from medfl.simulations.config import SimulationSettings
+    from medfl.simulations.results import Experiment
 
 _EXAMPLES = """\
   medfl-sim --config configs/lungs.yaml         two hospitals' chest X-rays
+  medfl-sim --config configs/vessels_strategies.yaml --sweep   compare algorithms, go on where it stopped
   medfl-sim --config my.yaml --check            look at the file and the data only
   medfl-sim demo --output runs/demo             four hospitals as real processes"""
 
@@ -29,6 +31,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     made.add_argument("command", nargs="?", choices=("demo",), help="demo: a whole federation on phantom patients")
     made.add_argument("--config", type=Path, metavar="FILE", help="the simulation, as YAML")
     made.add_argument("--check", action="store_true", help="validate the file and read the data, train nothing")
+    made.add_argument("--sweep", action="store_true", help="run every variant of the file; goes on where it stopped")
     made.add_argument("--output", type=Path, metavar="FOLDER", help="where results go (default: as the file says)")
     options = made.parse_args(arguments)
     if options.command is None and options.config is None:
@@ -72,14 +75,27 @@ def _simulate(options: argparse.Namespace) -> int:
                 console.print(f"{name}: {data.report.patients} patients, {sum(data.report.examples.values())} images")
             console.print("all is well: run the same command without --check")
             return 0
-        experiment = run_experiment(settings, reporter=reporter_for(console), loading=loading)
+        experiment = run_experiment(settings, sweep=options.sweep, reporter=reporter_for(console), loading=loading)
     print_table(console, experiment)
+    _write_report(console, experiment, settings, options)
     console.print(f"{experiment.seconds:.0f} s; everything is in {experiment.folder}")
     return 0
 
 
+def _write_report(
+    console: Console, experiment: Experiment, settings: SimulationSettings, options: argparse.Namespace
+) -> None:
+    try:
+        from medfl.simulations.report import write_report
+    except ImportError:
+        console.print("no report.html: pip install 'medfl[report]' brings what it needs")
+        return
+    command = f"medfl-sim --config {options.config}{' --sweep' if options.sweep else ''}"
+    write_report(experiment, settings, command=command)
+
+
 def print_table(console: Console, experiment: Experiment) -> None:
-    """Methods by sites, mean over seeds, best trained method of each site in bold."""
+    """Methods by sites, mean over seeds and its 95 % interval, best of each site in bold."""
     from rich.table import Table
 
     table = Table(title=f"{experiment.metric} on held-out patients", title_justify="left")
@@ -94,7 +110,8 @@ def print_table(console: Console, experiment: Experiment) -> None:
         cells = []
         for site in experiment.sites:
             value = experiment.mean(method, site)
-            cells.append(f"[bold]{value:.3f}[/bold]" if value == best[site] else f"{value:.3f}")
+            text = str(experiment.interval(method, site))
+            cells.append(f"[bold]{text}[/bold]" if value == best[site] else text)
         table.add_row(method, *cells)
     console.print(table)
 

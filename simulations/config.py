@@ -1,15 +1,36 @@
-"""What ``medfl-sim --config`` reads: a study, virtual sites with their data, and what to compare with."""
+"""What ``medfl-sim --config`` reads: a study, virtual sites with their data, what to vary and what to compare with."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from medfl.client.data.settings import DataSettings
 from medfl.shared.config import LocalPath, Settings
 from medfl.shared.study import Name, Study
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Scanner(Settings):
+    """How a site's device changes every image. Intensities are taken from 0..1 of the image's own range and back."""
+
+    gamma: float = Field(default=1.0, gt=0, le=10)
+    bias_field: float = Field(default=0.0, ge=0, le=1)  # smooth field between 1-x and 1+x, multiplied
+    noise: float = Field(default=0.0, ge=0, le=2)  # Gaussian, standard deviation in parts of the range
+    resolution: float = Field(default=1.0, gt=0, le=1)  # sampled at so many times the points, then interpolated back
+    invert: StrictBool = False
+    colour: tuple[float, ...] = ()  # one factor for each channel
+
+
+class Attacker(Settings):
+    """What a dishonest site does: trains on reversed labels, or changes the update that it sends."""
+
+    kind: Literal["label-flip", "sign-flip", "noise"]
+    scale: float = Field(default=1.0, gt=0, le=1e6)  # of the flipped update; noise: deviation in update deviations
 
 
 class VirtualSiteSettings(Settings):
@@ -17,6 +38,36 @@ class VirtualSiteSettings(Settings):
 
     name: Name
     data: DataSettings
+    scanner: Scanner = Scanner()
+    attacker: Attacker | None = None
+
+
+class Partition(Settings):
+    """Several virtual sites from one site's data, always by patient.
+
+    ``labels``: shares of each class drawn from Dirichlet(alpha) (Hsu et al. 2019, https://arxiv.org/abs/1909.06335).
+    ``quantity``: sizes drawn from Dirichlet(alpha). Small alpha means unequal sites.
+    """
+
+    sites: int = Field(ge=2, le=10_000)
+    by: Literal["iid", "labels", "quantity"] = "iid"
+    alpha: float = Field(default=0.5, gt=0, le=1e4)
+    scanners: tuple[Scanner, ...] = ()  # dealt to the sites in turn
+    attackers: int = Field(default=0, ge=0)  # the first so many sites
+    attacker: Attacker = Attacker(kind="label-flip")
+
+    @model_validator(mode="after")
+    def _somebody_is_honest(self) -> Partition:
+        if self.attackers >= self.sites:
+            raise ValueError("attackers must be fewer than sites")
+        return self
+
+
+class Failures(Settings):
+    """How often a site does not answer a training request, drawn for each site and round."""
+
+    drop_out: Share = 0.0  # it does not train
+    late: Share = 0.0  # it trains, and its answer comes after the deadline
 
 
 class Baselines(Settings):
@@ -24,15 +75,20 @@ class Baselines(Settings):
 
     alone: StrictBool = True  # each site by itself
     pooled: StrictBool = True  # all images in one place
+    ensemble: StrictBool = True  # the mean prediction of all that were trained alone (needs alone)
+    cyclic: StrictBool = False  # one model handed from site to site
     unprotected: StrictBool = True  # a private study once more without privacy; nothing where privacy is none
     trivial: StrictBool = True  # best threshold and mean mask, or the commonest class
 
 
 class SimulationSettings(Settings):
-    """A simulation file."""
+    """A simulation file. ``variants`` are what ``--sweep`` runs: sections of the study, each with what it changes."""
 
     study: Study
     sites: tuple[VirtualSiteSettings, ...] = Field(min_length=1)
+    partition: Partition | None = None
+    failures: Failures = Failures()
+    variants: dict[Name, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     baselines: Baselines = Baselines()
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(default=(0,), min_length=1)
     output: LocalPath = Path("runs")
@@ -44,8 +100,62 @@ class SimulationSettings(Settings):
         names = [site.name for site in self.sites]
         if len(set(names)) != len(names):
             raise ValueError("sites must have names that differ from each other")
-        if len(names) < self.study.rounds.minimum_sites:
+        if self.partition is not None and len(names) != 1:
+            raise ValueError("partition divides the data of one site: list that one only")
+        count = len(names) if self.partition is None else self.partition.sites
+        if count < self.study.rounds.minimum_sites:
             raise ValueError(
-                f"study.rounds.minimum_sites is {self.study.rounds.minimum_sites}, there are {len(names)} sites"
+                f"study.rounds.minimum_sites is {self.study.rounds.minimum_sites}, there are {count} sites"
             )
+        reserved = {"pooled", "alone", "ensemble", "cyclic", "unprotected", "best threshold", "mean mask"}
+        if taken := sorted(reserved & set(self.variants)):
+            raise ValueError(f"variants: {taken[0]} is the name of a baseline: choose another")
+        for name, study in self.studies().items():
+            self._refuse_hidden_attack(name, study)
         return self
+
+    def _refuse_hidden_attack(self, name: str, study: Study) -> None:
+        attackers = [site.attacker for site in self.sites if site.attacker is not None]
+        if self.partition is not None and self.partition.attackers:
+            attackers.append(self.partition.attacker)
+        if study.secure_aggregation.mode != "none" and any(a.kind != "label-flip" for a in attackers):
+            raise ValueError(
+                f"{name}: attackers that change their update are simulated without secure aggregation only: "
+                "use kind label-flip"
+            )
+
+    def studies(self) -> dict[str, Study]:
+        """The study of every variant; without variants, the study itself under its strategy's name.
+
+        Raises:
+            ValueError: a variant is no study; names the variant and the first thing that is wrong.
+        """
+        if not self.variants:
+            return {self.study.strategy.name: self.study}
+        return {name: varied(self.study, name, changes) for name, changes in self.variants.items()}
+
+
+_KINDS = ("name", "mode")  # what tells the kinds of a section apart
+
+
+_SECTIONS = ("strategy", "training", "model", "rounds", "privacy", "secure_aggregation")  # data are read once
+
+
+def varied(study: Study, name: str, changes: Mapping[str, Mapping[str, Any]]) -> Study:
+    """``study`` with some values of its sections replaced; a section of another kind is replaced whole."""
+    content = study.model_dump(mode="json")
+    for section, values in changes.items():
+        before = content.get(section)
+        if section not in _SECTIONS or not isinstance(before, dict):
+            raise ValueError(f"variants: {name}: {section} cannot vary: use {', '.join(_SECTIONS)}")
+        other_kind = any(kind in values and values[kind] != before.get(kind) for kind in _KINDS)
+        content[section] = dict(values) if other_kind else {**before, **values}
+        if section == "training" and {"epochs", "steps"} & set(values):
+            content[section] = {key: v for key, v in content[section].items() if key not in {"epochs", "steps"}}
+            content[section] |= {key: values[key] for key in ("epochs", "steps") if key in values}
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"variants: {name}: {where + ': ' if where else ''}{first['msg']}") from None

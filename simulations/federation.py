@@ -38,7 +38,9 @@ from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.secagg.roster import Member, make_roster
 from medfl.shared.study import Study
+from medfl.simulations.config import Attacker, Failures
 from medfl.simulations.grid import VirtualGrid
+from medfl.simulations.misbehaviour import Answer, misbehaving
 
 
 @dataclass
@@ -79,9 +81,12 @@ def federate(
     reporter: Reporter | None = None,
     checkpoints: CheckpointFolder | None = None,
     stop: Event | None = None,
+    failures: Failures | None = None,
+    attackers: Mapping[str, Attacker] | None = None,
 ) -> Federation:
     """Run ``study`` among ``sites``; every virtual site approves it and releases its scores to the researcher.
 
+    ``failures`` and ``attackers`` (by site) are what :func:`medfl.simulations.misbehaviour.misbehaving` makes of them.
     Each virtual site's ledger lives as long as the study: what a researcher tries does not add up on real patients.
     """
     device = device or torch.device("cpu")
@@ -104,7 +109,10 @@ def federate(
         for name, data in sites.items()
     }
     client = build_client_app(lambda context: residents[str(context.node_config["site"])])
-    grid = VirtualGrid(client, residents)
+    answer: Answer = client
+    if failures or attackers:
+        answer = misbehaving(client, failures or Failures(), attackers or {}, seed=study.seed)
+    grid = VirtualGrid(answer, residents)
     history = History()
     outcome: list[Result] = []
 

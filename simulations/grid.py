@@ -7,14 +7,13 @@ outside a Flower process.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -24,7 +23,7 @@ _RUN_ID, _TASK_ID, _SERVER_ID = 1, 1, 1
 class VirtualGrid(Grid):
     """Holds each message until it is asked for, then lets one site answer it: one reply in memory at a time."""
 
-    def __init__(self, app: ClientApp, names: Iterable[str]) -> None:
+    def __init__(self, app: Callable[[Message, Context], Message], names: Iterable[str]) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = _TASK_ID, _RUN_ID, _SERVER_ID
         self._app = app
         self._names = {node: name for node, name in enumerate(names, start=2)}

@@ -96,13 +96,13 @@ STUDY = masks_study(rounds={"count": 2})
 def test_one_command_gives_a_table_and_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(simulation(tmp_path, STUDY))]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
-    for words in ("fedavg", "pooled", "alone", "best threshold", "mean mask", "north", "south"):
+    for words in ("fedavg", "pooled", "alone", "ensemble", "best threshold", "mean mask", "north", "south"):
         assert words in out
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name == f"tiny-{STUDY.digest[:8]}"
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 5 * 2 * 2  # methods, sites, seeds
+    assert len(rows) == 6 * 2 * 2  # methods, sites, seeds
     summary = json.loads((folder / "results.json").read_text())
     assert summary["study"] == STUDY.digest
     assert summary["patients"] == {"north": 12, "south": 12}
@@ -153,6 +153,13 @@ def test_a_baseline_that_diverges_has_no_score_and_does_not_stop_the_rest() -> N
     [
         ({"sites": "twice"}, 2, "sites must have names that differ"),
         ({"study": {"rounds": {"minimum_sites": 3}}}, 2, "minimum_sites is 3, there are 2 sites"),
+        (
+            {"variants": {"x": {"strategy": {"name": "scaffold"}}}},
+            2,
+            "x: Value error, strategy scaffold is defined for",
+        ),
+        ({"variants": {"alone": {}}}, 2, "alone is the name of a baseline"),
+        ({"partition": {"sites": 3}}, 2, "partition divides the data of one site"),
         ({"seedz": [1]}, 2, "(did you mean 'seeds'?)"),
         ({"device": "cuda"}, 4, "device: cuda was asked for"),
     ],

@@ -1,0 +1,91 @@
+"""Sites that fail or cheat: a ClientApp around the real one, for failures, stragglers and attacks on the update."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+import numpy as np
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from medfl.client.data.tensors import SiteData, TensorSet
+from medfl.shared.errors import DataError, ProtocolError
+from medfl.shared.messages import Kind, TrainReply
+from medfl.shared.weights import Flat
+from medfl.simulations.config import Attacker, Failures
+
+Answer = Callable[[Message, Context], Message]
+
+_UNAVAILABLE = 5  # Flower's own code of a node that does not answer
+
+
+def misbehaving(app: ClientApp, failures: Failures, attackers: Mapping[str, Attacker], *, seed: int) -> Answer:
+    """``app`` as the coordinator sees it when sites fail as often as ``failures`` says and ``attackers`` cheat.
+
+    What happens depends on the seed, the site and how often it was asked, and on nothing else.
+    """
+    asked: dict[str, int] = {}
+
+    def answer(message: Message, context: Context) -> Message:
+        if message.metadata.message_type != Kind.TRAIN.value:
+            return app(message, context)
+        site = str(context.node_config["site"])
+        asked[site] = asked.get(site, 0) + 1
+        chance = _uniform(f"{seed}/{site}/{asked[site]}")
+        if chance < failures.drop_out:
+            return _silence(message)
+        reply = app(message, context)
+        if chance < failures.drop_out + failures.late:
+            return _silence(message)
+        return _attacked(reply, attackers[site], f"{seed}/{site}/{asked[site]}") if site in attackers else reply
+
+    return answer
+
+
+def with_flipped_labels(data: SiteData, classes: int) -> SiteData:
+    """``data`` whose training labels are reversed: class ``c`` of ``classes`` becomes ``classes - 1 - c``.
+
+    Held-out labels stay, so that scores keep their meaning.
+    """
+    from medfl.client.data.splits import Split
+
+    train = data.splits[Split.TRAIN]
+    if train.labels.is_floating_point():
+        raise DataError("attackers of kind label-flip need one class an image or pixel")
+    flipped = TensorSet(train.images, classes - 1 - train.labels, train.patients)
+    return SiteData({**data.splits, Split.TRAIN: flipped}, data.report)
+
+
+def changed_update(update: Flat, attacker: Attacker, seed: str) -> Flat:
+    """What a cheating site sends instead of its ``update``."""
+    match attacker.kind:
+        case "label-flip":
+            return update  # its data did the harm
+        case "sign-flip":
+            return np.asarray(-np.float32(attacker.scale) * update, np.float32)
+        case "noise":
+            rng = np.random.default_rng(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big"))
+            noise = rng.standard_normal(update.size, np.float32)
+            return np.asarray(update + np.float32(attacker.scale * float(update.std())) * noise, np.float32)
+
+
+def _attacked(reply: Message, attacker: Attacker, seed: str) -> Message:
+    try:
+        trained = TrainReply.parse(reply.content)
+    except ProtocolError:  # a failure, or held for a secure sum
+        return reply
+    changed = TrainReply(changed_update(trained.update, attacker, seed), trained.examples, trained.tally)
+    reply.content = changed.record()
+    return reply
+
+
+def _silence(message: Message) -> Message:
+    return Message(Error(_UNAVAILABLE, "simulated"), reply_to=message)
+
+
+def _uniform(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

@@ -1,0 +1,221 @@
+"""An experiment as one self-contained HTML file: tables, learning curves, heat map, bytes, epsilon against score."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from medfl.shared.files import write_whole
+from medfl.simulations.config import SimulationSettings
+from medfl.simulations.results import Experiment
+
+_INK = "#333333"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
+    "svg.hashsalt": "medfl",  # the same figure gives the same bytes
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the report's table."""
+
+    method: str
+    kind: str
+    mean: str
+    sites: list[tuple[str, bool]]  # score, and whether it is the site's best
+    against: list[str]
+    megabytes: str
+    seconds: str
+
+
+def write_report(experiment: Experiment, settings: SimulationSettings, *, command: str = "") -> Path:
+    """Write ``report.html`` into the experiment's folder; nothing in it is loaded from elsewhere."""
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        files("medfl.simulations").joinpath("report.html").read_text("utf-8")
+    )
+    page = template.render(
+        experiment=experiment,
+        study=settings.study,
+        settings=settings,
+        command=command,
+        seeds=sorted({cell.seed for cell in experiment.cells}),
+        references=references(experiment),
+        lines=table(experiment),
+        findings=findings(experiment),
+        curves=_curves(experiment),
+        heat_map=_heat_map(experiment),
+        costs=_costs(experiment),
+        privacy=_privacy(experiment),
+    )
+    path = experiment.folder / "report.html"
+    write_whole(path, page.encode(), mode=0o644)
+    return path
+
+
+def references(experiment: Experiment) -> list[str]:
+    """What methods are compared with, where it was run: FedAvg, each site alone, pooled."""
+    return [name for name in ("fedavg", "alone", "pooled") if name in experiment.methods]
+
+
+def table(experiment: Experiment) -> list[Line]:
+    """Every method with its scores and its differences from the references, the kinds in order."""
+    best = {site: _best(experiment, experiment.methods, site) for site in experiment.sites}
+    lines = []
+    for kind in ("federated", "baseline", "trivial"):
+        for method in experiment.methods_of(kind):
+            cells = [cell for cell in experiment.cells if cell.method == method]
+            sites = [(str(experiment.interval(method, s)), method == best[s]) for s in experiment.sites]
+            against = ["" if r == method else _difference(experiment, method, r) for r in references(experiment)]
+            sent = max(cell.received_bytes for cell in cells) / 1e6
+            spent = sum(cell.seconds for cell in cells) / len(cells)
+            lines.append(
+                Line(
+                    method,
+                    kind,
+                    str(experiment.interval(method)),
+                    sites,
+                    against,
+                    f"{sent:.1f}" if sent else "",
+                    f"{spent:.0f}" if spent else "",
+                )
+            )
+    return lines
+
+
+def findings(experiment: Experiment) -> list[str]:
+    """What the table says in words, favourable or not."""
+    federated, said = experiment.methods_of("federated"), []
+    everything = sorted(experiment.methods, key=lambda m: -np.nan_to_num(experiment.interval(m).mean, nan=-1.0))
+    said.append(f"Highest mean over sites: {everything[0]} ({experiment.interval(everything[0])}).")
+    if "alone" in experiment.methods and federated:
+        for site in experiment.sites:
+            champion, home = _best(experiment, federated, site), experiment.mean("alone", site)
+            gain = experiment.mean(champion, site) - home
+            verb = "gains" if gain >= 0 else "loses"
+            said.append(f"{site}: the best federated method ({champion}) {verb} {abs(gain):.3f} over training alone.")
+    floor = [m for m in experiment.methods_of("trivial")]
+    for method in federated:
+        below = [s for s in experiment.sites if any(experiment.mean(method, s) <= experiment.mean(f, s) for f in floor)]
+        if below:
+            said.append(f"{method} does not beat a predictor without any training at: {', '.join(below)}.")
+    return said
+
+
+def _best(experiment: Experiment, methods: Iterable[str], site: str) -> str:
+    return max(methods, key=lambda method: float(np.nan_to_num(experiment.mean(method, site), nan=-1.0)))
+
+
+def _difference(experiment: Experiment, method: str, reference: str) -> str:
+    found = experiment.compare(method, reference)
+    if not found.pairs:
+        return ""
+    p = "" if np.isnan(found.p) else f", p {found.p:.2g}"
+    return f"{found.difference:+.3f} ({found.better}/{len(experiment.sites)} sites{p})"
+
+
+def _curves(experiment: Experiment) -> str:
+    methods = [m for m in experiment.methods if any(cell.curve for cell in experiment.cells if cell.method == m)]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for number, method in enumerate(methods):
+            runs = [dict(cell.curve) for cell in experiment.cells if cell.method == method and cell.curve]
+            rounds = sorted(set.intersection(*(set(run) for run in runs)))
+            scores = np.array([[run[r] for r in rounds] for run in runs])
+            colour = matplotlib.colormaps["tab10"](number % 10)
+            style = ("-", "--", ":")[number // 10 % 3]
+            axes.plot(rounds, scores.mean(0), style, color=colour, label=method, linewidth=1.6)
+            if len(runs) > 1:
+                axes.fill_between(rounds, scores.min(0), scores.max(0), color=colour, alpha=0.12, linewidth=0)
+        axes.set_xlabel("round")
+        axes.set_ylabel(f"{experiment.metric}, all sites together")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+    return _svg(draw, 8.4, 3.8) if methods else ""
+
+
+def _heat_map(experiment: Experiment) -> str:
+    scores = np.array([[experiment.mean(method, site) for site in experiment.sites] for method in experiment.methods])
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.imshow(np.nan_to_num(scores), cmap="viridis", aspect="auto", vmin=float(np.nanmin(scores)))
+        middle = (np.nanmin(scores) + np.nanmax(scores)) / 2
+        for (row, column), score in np.ndenumerate(scores):
+            shade = "white" if not score > middle else "black"
+            axes.text(column, row, f"{score:.3f}", ha="center", va="center", color=shade, fontsize=9)
+        axes.set_xticks(range(len(experiment.sites)), experiment.sites)
+        axes.set_yticks(range(len(experiment.methods)), experiment.methods)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        if len(experiment.sites) > 8:
+            axes.tick_params("x", rotation=60)
+
+    width = min(12.0, 2.2 + 0.95 * len(experiment.sites))
+    return _svg(draw, width, 0.6 + 0.32 * len(experiment.methods)) if len(experiment.sites) <= 40 else ""
+
+
+def _costs(experiment: Experiment) -> str:
+    methods = [m for m in experiment.methods_of("federated")]
+    sent = [max(c.received_bytes for c in experiment.cells if c.method == m) / 1e6 for m in methods]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        bars = axes.barh(methods, sent, color="#4c78a8", height=0.6)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlabel("megabytes of updates received by the coordinator, all rounds")
+
+    return _svg(draw, 7.0, 0.8 + 0.3 * len(methods)) if any(sent) else ""
+
+
+def _privacy(experiment: Experiment) -> str:
+    cells = [cell for cell in experiment.cells if cell.epsilon]
+    if len({cell.epsilon for cell in cells}) < 2:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        epsilons = sorted({cell.epsilon for cell in cells if cell.epsilon})
+        for site in experiment.sites:
+            means = [float(np.nanmean([c.scores[site] for c in cells if c.epsilon == e])) for e in epsilons]
+            axes.plot(epsilons, means, "o-", label=site, linewidth=1.5)
+        axes.set_xscale("log")
+        axes.set_xticks(epsilons, [f"{e:g}" for e in epsilons])
+        axes.set_xlabel("epsilon")
+        axes.set_ylabel(experiment.metric)
+        axes.legend(frameon=False)
+
+    return _svg(draw, 6.4, 3.4)
+
+
+def _svg(draw: Callable[[Figure], Any], width: float, height: float) -> str:
+    """The figure as SVG markup for a page, ``width`` by ``height`` in inches, without date and doctype."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        out = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})  # type: ignore[no-untyped-call]
+    markup = out.getvalue()
+    return re.sub(r"<metadata>.*?</metadata>", "", markup[markup.index("<svg") :], flags=re.DOTALL)

@@ -1,0 +1,135 @@
+"""What an experiment found: scores by method, site and seed, with what they cost; saved and read cell by cell."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medfl.shared.files import write_whole
+from medfl.simulations.comparison import Interval, Paired, Scores, interval, paired
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COLUMNS = ("method", "site", "seed", "score")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's score at one site for one seed."""
+
+    method: str
+    site: str
+    seed: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method run once: its score at every site, its learning curve, its cost."""
+
+    method: str
+    seed: int
+    scores: Mapping[str, float]  # by site; NaN where there is none
+    kind: str = "federated"  # federated, baseline or trivial
+    curve: Sequence[tuple[int, float]] = ()  # (round, headline score over all sites)
+    received_bytes: int = 0  # by the coordinator, in all rounds
+    seconds: float = 0.0
+    epsilon: float | None = None  # promised to each unit; None without privacy
+
+    def save(self, path: Path, digest: str) -> None:
+        """Write it with the digest of what made it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"digest": digest, **asdict(self)}, indent=1).encode(), mode=0o644)
+
+    @classmethod
+    def load(cls, path: Path, digest: str) -> Cell | None:
+        """The saved cell when it was made by the same settings; None otherwise, and for a damaged file."""
+        try:
+            content = json.loads(path.read_bytes())
+            if content.pop("digest") != digest:
+                return None
+            content["curve"] = [(number, score) for number, score in content["curve"]]
+            return cls(**content)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All scores of a simulation, and where its files lie."""
+
+    metric: str
+    cells: tuple[Cell, ...]
+    folder: Path
+    seconds: float
+    patients: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """Every score by itself."""
+        return tuple(
+            Row(cell.method, site, cell.seed, score) for cell in self.cells for site, score in cell.scores.items()
+        )
+
+    def mean(self, method: str, site: str) -> float:
+        """Mean score over seeds."""
+        return statistics.fmean(row.score for row in self.rows if row.method == method and row.site == site)
+
+    def interval(self, method: str, site: str | None = None) -> Interval:
+        """Mean and 95 % interval over seeds, at one site or of the mean over sites."""
+        by_seed: dict[int, list[float]] = {}
+        for row in self.rows:
+            if row.method == method and site in (None, row.site):
+                by_seed.setdefault(row.seed, []).append(row.score)
+        return interval([statistics.fmean(scores) for scores in by_seed.values()])
+
+    def compare(self, method: str, reference: str) -> Paired:
+        """``method`` against ``reference`` over the same sites and seeds."""
+        return paired(self._scores(method), self._scores(reference))
+
+    def _scores(self, method: str) -> Scores:
+        return {(row.site, row.seed): row.score for row in self.rows if row.method == method}
+
+    @property
+    def methods(self) -> list[str]:
+        """All methods, in order of appearance."""
+        return list(dict.fromkeys(cell.method for cell in self.cells))
+
+    def methods_of(self, kind: str) -> list[str]:
+        """Methods of one kind: federated, baseline or trivial."""
+        return list(dict.fromkeys(cell.method for cell in self.cells if cell.kind == kind))
+
+    @property
+    def sites(self) -> list[str]:
+        """All sites, in order of appearance."""
+        return list(dict.fromkeys(row.site for row in self.rows))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The rows as a table; needs pandas (``pip install medfl[report]``)."""
+        import pandas as pd
+
+        return pd.DataFrame([(r.method, r.site, r.seed, r.score) for r in self.rows], columns=list(_COLUMNS))
+
+    def save(self, *, study: str) -> None:
+        """Write ``results.csv`` and ``results.json``; ``study`` is the study's digest."""
+        with (self.folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(_COLUMNS)
+            writer.writerows((row.method, row.site, row.seed, f"{row.score:.6f}") for row in self.rows)
+        summary = {
+            "study": study,
+            "metric": self.metric,
+            "seeds": sorted({cell.seed for cell in self.cells}),
+            "patients": dict(self.patients),
+            "mean": {m: {s: self.mean(m, s) for s in self.sites} for m in self.methods},
+            "received_bytes": {m: max(c.received_bytes for c in self.cells if c.method == m) for m in self.methods},
+            "seconds": round(self.seconds, 1),
+        }
+        write_whole(self.folder / "results.json", json.dumps(summary, indent=2).encode(), mode=0o644)
