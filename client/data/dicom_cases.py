@@ -137,7 +137,8 @@ def oriented(
 ) -> Example:
     """Arrays on ``grid``, turned so that their axes run as the study says."""
     turn = [grid.with_array(array).to_patient_orientation(spec.preprocessing.orientation) for array in channels]
-    image = np.stack([np.asarray(volume.array, np.float32) for volume in turn])
+    arrays = [np.asarray(volume.array, np.float32) for volume in turn]
+    image = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
     if len(channels) != spec.channels:
         raise Quarantine(f"{len(channels)} channels, but the study has {spec.channels}")
     labels = None

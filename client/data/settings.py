@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -161,6 +162,13 @@ class DicomwebSettings(_Dicom):
     ca_file: LocalPath | None = None
     query: Query
     fetch: FetchSettings
+
+    @model_validator(mode="after")
+    def _no_password_in_the_clear(self) -> DicomwebSettings:
+        url = urlsplit(self.url)
+        if self.password is not None and url.scheme == "http" and url.hostname not in {"127.0.0.1", "localhost", "::1"}:
+            raise ValueError("url must begin with https, or the password would cross the network in the clear")
+        return self
 
 
 class DimseSettings(_Dicom):
