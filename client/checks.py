@@ -54,5 +54,7 @@ def _check_study(settings: SiteSettings, study: Study, console: Console) -> None
         data = load_data(settings, study, site_device(settings), loading)
     for line in data.report.lines():
         console.print(line, highlight=False)
-    settings.policy.permit(study, today=datetime.date.today())
+    settings.policy.permit(study, today=settings.policy.local(datetime.datetime.now(datetime.UTC)).date())
     console.print("the policy permits this study")
+    if settings.policy.hours:
+        console.print(f"it may run at these hours: {'; '.join(settings.policy.hours)}")

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import datetime
 from typing import Annotated, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, StrictBool
+from pydantic import AfterValidator, Field, StrictBool
 
+from medfl.client.hours import Window
 from medfl.shared.config import Settings
-from medfl.shared.errors import PolicyRefusal
+from medfl.shared.errors import OUTSIDE_HOURS, PolicyRefusal
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _window(text: str) -> str:
+    Window.parse(text)
+    return text
+
+
+def _zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError):
+        raise ValueError(f"this machine knows no time zone {name!r}: write one like Europe/Berlin") from None
+    return name
 
 
 class Policy(Settings):
@@ -29,6 +44,8 @@ class Policy(Settings):
     max_upload_mb_per_round: float = Field(default=1024.0, gt=0)
     release_site_metrics: StrictBool = False
     expires: datetime.date | None = None
+    hours: tuple[Annotated[str, AfterValidator(_window)], ...] = ()  # "mon-fri 19:00-06:00"; absent: at any time
+    time_zone: Annotated[str, AfterValidator(_zone)] | None = None  # of hours and expires; absent: the machine's
 
     def permit(self, study: Study, *, today: datetime.date) -> None:
         """Return when ``study`` may run here today.
@@ -74,6 +91,23 @@ class Policy(Settings):
             raise PolicyRefusal(
                 f"study {study.name} protects single images, and policy.unit demands whole patients",
                 reason="unit too weak",
+            )
+
+    def local(self, now: datetime.datetime) -> datetime.datetime:
+        """``now``, which has a time zone, on this site's clock."""
+        return now.astimezone(None if self.time_zone is None else ZoneInfo(self.time_zone))
+
+    def permit_hour(self, now: datetime.datetime) -> None:
+        """Return when this site works for federations at ``now``.
+
+        Raises:
+            PolicyRefusal: reason ``outside hours``; the coordinator asks again later.
+        """
+        local = self.local(now)
+        if self.hours and not any(Window.parse(text).opens(local) for text in self.hours):
+            raise PolicyRefusal(
+                f"it is {local:%A %H:%M}, outside policy.hours ({'; '.join(self.hours)}): nothing runs or leaves now",
+                reason=OUTSIDE_HOURS,
             )
 
     def permit_upload(self, size: int) -> None:

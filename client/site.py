@@ -72,7 +72,7 @@ class Site:
         records: Records,
         ledger: Path,
         participant: Participant | None = None,
-        today: Callable[[], datetime.date] = datetime.date.today,
+        now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.name = name
@@ -82,7 +82,7 @@ class Site:
         self._records = records
         self._ledger_path = ledger
         self._participant = participant
-        self._today = today
+        self._now = now
         self._progress = progress
         self._data: tuple[bytes, SiteData] | None = None
         self._open_ledger: Ledger | None = None
@@ -94,7 +94,7 @@ class Site:
             PolicyRefusal, ProtocolError, DataError: why not.
         """
         study = Study.from_canonical(offer.canonical, digest=offer.digest)
-        self._policy.permit(study, today=self._today())
+        self._permit(study)
         if study.secure_aggregation.mode != "none":
             self._require_participant()
         bench = self._workbench.open(study)
@@ -131,6 +131,7 @@ class Site:
             if kept is not None:
                 self._records.keep_personal(study.digest, kept, asked=asked)
             self._records.keep_answer(study.digest, asked, result)
+        self._permit_release(study)
         if study.secure_aggregation.mode != "none":
             return self._require_participant().hold_update(study, replace(request, weights=weights), result)
         return result if self._releases(study) else replace(result, tally={})
@@ -202,7 +203,12 @@ class Site:
         Raises:
             PolicyRefusal, ProtocolError, DataError, TrainingError: why not.
         """
-        return SecureReply(self._require_participant().secure.answer(request.phase, PhaseRequest(request.control)))
+
+        def permit(digest: bytes) -> None:
+            self._permit_release(self._approved(digest.hex()))
+
+        secure = self._require_participant().secure
+        return SecureReply(secure.answer(request.phase, PhaseRequest(request.control), permit=permit))
 
     def evaluate(self, request: ModelRequest) -> EvaluateReply | Ready:
         """Score the request's weights on the site's held-out patients; what leaves is for the policy to say.
@@ -220,6 +226,7 @@ class Site:
         started = time.monotonic()
         tally = evaluate(bench.network, self._split(study, Split.VALIDATION), study)
         self._note(study, request.round, "validation", tally, time.monotonic() - started)
+        self._permit(study)
         if study.secure_aggregation.mode != "none" and isinstance(study.privacy, NoPrivacy):
             return self._require_participant().hold_scores(study, request, tally)
         return EvaluateReply(tally if self._releases(study) else {})
@@ -240,8 +247,20 @@ class Site:
         study = self._records.study(digest)
         if study is None:
             raise ProtocolError("asked about a study that was never offered here", reason=UNKNOWN_STUDY)
-        self._policy.permit(study, today=self._today())
+        self._permit(study)
         return study
+
+    def _permit(self, study: Study) -> None:
+        """Everything the policy has to say on ``study`` at this hour. Raises PolicyRefusal."""
+        now = self._now()
+        self._policy.permit(study, today=self._policy.local(now).date())
+        self._policy.permit_hour(now)
+
+    def _permit_release(self, study: Study) -> None:
+        """The policy once more, now that the update is about to leave: hours pass, and rules change. PolicyRefusal."""
+        self._permit(study)
+        if isinstance(study.privacy, DpSgd):
+            self._ledger().permit_release(study.digest)
 
     def _open(self, request: ModelRequest) -> tuple[Study, Bench]:
         study = self._approved(request.study)

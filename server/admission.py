@@ -61,7 +61,7 @@ class Admission:
         return len(self._offered)
 
     def forget(self, node: int) -> None:
-        """Offer again to ``node``: it said that it does not know the study."""
+        """Offer again to ``node``: it does not know the study any more, or does not work at this hour."""
         self._accepted.discard(node)
 
     def _offer(self, nodes: list[int], now: float) -> None:

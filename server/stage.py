@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from medfl.server.exchange import exchange
 from medfl.server.reporter import Reporter
-from medfl.shared.errors import ProtocolError
+from medfl.shared.errors import OUTSIDE_HOURS, ProtocolError
 from medfl.shared.messages import UNKNOWN_STUDY, Failure, outcome
 
 log = logging.getLogger("medfl.server")
@@ -29,7 +29,7 @@ class Stages:
     reporter: Reporter
     stop: Event
     deadline_s: float
-    forget: Callable[[int], None]  # called with the node that does not know the study
+    forget: Callable[[int], None]  # called with the node to be offered the study again
 
     def run(
         self,
@@ -72,6 +72,6 @@ class Stages:
         except ProtocolError as error:
             log.warning("a reply was thrown away: %s", error)
             return MALFORMED
-        if failure.reason == UNKNOWN_STUDY:
+        if failure.reason in (UNKNOWN_STUDY, OUTSIDE_HOURS):
             self.forget(node)
         return f"{failure.code.value}: {failure.reason}" if failure.reason else failure.code.value

@@ -17,6 +17,10 @@ class Code(StrEnum):
     TRAINING = "training"
 
 
+OUTSIDE_HOURS = "outside hours"
+"""Reason of a refusal that passes by itself: the coordinator offers its study again later."""
+
+
 class MedFLError(Exception):
     """Base of all deliberate errors. ``str(error)`` is one line for the person at this machine.
 

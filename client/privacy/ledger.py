@@ -189,6 +189,25 @@ class Ledger:
                 )
         self._chain.append({"kind": "release", "study": study, "training": training, "digest": digest, "bytes": size})
 
+    def permit_release(self, study: str) -> None:
+        """Check once more, before an update of ``study`` leaves, that what was spent is below today's ceilings.
+
+        Raises:
+            PolicyRefusal: reason ``budget``: a ceiling was lowered since the training was charged.
+        """
+        plan = self.plan(study)
+        spent = self._spent_with(study, plan)
+        limit = (
+            self._ceilings.epsilon_per_study if plan is None else min(plan.epsilon, self._ceilings.epsilon_per_study)
+        )
+        if spent.study > limit or spent.total > self._ceilings.epsilon_total:
+            raise PolicyRefusal(
+                f"epsilon {spent.study:.3f} is spent on this study and {spent.total:.3f} at this site, above "
+                f"policy.max_epsilon_per_study {self._ceilings.epsilon_per_study:g} or policy.max_epsilon_total "
+                f"{self._ceilings.epsilon_total:g}: the update stays here",
+                reason="budget",
+            )
+
     def spent(self, study: str) -> Spent:
         """Epsilon spent so far; 0 of a study that has not trained."""
         return self._spent_with(study, self.plan(study))

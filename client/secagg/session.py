@@ -7,6 +7,7 @@ repeat their bytes for the same survivors, so that a lost reply or a restarted c
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from threading import Lock
 
 from medfl.client.secagg.advertise_keys import Advertised, advertise_keys
@@ -55,8 +56,13 @@ class SecureSite:
             self._held = {key: held for key, held in self._held.items() if key[0] != study}
             self._journal.forget(study)
 
-    def answer(self, phase: Phase, request: PhaseRequest) -> PhaseReply:
+    def answer(
+        self, phase: Phase, request: PhaseRequest, *, permit: Callable[[bytes], None] = lambda study: None
+    ) -> PhaseReply:
         """Answer one request of the coordinator.
+
+        ``permit`` is called with the study's digest before its numbers leave under their masks, and may raise. The
+        phases after that only help to open the sum, and are answered whatever it would say by then.
 
         Raises:
             PolicyRefusal, ProtocolError, TrainingError, DataError: why not; the coordinator may know ``reason``.
@@ -68,7 +74,7 @@ class SecureSite:
                 case Phase.SHARE_KEYS:
                     return self._share_keys(KeyList.parse(request.control))
                 case Phase.MASKED_INPUT:
-                    return self._masked_input(ShareDelivery.parse(request.control))
+                    return self._masked_input(ShareDelivery.parse(request.control), permit)
                 case Phase.CONFIRM_SURVIVORS:
                     return self._confirm_survivors(SurvivorList.parse(request.control))
                 case Phase.UNMASK:
@@ -97,10 +103,11 @@ class SecureSite:
         self._open[key] = (request.context, after)
         return PhaseReply(message.to_bytes())
 
-    def _masked_input(self, request: ShareDelivery) -> PhaseReply:
+    def _masked_input(self, request: ShareDelivery, permit: Callable[[bytes], None]) -> PhaseReply:
         key, state = self._state(request.context)
         if not isinstance(state, Shared):
             raise _out_of_order()
+        permit(key[0])
         masked, reply = masked_input(state, request, self._enrolment, threads=self._threads)
         after = OpenRound(masked)
         self._open[key] = (request.context, after)  # before the disk: no second masking under the same keys

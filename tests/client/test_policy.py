@@ -108,3 +108,35 @@ def test_an_upload_may_be_as_large_as_the_ceiling_and_no_larger() -> None:
 def test_a_policy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Policy(**wrong)
+
+
+def utc(text: str) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(text + "+00:00")
+
+
+def test_hours_are_those_of_the_sites_own_clock_summer_and_winter() -> None:
+    # Berlin is two hours ahead of UTC in May, one in December; 3 May 2027 is a Monday, as is 6 December
+    policy = Policy(hours=("mon-fri 20:00-23:00",), time_zone="Europe/Berlin")
+    policy.permit_hour(utc("2027-05-03T18:00"))
+    policy.permit_hour(utc("2027-12-06T19:00"))
+    for closed in ("2027-05-03T17:59", "2027-05-03T21:00", "2027-12-06T18:59", "2027-05-02T18:30"):
+        with pytest.raises(PolicyRefusal) as caught:
+            policy.permit_hour(utc(closed))
+        assert caught.value.reason == "outside hours"
+    assert "policy.hours (mon-fri 20:00-23:00)" in str(caught.value)
+
+
+def test_any_of_several_windows_will_do_and_without_windows_every_hour_does() -> None:
+    policy = Policy(hours=("mon 20:00-23:00", "tue"), time_zone="UTC")
+    policy.permit_hour(utc("2027-05-04T09:00"))
+    Policy().permit_hour(utc("2027-05-04T09:00"))
+
+
+def test_a_day_ends_at_the_sites_midnight() -> None:
+    assert Policy(time_zone="Asia/Tokyo").local(utc("2027-05-03T20:00")).date() == datetime.date(2027, 5, 4)
+
+
+@pytest.mark.parametrize("wrong", [{"hours": ["at night"]}, {"time_zone": "Berlin"}, {"time_zone": "../etc/passwd"}])
+def test_hours_that_cannot_be_read_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Policy(**wrong)

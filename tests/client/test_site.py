@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sites import call, evaluate, make_site, offer, policy_for, start, train
+from sites import NOON, call, evaluate, make_site, offer, policy_for, start, train
 from tiny import classes_study, labels_study, masks_study, site_data
 
 from medfl.client.data.splits import Split
@@ -97,9 +97,9 @@ def test_an_approval_that_is_withdrawn_stops_training_and_scoring(study: Study, 
 
 
 def test_a_policy_that_expires_during_a_study_stops_it(study: Study, tmp_path: Path) -> None:
-    records, policy = MemoryRecords(), policy_for(study, expires=datetime.date(2027, 1, 1))
+    records, policy = MemoryRecords(), policy_for(study, expires=datetime.date(2027, 1, 1), time_zone="UTC")
     offer(make_site(study, tmp_path, records=records, policy=policy), study)
-    late = make_site(study, tmp_path, records=records, policy=policy, today=datetime.date(2027, 1, 2))
+    late = make_site(study, tmp_path, records=records, policy=policy, now=lambda: NOON + datetime.timedelta(days=1))
     for ask in (train, evaluate):
         failed(ask(late, study), Code.REFUSED, "expired")
 

@@ -26,7 +26,7 @@ from medfl.server.checkpoint import CheckpointFolder
 from medfl.server.reporter import RoundReport, Silent
 from medfl.server.rounds import Ending, Result, Rounds
 from medfl.shared.algorithms.travel import build_study_network, layouts
-from medfl.shared.errors import Code
+from medfl.shared.errors import OUTSIDE_HOURS, Code
 from medfl.shared.messages import UNKNOWN_STUDY, EvaluateReply, Failure, Kind, ModelRequest, TrainReply
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
@@ -285,13 +285,14 @@ def test_a_site_that_leaves_is_not_asked_any_more() -> None:
     assert set(heard.outcomes(2)) == {"a", "b"}
 
 
-def test_a_site_that_does_not_know_the_study_is_offered_it_again() -> None:
+@pytest.mark.parametrize(("code", "why"), [(Code.PROTOCOL, UNKNOWN_STUDY), (Code.REFUSED, OUTSIDE_HOURS)])
+def test_a_site_that_forgot_the_study_or_does_not_work_at_this_hour_is_offered_it_again(code: Code, why: str) -> None:
     study = classes_study(rounds={"count": 2})
-    forgetful = Broken(failing(Code.PROTOCOL, UNKNOWN_STUDY, times=1))
+    forgetful = Broken(failing(code, why, times=1))
     grid = ScriptedGrid({"a": ScriptedSite(1.0), "b": ScriptedSite(1.0), "c": forgetful})
     heard = Heard()
     run(study, grid, heard=heard)
-    assert heard.outcomes(1)["c"] == f"protocol: {UNKNOWN_STUDY}"
+    assert heard.outcomes(1)["c"] == f"{code.value}: {why}"
     assert heard.outcomes(2)["c"] == "trained"
     of_c = [kind for name, kind in grid.asked if name == "c"]
     assert of_c.count(Kind.OFFER.value) == 2

@@ -28,6 +28,8 @@ from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 
 CPU = torch.device("cpu")
+NOON = datetime.datetime(2027, 1, 1, 12, tzinfo=datetime.UTC)
+"""A Friday."""
 
 
 def policy_for(study: Study, **changes: Any) -> Policy:
@@ -45,7 +47,7 @@ def make_site(
     policy: Policy | None = None,
     data: SiteData | Callable[[Study], SiteData] | None = None,
     records: Records | None = None,
-    today: datetime.date = datetime.date(2027, 1, 1),
+    now: Callable[[], datetime.datetime] = lambda: NOON,
 ) -> Site:
     """A site with made-up pictures that permits ``study``."""
     here = site_data(study) if data is None else data
@@ -57,7 +59,7 @@ def make_site(
         workbench=Workbench(CPU),
         records=records or MemoryRecords(),
         ledger=folder / name / "ledger.jsonl",
-        today=lambda: today,
+        now=now,
     )
 
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from secagg_world import Consortium, Stage
+from secagg_world import STUDY, Consortium, Stage
 
 from medfl.client.secagg.enrolment import Rules
 from medfl.shared.errors import PolicyRefusal, ProtocolError, TrainingError
-from medfl.shared.secagg.exchange import Phase
-from medfl.shared.secagg.messages import KeyList, SealedShares, ShareDelivery
+from medfl.shared.secagg.exchange import Phase, PhaseRequest
+from medfl.shared.secagg.messages import KeyList, SealedShares, ShareDelivery, SurvivorList
 from medfl.shared.secagg.reasons import Reason
 
 MASK = Phase.MASKED_INPUT
@@ -100,3 +100,22 @@ def test_every_masking_looks_different() -> None:
     world = Consortium(3, length=1000)
     first, second = Stage(world, Phase.MASKED_INPUT), Stage(world, Phase.MASKED_INPUT, attempt=1)
     assert not (first.masked[1].vector == second.masked[1].vector).any()
+
+
+def test_the_site_is_asked_for_permission_just_before_its_masked_numbers_leave_and_not_after() -> None:
+    world = Consortium(3)
+    stage = Stage(world, Phase.SHARE_KEYS)
+    asked: list[bytes] = []
+
+    def deny(study: bytes) -> None:
+        asked.append(study)
+        raise PolicyRefusal("not at this hour", reason="outside hours")
+
+    request = PhaseRequest(stage.deliveries[1].to_bytes())
+    with pytest.raises(PolicyRefusal, match="not at this hour"):
+        world.sites[1].answer(MASK, request, permit=deny)
+    assert asked == [STUDY]
+    world.sites[1].answer(MASK, request, permit=asked.append)  # the refusal has changed nothing
+    confirm = PhaseRequest(SurvivorList(stage.context, (1, 2, 3)).to_bytes())
+    world.sites[1].answer(Phase.CONFIRM_SURVIVORS, confirm, permit=deny)
+    assert asked == [STUDY, STUDY]
