@@ -1,0 +1,61 @@
+"""Sites that fail or cheat, as the coordinator sees them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import classes_study, labels_study, site_data
+
+from medfl.client.data.splits import Split
+from medfl.shared.errors import DataError
+from medfl.simulations.config import Attacker, Failures
+from medfl.simulations.federation import Federation, federate
+from medfl.simulations.misbehaviour import changed_update, with_flipped_labels
+
+STEP = np.array([1.0, -2.0], np.float32)
+
+
+def test_a_flipped_update_points_the_other_way() -> None:
+    assert changed_update(STEP, Attacker(kind="sign-flip", scale=3.0), "x").tolist() == [-3.0, 6.0]
+
+
+def test_noise_is_as_large_as_the_update_times_its_scale_and_differs_by_round() -> None:
+    step = np.linspace(-1, 1, 10_000, dtype=np.float32)
+    first, second = (changed_update(step, Attacker(kind="noise", scale=2.0), s) - step for s in ("1", "2"))
+    assert first.std() == pytest.approx(2 * step.std(), rel=0.03)
+    assert not np.array_equal(first, second)
+
+
+def test_flipped_labels_are_the_training_parts_only() -> None:
+    data = site_data(classes_study())
+    flipped = with_flipped_labels(data, 2)
+    assert torch.equal(flipped.splits[Split.TRAIN].labels, 1 - data.splits[Split.TRAIN].labels)
+    assert torch.equal(flipped.splits[Split.VALIDATION].labels, data.splits[Split.VALIDATION].labels)
+    with pytest.raises(DataError, match="one class"):
+        with_flipped_labels(site_data(labels_study()), 2)
+
+
+def run(failures: Failures, rounds: int = 20) -> Federation:
+    study = classes_study(rounds={"count": rounds, "minimum_sites": 1, "evaluate_every": rounds})
+    sites = {name: site_data(study, seed=n) for n, name in enumerate("abcd")}
+    return federate(study, sites, failures=failures)
+
+
+def test_sites_fail_about_as_often_as_asked_and_the_same_every_time() -> None:
+    first, again = (run(Failures(drop_out=0.3)) for _ in range(2))
+    failed = sum(why == "unavailable" for r in first.rounds for why in r.outcomes.values())
+    assert 80 * 0.3 - 3 * 4.1 < failed < 80 * 0.3 + 3 * 4.1  # binomial: standard deviation sqrt(80 * 0.3 * 0.7)
+    assert [r.outcomes for r in first.rounds] == [r.outcomes for r in again.rounds]
+    assert np.array_equal(first.result.weights, again.result.weights)
+
+
+def test_a_late_site_has_trained_and_one_that_dropped_out_has_not() -> None:
+    def trained(federation: Federation) -> int:
+        return sum(row["set"] == "train" for rows in federation.site_rows.values() for row in rows)
+
+    for failures, worked in ((Failures(late=0.3), 80), (Failures(drop_out=0.3), None)):
+        federation = run(failures)
+        arrived = sum(why == "trained" for r in federation.rounds for why in r.outcomes.values())
+        assert arrived < 80
+        assert trained(federation) == (worked or arrived)
