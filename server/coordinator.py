@@ -22,7 +22,7 @@ from medfl.server.link import Link, LinkSettings
 from medfl.server.reporter import MetricsFile, Reporter, Several
 from medfl.server.rounds import Ending, Result, Rounds
 from medfl.server.secagg.store import FolderStore
-from medfl.server.secure import SecureParts
+from medfl.server.weight_sum import SecureParts
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.files import write_whole

@@ -23,8 +23,9 @@ from medfl.server.cohort import CohortGrid
 from medfl.server.collector import TRAINED, Collected, Collector, Evaluated
 from medfl.server.heads import Heads
 from medfl.server.reporter import Reporter, RoundReport
-from medfl.server.secure import SecureCollector, SecureParts
+from medfl.server.secure import SecureCollector
 from medfl.server.stage import Stages
+from medfl.server.weight_sum import SecureParts
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.messages import TENSOR, pack, request_config

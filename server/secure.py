@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 
 from flwr.app import Message
 
@@ -15,19 +11,14 @@ from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_
 from medfl.server.secagg.finish import finish
 from medfl.server.secagg.outcome import SecureSum, SumPlan, SumVoid
 from medfl.server.secagg.round import SecureRound
-from medfl.server.secagg.store import Store
+from medfl.server.secure_exchange import GridExchange
 from medfl.server.stage import Stages
+from medfl.server.weight_sum import SecureParts, WeightSum, is_ready
 from medfl.shared.algorithms.needs import Beside, demands_of
-from medfl.shared.errors import ConfigError, ProtocolError
-from medfl.shared.files import write_whole
 from medfl.shared.messages import (
     EvaluateReply,
-    Failure,
     Kind,
     Ready,
-    SecureReply,
-    SecureRequest,
-    WeightRequest,
     outcome,
     request_config,
 )
@@ -36,25 +27,11 @@ from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.secagg.announcement import Purpose
 from medfl.shared.secagg.clipping import clip_by_class, merge, widened
 from medfl.shared.secagg.encoding import Encoding, Segment
-from medfl.shared.secagg.exchange import Phase, PhaseReply, PhaseRequest, SiteRefusal
 from medfl.shared.secagg.rings import Ring
-from medfl.shared.secagg.roster import Roster
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout, weights_digest
 
 log = logging.getLogger("medfl.server")
-
-NO_MODEL = bytes(32)
-_UPLOADS = 4  # masked vectors on their way at a time
-
-
-@dataclass(frozen=True)
-class SecureParts:
-    """What secure aggregation needs beside the study."""
-
-    roster: Roster
-    store: Store
-    memory: Path | None  # file for the sum of all weights; None keeps it in this process
 
 
 class SecureCollector:
@@ -63,6 +40,7 @@ class SecureCollector:
     def __init__(self, study: Study, stages: Stages, layout: Layout, parts: SecureParts) -> None:
         self._study = study
         self._stages = stages
+        self._layout = layout
         self._parts = parts
         self._ids = {member.name: member.id for member in parts.roster.members}
         settings = study.secure_aggregation
@@ -70,7 +48,7 @@ class SecureCollector:
         self._demands = demands_of(study.strategy)
         self._segments = _segments(layout, study)
         self._private = not isinstance(study.privacy, NoPrivacy)
-        self._reference: tuple[int, frozenset[str]] = (0, frozenset())  # sum of all weights, and whose
+        self._weights = WeightSum(study, stages, parts)
 
     def train(
         self, number: int, weights: Flat, cohort: Mapping[int, str], configure: Configure, *, quorum: int
@@ -78,21 +56,22 @@ class SecureCollector:
         """Let the cohort train, then sum what those that are ready hold."""
         collected = Collected()
         try:
-            encoding = self._train_encoding(number, cohort)
+            reference, counted = self._sum_of_weights(number, cohort)
         except SumVoid as void:
             log.warning("the sum of the sites' weights did not come about: %s", void)
             collected.outcomes = self._words(void, cohort)
             return collected
-        messages = configure(request_config(self._study.digest, number, encoding=encoding.to_bytes()))
-        self._stages.run(number, "training", messages, cohort, collected.outcomes, take=_ready)
+        encoding = self._train_encoding(reference)
+        config = request_config(self._study.digest, number, encoding=encoding.to_bytes())
+        messages = [message for message in configure(config) if message.metadata.dst_node_id in counted]
+        self._stages.run(number, "training", messages, cohort, collected.outcomes, take=is_ready)
         ready = {node: site for node, site in cohort.items() if collected.outcomes.get(site) == TRAINED}
         if len(ready) < max(quorum, self._parts.roster.minimum_cohort):
             collected.outcomes |= dict.fromkeys(ready.values(), "held back: too few sites")
             return collected
-        plan = self._plan(Purpose.TRAIN, encoding, weights, ready)
+        self._stages.reporter.stage(number, "secure sum", [], list(ready.values()))
         try:
-            self._stages.reporter.stage(number, "secure sum", [], list(ready.values()))
-            total = SecureRound(plan, roster=self._parts.roster, store=self._parts.store).run(self._exchange(ready))
+            total = self._sum(self._plan(Purpose.TRAIN, encoding, weights, ready), ready)
         except SumVoid as void:
             log.warning("round %d: %s", number, void)
             collected.outcomes |= self._words(void, ready)
@@ -126,6 +105,21 @@ class SecureCollector:
             log.warning("scores of round %d were not summed: %s", number, void)
             return Evaluated({}, by_site)
         return Evaluated(dict(total.scalars), by_site)
+
+    def _sum(self, plan: SumPlan, ready: Mapping[int, str]) -> SecureSum:
+        """The sum of ``plan``; where it fails after its survivors were fixed, once more the very same sum.
+
+        Only that one may still be had: sites that trained anew would be asked for a second sum of the same model.
+        """
+        exchange = self._exchange(ready)
+        try:
+            return SecureRound(plan, roster=self._parts.roster, store=self._parts.store).run(exchange)
+        except SumVoid as void:
+            pending = self._parts.store.pending(plan.study)
+            if not void.confirmed or void.culprits or pending is None:
+                raise
+            log.warning("%s: the same sum is asked for again", void)
+        return finish(pending, roster=self._parts.roster, exchange=exchange)
 
     def unfinished(self, weights: Flat, cohort: Mapping[int, str]) -> Collected | None:
         """Finish the sum that was about to be unmasked when the coordinator was killed."""
@@ -162,51 +156,25 @@ class SecureCollector:
         collected.tally = dict(total.scalars)
         collected.received_bytes = len(survivors) * total.mean.size * int(self._ring) // 8
         values = len(total.survivors) * total.mean.size
+        if self._ring is Ring.BITS_16 and self._layout.length == total.mean.size:
+            self._segments = clip_by_tensor(self._layout, total.mean)  # narrow rings need each tensor's own clip
+            return
         wider = widened(self._segments, clipped=total.clipped, contributed=values)
         if wider != self._segments:
             log.warning("%.2g %% of the values were clipped: the clip is doubled", 100 * total.clipped / values)
             self._segments = wider
 
-    def _train_encoding(self, number: int, cohort: Mapping[int, str]) -> Encoding:
-        """With the sum of all weights as its reference, summed anew when a site is in the cohort that is not in it."""
+    def _train_encoding(self, reference: int) -> Encoding:
         rounding = self._ring is Ring.BITS_16
-        if self._private:  # every site weighs 1: an exact number of patients would be a release of its own
-            return Encoding(self._ring, self._segments, len(self._parts.roster.members), (), stochastic=rounding)
-        reference, sites = self._known_reference()
-        if reference == 0 or not set(cohort.values()) <= sites:
-            encoding = Encoding(Ring.BITS_32, (), 0, ())
-            request = WeightRequest(self._study.digest, encoding.to_bytes()).record()
-            deadline = self._study.secure_aggregation.phase_deadline_s
-            messages = [
-                Message(request, dst_node_id=node, message_type=Kind.WEIGHT.value, ttl=deadline) for node in cohort
-            ]
-            outcomes: dict[str, str] = {}
-            self._stages.run(number, "weights", messages, cohort, outcomes, take=_ready)
-            ready = {node: site for node, site in cohort.items() if outcomes.get(site) == TRAINED}
-            plan = SumPlan(bytes.fromhex(self._study.digest), Purpose.SETUP, self._site_ids(ready), encoding, NO_MODEL)
-            try:
-                total = SecureRound(plan, roster=self._parts.roster, store=self._parts.store).run(self._exchange(ready))
-            except ConfigError as error:
-                raise SumVoid(str(error), confirmed=False) from None
-            reference = round(total.weight)
-            self._keep_reference(reference, {self._parts.roster.name(site) for site in total.survivors})
+        if self._private:  # nothing goes with a private update
+            return Encoding(self._ring, self._segments, reference, (), stochastic=rounding)
         return Encoding(self._ring, self._segments, reference, (LOSS, EXAMPLES), stochastic=rounding)
 
-    def _known_reference(self) -> tuple[int, frozenset[str]]:
-        if self._reference[0] == 0 and self._parts.memory is not None:
-            try:
-                content = json.loads(self._parts.memory.read_bytes())
-                if content["roster"] == self._parts.roster.digest.hex():
-                    self._reference = int(content["weight"]), frozenset(content["sites"])
-            except (OSError, ValueError, KeyError, TypeError):
-                pass  # summed again
-        return self._reference
-
-    def _keep_reference(self, weight: int, sites: set[str]) -> None:
-        self._reference = weight, frozenset(sites)
-        if self._parts.memory is not None:
-            content = {"weight": weight, "sites": sorted(sites), "roster": self._parts.roster.digest.hex()}
-            write_whole(self._parts.memory, json.dumps(content).encode())
+    def _sum_of_weights(self, number: int, cohort: Mapping[int, str]) -> tuple[int, Mapping[int, str]]:
+        """The reference of the encoding, and the sites that it counts."""
+        if self._private:  # every site weighs 1: an exact number of patients would be a release of its own
+            return len(self._parts.roster.members), cohort
+        return self._weights.of(number, cohort)
 
     def _plan(self, purpose: Purpose, encoding: Encoding, weights: Flat, cohort: Mapping[int, str]) -> SumPlan:
         model = bytes.fromhex(weights_digest(weights))
@@ -237,60 +205,3 @@ def _segments(layout: Layout, study: Study) -> tuple[Segment, ...]:
             return merge([*model, Segment(1, settings.statistics_clip)])
         case Beside.A_MODEL:
             return merge([*model, *model])
-
-
-class GridExchange:
-    """Carries the phases of a secure sum over a Flower grid: a request is asked of a node, its reply authenticated by
-    the node's key. Masked vectors are let in a few at a time, so that few lie in the object store at once.
-    """
-
-    def __init__(self, stages: Stages, nodes: Mapping[int, int], *, deadline_s: float) -> None:
-        self._stages = stages
-        self._nodes = nodes  # site id -> node id
-        self._deadline_s = deadline_s
-
-    def __call__(
-        self, phase: Phase, requests: Mapping[int, PhaseRequest], /
-    ) -> Iterator[tuple[int, PhaseReply | SiteRefusal]]:
-        """Send ``requests`` (by site id) and yield the answers until the deadline; see the protocol's Exchange."""
-        waiting = [site for site in requests if site in self._nodes]
-        at_once = _UPLOADS if phase is Phase.MASKED_INPUT else len(waiting)
-        asked: dict[str, tuple[int, float]] = {}  # message id -> site, when it is given up
-        grid, stop = self._stages.grid, self._stages.stop
-        while (waiting or asked) and not stop.is_set():
-            while waiting and len(asked) < at_once:
-                site = waiting.pop(0)
-                message = Message(
-                    SecureRequest(phase, requests[site].control).record(),
-                    dst_node_id=self._nodes[site],
-                    message_type=Kind.PHASE.value,
-                    ttl=self._deadline_s,
-                )
-                (identity,) = grid.push_messages([message])
-                asked[identity] = (site, time.monotonic() + self._deadline_s)
-            replies = list(grid.pull_messages(set(asked)))
-            for reply in replies:
-                known = asked.pop(reply.metadata.reply_to_message_id, None)
-                if known is not None and reply.metadata.src_node_id == self._nodes[known[0]]:
-                    yield known[0], _read(reply)
-            now = time.monotonic()
-            asked = {identity: (site, ends) for identity, (site, ends) in asked.items() if now < ends}
-            if asked and not replies:
-                stop.wait(0.02)
-
-
-def _read(reply: Message) -> PhaseReply | SiteRefusal:
-    if reply.has_error():
-        return SiteRefusal.of(ProtocolError("", reason="unavailable"))
-    try:
-        if outcome(reply.content) == "failed":
-            failure = Failure.parse(reply.content)
-            return SiteRefusal(failure.code, failure.reason)
-        return SecureReply.parse(reply.content).reply
-    except ProtocolError:
-        return SiteRefusal.of(ProtocolError("", reason="malformed reply"))
-
-
-def _ready(site: str, reply: Message) -> str:
-    Ready.parse(reply.content)
-    return TRAINED

@@ -33,7 +33,7 @@ from medfl.server.checkpoint import CheckpointFolder
 from medfl.server.reporter import Reporter, RoundReport, Several, Silent
 from medfl.server.rounds import Result, Rounds
 from medfl.server.secagg.store import MemoryStore
-from medfl.server.secure import SecureParts
+from medfl.server.weight_sum import SecureParts
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.secagg.roster import Member, make_roster

@@ -6,12 +6,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+from waiting import wait_for
 
 from medfl.shared.config import parse_settings
 from medfl.shared.study import Study
@@ -141,13 +141,6 @@ def with_the_same_images(root: Path, hospitals: Places) -> Places:
 def check(module: str, option: str, file: Path, *more: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, option, str(file), "--check", *map(str, more)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-def wait_for(condition: object, seconds: float = 90.0) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < ends, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def assert_nothing_of_a_patient_was_written(places: Places) -> None:
