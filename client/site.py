@@ -21,6 +21,7 @@ from medfl.client.privacy.chain import Head
 from medfl.client.privacy.ledger import Ceilings, Ledger
 from medfl.client.privacy.refusals import require_private_network
 from medfl.client.records import Records
+from medfl.client.releases import told
 from medfl.client.training.charged import PrivateRound, fix_plan, train_charged
 from medfl.client.training.evaluate import evaluate
 from medfl.client.training.local import Given, train_local
@@ -107,6 +108,7 @@ class Site:
             )
             fix_plan(self._ledger(), study, study.privacy, data)
         self._records.remember(study)
+        log.info("study %s accepted; what leaves: %s", study.name, told(study, self._policy))
         return OfferAccepted()
 
     def train(self, request: ModelRequest) -> TrainReply | Ready:
