@@ -11,6 +11,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 from rich.console import Console
 
 from medfl.client.config import SiteSettings
+from medfl.client.data.contact_sheet import write_contact_sheet
 from medfl.client.node import check as check_reach
 from medfl.client.runtime import build_participant, load_data, node_settings, site_device
 from medfl.shared.certificates import WARN_DAYS, SiteFiles, check_certificate, common_name, load_certificate
@@ -54,6 +55,9 @@ def _check_study(settings: SiteSettings, study: Study, console: Console) -> None
         data = load_data(settings, study, site_device(settings), loading)
     for line in data.report.lines():
         console.print(line, highlight=False)
+    sheet = settings.state / "contact-sheet.html"
+    write_contact_sheet(data, study.data, sheet)
+    console.print(f"look at the images and outlines in {sheet} (only this account can read it)", soft_wrap=True)
     settings.policy.permit(study, today=settings.policy.local(datetime.datetime.now(datetime.UTC)).date())
     console.print("the policy permits this study")
     if settings.policy.hours:

@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parse_keys(given[1:])
         return run("medfl-client", lambda: _keys(options))
     options = _parse(given)
+    if options.dry_run:
+        return run("medfl-client", lambda: _dry_run(options))
     if options.confirm_roster:
         return run("medfl-client", lambda: _confirm(options))
     return run("medfl-client", lambda: _check(options) if options.check else _node(options))
@@ -39,7 +41,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     made.add_argument("--site", type=Path, required=True, metavar="FILE", help="the site, as YAML (any file name)")
     made.add_argument("--check", action="store_true", help="validate configuration, certificates, data, reach; exit")
-    made.add_argument("--study", type=Path, metavar="FILE", help="with --check: also read the data as this study would")
+    made.add_argument("--study", type=Path, metavar="FILE", help="with --check or --dry-run: the study")
+    made.add_argument(
+        "--dry-run", action="store_true", help="with --study: train one step, print what would be sent, exit"
+    )
     made.add_argument("--confirm-roster", action="store_true", help="show the roster's keys, confirm them, exit")
     return made.parse_args(arguments)
 
@@ -84,6 +89,20 @@ def _confirm(options: argparse.Namespace) -> int:
             return 3
     confirmed_rosters(settings).confirm(roster)
     print("confirmed")
+    return 0
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from medfl.client.dry_run import dry_run
+    from medfl.shared.errors import ConfigError
+    from medfl.shared.logs import set_up_logs
+
+    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
+    if options.study is None:
+        raise ConfigError("--dry-run needs --study FILE: the study to try")
+    dry_run(_load(options.site), options.study, Console())
     return 0
 
 

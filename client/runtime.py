@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from medfl.client.config import SiteSettings
-from medfl.client.data.load import load_site_data
+from medfl.client.data.load import load_site_data, without_opted_out
 from medfl.client.data.secret import open_site_key
 from medfl.client.data.tensors import SiteData
 from medfl.client.fleet import FleetSettings
@@ -70,6 +70,7 @@ def build_site(settings: SiteSettings) -> Site:
         records=records,
         ledger=settings.state / "ledger.jsonl",
         participant=build_participant(settings),
+        current=lambda data: without_opted_out(data, settings.data, open_site_key(settings.state / "secret")),
     )
 
 

@@ -73,6 +73,7 @@ class Site:
         records: Records,
         ledger: Path,
         participant: Participant | None = None,
+        current: Callable[[SiteData], SiteData] = lambda data: data,
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class Site:
         self._records = records
         self._ledger_path = ledger
         self._participant = participant
+        self._current = current  # the data less what may no longer be used, asked before every use
         self._now = now
         self._progress = progress
         self._data: tuple[bytes, SiteData] | None = None
@@ -279,7 +281,7 @@ class Site:
         if self._data is None or self._data[0] != key:
             self._data = None  # free the old images first
             self._data = (key, self._load_data(study))
-        data = self._data[1].splits.get(split)
+        data = self._current(self._data[1]).splits.get(split)
         if data is None or len(data.labels) == 0:
             raise DataError(f"no {split.value} images for study {study.name}: run medfl-client with --check")
         return data

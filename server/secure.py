@@ -25,7 +25,7 @@ from medfl.shared.messages import (
 from medfl.shared.metrics import EXAMPLES, LOSS, tally_names
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.secagg.announcement import Purpose
-from medfl.shared.secagg.clipping import clip_by_class, merge, widened
+from medfl.shared.secagg.clipping import clip_by_class, clip_by_tensor, merge, widened
 from medfl.shared.secagg.encoding import Encoding, Segment
 from medfl.shared.secagg.rings import Ring
 from medfl.shared.study import Study
