@@ -1,0 +1,259 @@
+"""Published properties of the algorithms on small made-up data, through the whole path from study to model."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sites import make_site, offer, train
+from tiny import classes_study, report, site_data
+
+from medfl.client.data.splits import Split
+from medfl.client.data.tensors import SiteData, TensorSet
+from medfl.client.records import FolderRecords
+from medfl.shared.errors import ConfigError
+from medfl.shared.messages import TrainReply
+from medfl.shared.study import Study
+from medfl.shared.weights import Flat
+from medfl.simulations.config import Attacker
+from medfl.simulations.federation import Federation, federate
+
+ROUNDS = 40
+
+
+def skewed(label_share: float, count: int, *, seed: int, shift: float = 0.0) -> SiteData:
+    """Pictures whose brightness says the class, ``label_share`` of them of class 1, all brighter by ``shift``."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = (torch.arange(count) < label_share * count).long()
+    images = torch.randn((count, 1, 4, 4), generator=draw) * 0.6 + shift
+    images[:, 0, seed % 4] += 0.8 * (2 * labels[:, None] - 1)
+    part = TensorSet(images, labels, torch.arange(count))
+    splits = {Split.TRAIN: part, Split.VALIDATION: part, Split.TEST: part}
+    return SiteData(splits, report(splits))
+
+
+def study(strategy: dict[str, Any], **training: Any) -> Study:
+    """Full-batch SGD on a strongly convex loss: one optimum, which drift away from it shows."""
+    settings = {"batch_size": 512, "learning_rate": 0.3, "weight_decay": 0.05, "steps": 20} | training
+    if settings.get("epochs"):
+        settings["steps"] = None
+    return classes_study(
+        strategy=strategy,
+        training=settings,
+        rounds={"count": ROUNDS, "evaluate_every": ROUNDS},
+        data={"preprocessing": {"normalise": "none", "size": [4, 4]}},
+    )
+
+
+def opposed() -> dict[str, SiteData]:
+    """Two sites of opposite labels and different informative rows of pixels."""
+    return {"a": skewed(0.9, 40, seed=0), "b": skewed(0.1, 40, seed=1)}
+
+
+def pooled(sites: dict[str, SiteData]) -> SiteData:
+    parts = [site.splits[Split.TRAIN] for site in sites.values()]
+    images, labels = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
+    whole = TensorSet(images, labels, torch.arange(len(labels)))
+    splits = {Split.TRAIN: whole, Split.VALIDATION: whole, Split.TEST: whole}
+    return SiteData(splits, report(splits))
+
+
+@cache
+def optimum(which: str) -> tuple[float, ...]:
+    sites = opposed() if which == "opposed" else unequal()
+    one = study({"name": "fedavg"}, steps=50)
+    one = one.model_copy(update={"rounds": one.rounds.model_copy(update={"minimum_sites": 1})})
+    return tuple(federate(one, {"all": pooled(sites)}).result.weights.tolist())
+
+
+def distance(federation: Federation, which: str = "opposed") -> float:
+    return float(np.linalg.norm(federation.result.weights - np.array(optimum(which), np.float32)))
+
+
+@cache
+def fed_avg() -> Federation:
+    return federate(study({"name": "fedavg"}), opposed())
+
+
+def unequal() -> dict[str, SiteData]:
+    """Of unequal size, so that equal epochs are unequal numbers of steps."""
+    return {"small": skewed(0.9, 16, seed=0), "large": skewed(0.1, 128, seed=1)}
+
+
+def test_scaffold_reaches_the_common_optimum_where_fedavg_drifts() -> None:
+    fedavg = distance(fed_avg())
+    scaffold = distance(federate(study({"name": "scaffold"}), opposed()))
+    assert fedavg > 0.05
+    assert scaffold < 0.02 * fedavg
+
+
+def test_feddyn_reaches_the_common_optimum_where_fedavg_drifts() -> None:
+    fedavg = distance(fed_avg())
+    # Its local problems have to be solved, so that the sites' terms are their gradients: more steps.
+    feddyn = distance(federate(study({"name": "feddyn", "alpha": 0.3}, steps=40), opposed()))
+    assert feddyn < 0.1 * fedavg
+
+
+def test_fedprox_drifts_less_than_fedavg() -> None:
+    fedavg = distance(fed_avg())
+    assert distance(federate(study({"name": "fedprox", "mu": 0.5}), opposed())) < 0.8 * fedavg
+
+
+def test_fednova_does_not_let_the_site_with_more_steps_pull_the_model() -> None:
+    training = {"epochs": 2, "batch_size": 8, "learning_rate": 0.05}
+    fedavg = distance(federate(study({"name": "fedavg"}, **training), unequal()), "unequal")
+    fednova = distance(federate(study({"name": "fednova"}, **training), unequal()), "unequal")
+    assert fednova < 0.75 * fedavg
+
+
+def test_fednova_is_fedavg_where_all_take_the_same_steps() -> None:
+    other = federate(study({"name": "fednova"}), opposed()).result.weights
+    assert np.allclose(fed_avg().result.weights, other, atol=1e-5)
+
+
+def test_scaffold_with_one_site_is_plain_training() -> None:
+    def alone(name: str) -> Flat:
+        made = study({"name": name})
+        made = made.model_copy(update={"rounds": made.rounds.model_copy(update={"minimum_sites": 1})})
+        return federate(made, {"a": skewed(0.5, 40, seed=0)}).result.weights
+
+    assert np.allclose(alone("scaffold"), alone("fedavg"), atol=1e-4)
+
+
+def test_ditto_gives_each_site_a_model_of_its_own_that_is_better_there() -> None:
+    sites = {"a": skewed(0.5, 40, seed=0, shift=1.5), "b": skewed(0.5, 40, seed=1, shift=-1.5)}
+    both = {
+        name: federate(study(settings), sites)
+        for name, settings in {"fedavg": {"name": "fedavg"}, "ditto": {"name": "ditto", "pull": 0.01}}.items()
+    }
+    for site in sites:
+        assert both["ditto"].site_scores[site]["loss"] < both["fedavg"].site_scores[site]["loss"]
+    # the global model is FedAvg's, whatever the sites do at home
+    assert np.array_equal(both["ditto"].result.weights, both["fedavg"].result.weights)
+
+
+def test_moon_on_a_network_whose_representation_no_weight_changes_is_fedavg() -> None:
+    moon = federate(study({"name": "moon"}), opposed()).result.weights
+    # The representation of a network of one layer is the image itself, which no weight changes: exactly FedAvg.
+    assert np.allclose(fed_avg().result.weights, moon, atol=1e-6)
+
+
+def test_qfedavg_evens_out_the_losses_of_the_sites() -> None:
+    sites = {"few": skewed(0.9, 16, seed=0), "many": skewed(0.1, 128, seed=1)}
+
+    def gap(strategy: dict[str, Any]) -> float:
+        scores = federate(study(strategy), sites).site_scores
+        return abs(scores["few"]["loss"] - scores["many"]["loss"])
+
+    assert gap({"name": "qfedavg", "q": 2.0}) < 0.7 * gap({"name": "fedavg"})
+
+
+ROBUST = [
+    {"name": "median"},
+    {"name": "trimmed-mean", "trim": 0.3},
+    {"name": "geometric-median", "iterations": 30},
+    {"name": "krum", "malicious": 2, "keep": 3},
+    {"name": "bulyan", "malicious": 1},
+]
+
+
+@pytest.mark.parametrize("strategy", ROBUST, ids=lambda s: s["name"])
+def test_robust_rules_survive_sites_that_flip_their_updates_and_the_mean_does_not(strategy: dict[str, Any]) -> None:
+    sites = {f"s{n}": skewed(0.5, 40, seed=4 * n) for n in range(7)}
+    cheats = 1 if strategy["name"] == "bulyan" else 2
+    attackers = {f"s{n}": Attacker(kind="sign-flip", scale=10.0 / cheats) for n in range(cheats)}
+    changes = {"rounds": {"count": 15, "evaluate_every": 15, "minimum_sites": 7}}
+
+    def loss(settings: dict[str, Any], cheating: dict[str, Attacker]) -> float:
+        made = classes_study(
+            strategy=settings, training={"learning_rate": 0.3, "steps": 5, "weight_decay": 0.05}, **changes
+        )
+        return federate(made, sites, attackers=cheating).rounds[-1].scores["loss"]
+
+    honest = loss({"name": "fedavg"}, {})
+    assert loss(strategy, attackers) < honest + 0.1
+    assert loss({"name": "fedavg"}, attackers) > honest + 0.4
+
+
+@pytest.mark.parametrize("name", ["scaffold", "fednova", "feddyn", "ditto"])
+def test_vectors_beside_the_model_go_through_secure_sums_as_they_go_in_clear(name: str) -> None:
+    sites = {f"s{n}": skewed(0.2 + 0.2 * n, 20 + 4 * n, seed=n) for n in range(4)}
+    rounds = {"count": 3, "evaluate_every": 3, "minimum_sites": 4}
+    clear, masked = (
+        federate(
+            classes_study(
+                strategy={"name": name},
+                training={"epochs": 2, "steps": None, "batch_size": 8},
+                rounds=rounds,
+                secure_aggregation={"mode": mode, "clip": 8.0},
+            ),
+            sites,
+        ).result
+        for mode in ("none", "msa1")
+    )
+    assert clear.round == masked.round == 3
+    assert np.abs(clear.weights - masked.weights).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "ditto"])
+def test_what_a_site_keeps_survives_a_restart_and_is_not_counted_twice(name: str, tmp_path: Path) -> None:
+    made = study({"name": name})
+    data = skewed(0.3, 20, seed=0)
+    length = 2 * 16 + 2
+    beside = np.full(length, 0.01, np.float32) if name == "scaffold" else np.zeros(0, np.float32)
+    asked = [np.concatenate([np.full(length, 0.1 * n, np.float32), beside]) for n in (1, 2)]
+
+    def answer(site: Any, number: int) -> Flat:
+        return TrainReply.parse(train(site, made, asked[number - 1], number)).update
+
+    through = make_site(made, tmp_path / "through", data=data, records=FolderRecords(tmp_path / "one"))
+    offer(through, made)
+    expected = [answer(through, 1), answer(through, 2)]
+
+    first = make_site(made, tmp_path / "first", data=data, records=FolderRecords(tmp_path / "two"))
+    offer(first, made)
+    answer(first, 1)
+    (tmp_path / "two" / "studies" / made.digest / "answer.safetensors").unlink()  # killed before it was kept
+    again = make_site(made, tmp_path / "again", data=data, records=FolderRecords(tmp_path / "two"))
+    assert np.array_equal(answer(again, 1), expected[0])
+    later = make_site(made, tmp_path / "later", data=data, records=FolderRecords(tmp_path / "two"))
+    assert np.array_equal(answer(later, 2), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"strategy": {"name": "scaffold"}, "training": {"optimizer": "adam"}}, "training.optimizer sgd"),
+        ({"strategy": {"name": "scaffold"}, "training": {"momentum": 0.9}}, "without training.momentum"),
+        ({"strategy": {"name": "fednova"}, "training": {"optimizer": "adam"}}, "fedprox or feddyn"),
+        ({"strategy": {"name": "bulyan", "malicious": 1}}, "minimum_sites of at least 7, or strategy median"),
+        (
+            {
+                "strategy": {"name": "ditto"},
+                "privacy": {"mode": "dp-sgd", "epsilon": 8, "delta": 1e-5, "clip_norm": 1, "expected_batch": 4},
+            },
+            "private training does not do",
+        ),
+    ],
+)
+def test_a_study_that_its_algorithm_cannot_train_is_refused_with_the_way_out(
+    changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        classes_study(**changes)
+
+
+def test_layers_that_the_network_does_not_have_are_told_with_those_it_has() -> None:
+    made = classes_study(strategy={"name": "personal-layers", "layers": ["head"]})
+    with pytest.raises(ConfigError, match="has no head: its last layers are 1"):
+        federate(made, {"a": site_data(made), "b": site_data(made)})
+
+
+def test_personal_layers_that_leave_nothing_to_send_are_refused() -> None:
+    made = classes_study(strategy={"name": "personal-layers"})  # the last layer of a network of one layer
+    with pytest.raises(ConfigError, match="leaves nothing to send"):
+        federate(made, {"a": site_data(made), "b": site_data(made)})
