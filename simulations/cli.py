@@ -17,12 +17,18 @@ _EXAMPLES = """\
   medfl-sim --config configs/lungs.yaml         two hospitals' chest X-rays
   medfl-sim --config configs/vessels_strategies.yaml --sweep   compare algorithms, go on where it stopped
   medfl-sim --config my.yaml --check            look at the file and the data only
-  medfl-sim demo --output runs/demo             four hospitals as real processes"""
+  medfl-sim demo --output runs/demo             four hospitals as real processes
+  medfl-sim audit --help                        attack private training"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``medfl-sim``; returns the exit status."""
-    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["audit"]:
+        from medfl.simulations.audit_command import main as audit
+
+        return audit(given[1:])
+    options = _parse(given)
     return run("medfl-sim", lambda: _work(options))
 
 

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+from medfl.client.privacy import patient_gradient
+from medfl.client.privacy.randomness import noisy
+from medfl.shared.errors import ConfigError
+from medfl.shared.privacy.accounting import SampledGaussian, epsilon
+from medfl.simulations import audit_command
+from medfl.simulations.audit_command import Report, Rule, Sizes, as_json, audit, main, plan_of, show
+from medfl.simulations.cli import main as simulate
+
+SMALL = Sizes(runs=100, canaries=500, pictures=100, models=6)
+NOISE, RATE, STEPS = 1.5, 0.1, 20
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return audit(plan_of(noise_multiplier=NOISE, sampling_rate=RATE, steps=STEPS, delta=1e-5), sizes=SMALL)
+
+
+def test_the_products_step_is_as_promised_and_every_attack_works_without_protection(report: Report) -> None:
+    assert [line for line in report.lines if not line.passed] == []
+    assert report.passed
+    assert sum(line.case == "no protection" for line in report.lines) == 5
+
+
+def test_the_claim_is_the_accountants_and_stands_beside_what_one_run_refutes(report: Report) -> None:
+    assert report.epsilon == epsilon([SampledGaussian(NOISE, RATE, STEPS)], 1e-5)
+    assert 0 <= report.refuted < report.epsilon
+
+
+def test_the_report_is_readable_by_people_and_by_machines(report: Report) -> None:
+    console = Console(record=True, width=120)
+    show(console, report)
+    text = console.export_text()
+    assert f"claimed for one patient: epsilon {report.epsilon:.2f} at delta 1e-05" in text
+    assert "every attack worked where nothing protects" in text
+    content = json.loads(as_json(report))
+    assert content["passed"] is True
+    assert content["claimed_epsilon"] == report.epsilon
+    assert {"test", "case", "rule", "limit", "measured", "passed"} == set(content["findings"][0])
+
+
+def test_a_broken_step_ends_with_status_1_and_says_which_tests_it_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        patient_gradient, "noisy", lambda total, scale, *rest, **more: noisy(total, scale / 2, *rest, **more)
+    )
+    monkeypatch.setattr(audit_command, "Sizes", lambda: SMALL)
+    assert simulate(["audit", "--json", "--steps", "20"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["passed"] is False
+    flagged = {finding["test"] for finding in content["findings"] if not finding["passed"]}
+    assert {"noise", "canary"} <= flagged
+
+
+def test_an_attack_that_fails_without_protection_is_not_as_promised(report: Report) -> None:
+    bare = [line for line in report.lines if line.case == "no protection"]
+    assert all(line.rule is Rule.AT_LEAST and line.measured >= line.limit for line in bare)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--noise-multiplier", "0"], ["--sampling-rate", "2"], ["--delta", "1"], ["--steps", "0"]]
+)
+def test_numbers_that_make_no_sense_are_a_configuration_error(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert "medfl-sim audit: " in capsys.readouterr().err
+
+
+def test_an_audit_that_would_take_hours_is_refused() -> None:
+    with pytest.raises(ConfigError, match="would take hours"):
+        plan_of(noise_multiplier=1, sampling_rate=0.1, steps=10**6, delta=1e-5)
