@@ -13,11 +13,11 @@ from typing import Protocol
 
 import torch
 
+from medfl.client.chain import Head
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.client.participant import Participant
 from medfl.client.policy import Policy
-from medfl.client.privacy.chain import Head
 from medfl.client.privacy.ledger import Ceilings, Ledger
 from medfl.client.privacy.refusals import require_private_network
 from medfl.client.records import Records

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from medfl.client.privacy.chain import Chain, Head, Row
+from medfl.client.chain import Chain, Head, Role, Row
 from medfl.shared.errors import PolicyRefusal
 from medfl.shared.files import write_whole
 from medfl.shared.privacy.accounting import SampledGaussian, check_delta, epsilon
@@ -20,6 +20,10 @@ from medfl.shared.privacy.plan import TrainingPlan
 from medfl.shared.privacy.settings import Unit
 
 MAX_ROUNDS_AHEAD = 10_000
+LEDGER = Role(
+    "ledger",
+    "Nothing is trained until the newest backup of this folder is restored; keep the damaged files, they are evidence",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class Ledger:
 
     Raises:
         PolicyRefusal: reasons ``ledger busy``, ``ledger damaged``, ``ledger unwritable`` (see
-            :class:`~medfl.client.privacy.chain.Chain`), ``ledger restored`` when rows that the coordinator has
+            :class:`~medfl.client.chain.Chain`), ``ledger restored`` when rows that the coordinator has
             countersigned are missing, and ``cohort`` when the file is another cohort's.
     """
 
@@ -83,7 +87,7 @@ class Ledger:
     ) -> None:
         self._ceilings, self._countersigned = ceilings, path.with_name(path.name + ".countersigned")
         self._path = path
-        self._chain = Chain(path, clock=clock)
+        self._chain = Chain(path, LEDGER, clock=clock)
         try:
             if not self._chain.rows and not self._countersigned.exists():
                 self._chain.append({"kind": "open", "cohort": cohort})

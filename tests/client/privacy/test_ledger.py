@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medfl.client.privacy.chain import GENESIS, Head
+from medfl.client.chain import GENESIS, Head
 from medfl.client.privacy.ledger import Ceilings, Charge, Ledger
 from medfl.shared.errors import ConfigError, PolicyRefusal
 from medfl.shared.privacy.accounting import SampledGaussian, epsilon

@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medfl.client.privacy import chain as chains
-from medfl.client.privacy.chain import GENESIS, Chain, Head
+from medfl.client import chain as chains
+from medfl.client.chain import GENESIS, Chain, Head, Role
 from medfl.shared.errors import PolicyRefusal
+
+LOG = Role("ledger", "Restore the newest backup")
 
 
 def written(path: Path, rows: int = 3) -> bytes:
-    chain = Chain(path)
+    chain = Chain(path, LOG)
     for number in range(rows):
         chain.append({"value": number})
     chain.close()
@@ -25,7 +27,7 @@ def written(path: Path, rows: int = 3) -> bytes:
 
 
 def values(path: Path) -> list[int]:
-    chain = Chain(path)
+    chain = Chain(path, LOG)
     chain.close()
     return [row["value"] for row in chain.rows]
 
@@ -95,7 +97,7 @@ def test_damage_is_refused_and_named(name: str, path: Path) -> None:
     path.write_bytes(b"".join(damage(written(path).splitlines(keepends=True))))
     damaged = path.read_bytes()
     with pytest.raises(PolicyRefusal, match=message) as refusal:
-        Chain(path)
+        Chain(path, LOG)
     assert refusal.value.reason == "ledger damaged"
     assert path.read_bytes() == damaged  # evidence is kept
 
@@ -106,7 +108,7 @@ def test_a_row_rewritten_with_a_fitting_hash_breaks_the_next_one(path: Path) -> 
     row["hash"] = chains._digest(row)
     path.write_bytes(b"".join([chains._line(row), *others]))
     with pytest.raises(PolicyRefusal, match="row 2 does not follow row 1"):
-        Chain(path)
+        Chain(path, LOG)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"not json"])
@@ -115,21 +117,21 @@ def test_a_missing_or_broken_announcement_is_refused(content: bytes | None, path
     announcement = path.with_name("ledger.jsonl.head")
     announcement.unlink() if content is None else announcement.write_bytes(content)
     with pytest.raises(PolicyRefusal, match=r"ledger.jsonl.head is (missing|not as it was)"):
-        Chain(path)
+        Chain(path, LOG)
 
 
 def test_a_second_process_is_kept_out_until_the_first_closes(path: Path) -> None:
-    first = Chain(path)
+    first = Chain(path, LOG)
     with pytest.raises(PolicyRefusal, match="another process") as refusal:
-        Chain(path)
+        Chain(path, LOG)
     assert refusal.value.reason == "ledger busy"
     first.close()
-    Chain(path).close()
+    Chain(path, LOG).close()
 
 
 def test_a_disk_that_fills_up_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(path)
-    chain = Chain(path)
+    chain = Chain(path, LOG)
     real_write = os.write
 
     def half_then_full(descriptor: int, data: bytes) -> int:
@@ -150,7 +152,7 @@ def test_a_disk_that_fills_up_loses_nothing(path: Path, monkeypatch: pytest.Monk
 
 def test_a_disk_that_is_full_from_the_start_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(path)
-    chain = Chain(path)
+    chain = Chain(path, LOG)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -165,7 +167,7 @@ def test_a_disk_that_is_full_from_the_start_loses_nothing(path: Path, monkeypatc
 
 def test_when_not_even_the_torn_row_can_be_removed_the_chain_stops(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(path)
-    chain = Chain(path)
+    chain = Chain(path, LOG)
 
     def broken(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
@@ -183,7 +185,7 @@ def test_when_not_even_the_torn_row_can_be_removed_the_chain_stops(path: Path, m
 def test_a_clock_that_jumps_back_is_written_down_and_time_does_not_run_backwards(path: Path) -> None:
     now = datetime(2026, 3, 1, 12, tzinfo=UTC)
     times = iter([now, now - timedelta(days=400), now + timedelta(hours=1)])
-    chain = Chain(path, clock=lambda: next(times))
+    chain = Chain(path, LOG, clock=lambda: next(times))
     first, second, third = (chain.append({"value": number}) for number in range(3))
     chain.close()
     assert second["time"] == first["time"]
@@ -193,7 +195,7 @@ def test_a_clock_that_jumps_back_is_written_down_and_time_does_not_run_backwards
 
 
 def test_an_older_head_is_held_and_a_foreign_or_newer_one_is_not(path: Path) -> None:
-    chain = Chain(path)
+    chain = Chain(path, LOG)
     heads = [chain.head]
     for number in range(2):
         chain.append({"value": number})
@@ -204,3 +206,57 @@ def test_an_older_head_is_held_and_a_foreign_or_newer_one_is_not(path: Path) -> 
     assert not chain.holds(Head(1, heads[2].digest))
     assert not chain.holds(Head(3, heads[2].digest))
     assert not chain.holds(Head(0, heads[2].digest))
+
+
+def test_an_inspection_finds_what_opening_refuses_and_gives_the_rows_before_it(path: Path) -> None:
+    content = written(path)
+    assert inspect(path).problem is None
+    assert [row["value"] for row in inspect(path).rows] == [0, 1, 2]
+    for damage, message in DAMAGES.values():
+        path.write_bytes(b"".join(damage(content.splitlines(keepends=True))))
+        found = inspect(path)
+        assert message in (found.problem or "")
+        assert [row["value"] for row in found.rows] == list(range(len(found.rows)))
+
+
+def test_an_inspection_needs_no_lock_and_counts_a_row_that_is_being_written_without_writing_it(path: Path) -> None:
+    content = written(path)
+    holder = Chain(path, LOG)
+    assert inspect(path).head == holder.head
+    path.write_bytes(content[:-20])
+    assert inspect(path).head == holder.head
+    assert path.read_bytes() == content[:-20]
+    holder.close()
+
+
+def test_an_inspection_looks_again_while_rows_are_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(path)
+    writer = Chain(path, LOG)
+    looked = []
+
+    def late(seen: Path) -> bytes | None:  # two rows are written between the look at the announcement and at the file
+        content = seen.read_bytes()
+        if not looked:
+            writer.append({"value": 3})
+            writer.append({"value": 4})
+        looked.append(seen)
+        return content
+
+    monkeypatch.setattr(chains, "_bytes_of", late)
+    found = inspect(path)
+    assert found.problem is None
+    assert found.head == writer.head
+    writer.close()
+
+
+def test_a_chain_that_keeps_no_rows_goes_on_and_knows_its_older_heads(path: Path) -> None:
+    written(path)
+    kept = Chain(path, LOG)
+    heads = [Head(number, row["hash"]) for number, row in enumerate(kept.rows, start=1)]
+    kept.close()
+    chain = Chain(path, LOG, keep_rows=False)
+    chain.append({"value": 3})
+    assert chain.rows == []
+    assert all(chain.holds(head) for head in heads)
+    chain.close()
+    assert values(path) == [0, 1, 2, 3]

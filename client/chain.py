@@ -1,0 +1,271 @@
+"""A durable, append-only chain of JSON rows: each row names the hash of the one before, damage is found and named.
+
+A row is first announced in full in ``<name>.head`` (written beside, fsynced, renamed) and then appended. A crash at any
+instant therefore leaves the whole row on disk or no trace of it: a torn last row is completed from its announcement,
+and rows missing from the end are noticed, because the announcement names one that is not there.
+
+Whoever may write both files can write another history. Against that, the hash of the last row is kept elsewhere.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from medfl.shared.errors import PolicyRefusal
+from medfl.shared.files import PRIVATE_FILE, private_folder, sync_folder, write_whole
+
+Row = dict[str, Any]
+GENESIS = "0" * 64
+MAX_ROW_BYTES = 64 * 1024
+_LOOKS, _LOOK_AGAIN_S = 50, 0.02  # at a chain that another process is writing: a row takes some 20 ms
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a chain is for, as messages and the reasons of refusals say it."""
+
+    name: str  # "ledger": reasons are then "ledger busy", "ledger damaged", "ledger unwritable"
+    when_damaged: str  # what a person does then, as one sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How long a chain is and the hash of its last row: enough to notice later that rows were lost or changed."""
+
+    rows: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a look at a chain's files found: the rows up to the first damage, and that damage in words."""
+
+    rows: list[Row]
+    problem: str | None
+
+    @property
+    def head(self) -> Head:
+        """Of the rows that are as they were written."""
+        return Head(len(self.rows), self.rows[-1]["hash"] if self.rows else GENESIS)
+
+
+def inspect(path: Path) -> Inspection:
+    """Look at a chain without its lock and without changing it, also while another process appends to it.
+
+    Raises:
+        OSError: the files cannot be read.
+    """
+    for _ in range(_LOOKS):
+        announcement = _bytes_of(_announcement_of(path))
+        found = _examine(path.read_bytes(), announcement, _announcement_of(path).name)
+        if found.problem is None or announcement == _bytes_of(_announcement_of(path)):
+            break
+        time.sleep(_LOOK_AGAIN_S)  # a row was written meanwhile: the two files were not of one moment
+    return Inspection(found.rows if found.pending is None else [*found.rows, found.pending], found.problem)
+
+
+class Chain:
+    """One open chain. The file stays locked for this process until :meth:`close`.
+
+    Raises:
+        PolicyRefusal: reason ``ROLE busy`` when another process holds it, ``ROLE damaged`` when a row is not as
+            it was written, ``ROLE unwritable`` when the disk refuses.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        role: Role,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        keep_rows: bool = True,
+    ) -> None:
+        self._path, self._role, self._clock = path, role, clock
+        self._announcement = _announcement_of(path)
+        self.rows: list[Row] = []  # empty for whom only writes: a log of years need not be in memory
+        self._keep_rows = keep_rows
+        self._digests: list[str] = []
+        self._latest = ""  # time of the last row
+        self._usable = True
+        try:
+            private_folder(path.parent)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE_FILE)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise PolicyRefusal(
+                    f"{path} is in use by another process: stop the other medfl-client that uses this state folder",
+                    reason=f"{role.name} busy",
+                ) from None
+            self._load()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    @property
+    def head(self) -> Head:
+        """Of the rows that are durable now."""
+        return Head(len(self._digests), self._digests[-1] if self._digests else GENESIS)
+
+    def holds(self, head: Head) -> bool:
+        """Whether this chain is ``head``'s chain or an extension of it."""
+        if head.rows == 0:
+            return head.digest == GENESIS
+        return head.rows <= len(self._digests) and self._digests[head.rows - 1] == head.digest
+
+    def append(self, body: Mapping[str, Any]) -> Row:
+        """Add a row and return it once it is durable. Times never run backwards along the chain.
+
+        Raises:
+            PolicyRefusal: reason ``ROLE unwritable``; no row was lost, and this one counts as not written.
+        """
+        if not self._usable:
+            raise self._unwritable(OSError("an earlier write failed"))
+        now = self._clock().astimezone(UTC).isoformat(timespec="seconds")
+        latest = self._latest or now
+        row: Row = {**body, "row": len(self._digests) + 1, "previous": self.head.digest, "time": max(now, latest)}
+        if now < latest:
+            row["clock_said"] = now  # the machine's clock jumped back; spending does not depend on it
+        row["hash"] = _digest(row)
+        line = _line(row)
+        if len(line) > MAX_ROW_BYTES:
+            raise ValueError("a row must stay small")  # a mistake of the caller, not of the site
+        try:
+            write_whole(self._announcement, line)
+            self._write(line)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._take([row])
+        return row
+
+    def close(self) -> None:
+        """Unlock and close; a second call does nothing. Every row is durable already."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file, self._usable = -1, False
+
+    def _write(self, line: bytes) -> None:
+        size = os.fstat(self._file).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+            os.fsync(self._file)
+        except OSError:
+            try:
+                os.ftruncate(self._file, size)
+                os.fsync(self._file)
+            except OSError:
+                self._usable = False  # a torn row may stand at the end: the next start completes it
+            raise
+
+    def _take(self, rows: list[Row]) -> None:
+        """Count ``rows``, which are durable."""
+        for row in rows:
+            self._digests.append(row["hash"])
+            self._latest = row["time"]
+        if self._keep_rows:
+            self.rows += rows
+
+    def _load(self) -> None:
+        content = self._path.read_bytes()
+        found = _examine(content, _bytes_of(self._announcement), self._announcement.name)
+        if found.problem is not None:
+            raise PolicyRefusal(
+                f"{self._path}: {found.problem}. {self._role.when_damaged}", reason=f"{self._role.name} damaged"
+            )
+        self._take(found.rows)
+        if found.pending is not None:
+            try:
+                os.ftruncate(self._file, content.rfind(b"\n") + 1)
+                self._write(_line(found.pending))
+            except OSError as error:
+                raise self._unwritable(error) from None
+            self._take([found.pending])
+
+    def _unwritable(self, error: OSError) -> PolicyRefusal:
+        why = error.strerror or str(error)
+        return PolicyRefusal(
+            f"{self._path} cannot be written ({why}): free disk space or repair permissions. "
+            "No row was lost, nothing released",
+            reason=f"{self._role.name} unwritable",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Examined:
+    rows: list[Row]
+    pending: Row | None = None  # announced, and not wholly in the file yet
+    problem: str | None = None
+
+
+def _examine(content: bytes, announcement: bytes | None, announced_in: str) -> _Examined:
+    """The rows of ``content``, the chain's file, held against its announcement."""
+    *lines, torn = content.split(b"\n")
+    rows: list[Row] = []
+    last = GENESIS
+    for number, line in enumerate(lines, start=1):
+        row = _parsed(line)
+        if row is None or row.get("row") != number or row.get("hash") != _digest(row):
+            return _Examined(rows, problem=f"row {number} is not as it was written")
+        if row.get("previous") != last:
+            return _Examined(
+                rows,
+                problem=f"row {number} does not follow row {number - 1}: a row was changed, removed or inserted",
+            )
+        rows.append(row)
+        last = row["hash"]
+    if announcement is None:
+        missing = f"{announced_in} is missing, so lost rows could not be noticed"
+        return _Examined(rows, problem=missing if content else None)
+    announced = _parsed(announcement.removesuffix(b"\n"))
+    if announced is None or announced.get("hash") != _digest(announced) or not isinstance(announced.get("row"), int):
+        return _Examined(rows, problem=f"{announced_in} is not as it was written")
+    if announced["row"] == len(rows) and announced["hash"] == last:
+        return _Examined(rows, problem=f"row {len(rows) + 1} is torn and was never announced" if torn else None)
+    if announced["row"] == len(rows) + 1 and announced["previous"] == last:
+        if not _line(announced).startswith(torn):
+            return _Examined(rows, problem=f"row {len(rows) + 1} is torn and differs from its announcement")
+        return _Examined(rows, pending=announced)
+    return _Examined(rows, problem=f"it has {len(rows)} whole rows, and row {announced['row']} was written last")
+
+
+def _announcement_of(path: Path) -> Path:
+    return path.with_name(path.name + ".head")
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _digest(row: Row) -> str:
+    return hashlib.sha256(_line({key: value for key, value in row.items() if key != "hash"})).hexdigest()
+
+
+def _parsed(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    # A row that parses to the same content but other bytes was edited too.
+    return row if isinstance(row, dict) and _line(row) == line + b"\n" else None
