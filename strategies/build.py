@@ -8,7 +8,6 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 from flwr.serverapp.strategy import (
-    Bulyan,
     FedAdagrad,
     FedAdam,
     FedAvg,
@@ -43,6 +42,7 @@ from medfl.shared.algorithms.settings import (
 )
 from medfl.shared.errors import ConfigError
 from medfl.shared.study import Study
+from medfl.strategies.bulyan import bulyan
 from medfl.strategies.fed_dyn import fed_dyn
 from medfl.strategies.fed_nova import fed_nova
 from medfl.strategies.geometric_median import geometric_median
@@ -112,8 +112,8 @@ def build_strategy(study: Study) -> Strategy:  # noqa: PLR0912 - one branch an a
             return RuleStrategy(q_fed_avg(q=q, learning_rate=study.training.learning_rate))
         case GeometricMedianSettings(iterations=iterations):
             return RuleStrategy(geometric_median(iterations=iterations))
-        case BulyanSettings():
-            return Bulyan(num_malicious_nodes=settings.malicious, **_TAKE_ALL)
+        case BulyanSettings(malicious=malicious):
+            return RuleStrategy(bulyan(malicious=malicious))
         case TrimmedMeanSettings():
             return FedTrimmedAvg(beta=settings.trim, **_TAKE_ALL)
         case MedianSettings():

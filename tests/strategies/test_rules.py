@@ -14,6 +14,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from medfl.shared.errors import ProtocolError
 from medfl.shared.messages import TENSOR, Kind, pack, request_config
 from medfl.shared.weights import Flat
+from medfl.strategies.bulyan import bulyan, krum_order, nearest_mean
 from medfl.strategies.fed_dyn import fed_dyn
 from medfl.strategies.fed_nova import fed_nova
 from medfl.strategies.geometric_median import geometric_median, smoothed_weiszfeld
@@ -85,6 +86,27 @@ def test_the_geometric_median_of_a_triangle_sees_each_side_under_120_degrees() -
 def test_one_update_is_its_own_geometric_median() -> None:
     turn = Turn(vector(1, 1), (update(vector(0, 0)),))
     assert geometric_median(iterations=3)(turn, {})[0].tolist() == [1.0, 1.0]
+
+
+def test_krum_takes_one_after_the_other() -> None:
+    # on a line at 0, 1, 2, 3, 100, one liar: two neighbours each, squared 5, 2, 2, 5, far; then among 0, 2, 3, 100
+    # one neighbour each, 4, 1, 1, far; then among 0, 3, 100 one, 9, 9, far
+    assert krum_order([vector(v) for v in (0, 1, 2, 3, 100)], 1)[:3] == [1, 2, 0]
+
+
+def test_the_values_nearest_to_the_median_are_averaged_by_coordinate() -> None:
+    # medians 2 and 5: nearest three 1, 2, 3 and 4, 5, 5.5
+    points = [vector(1, 5.5), vector(2, 5), vector(3, 4), vector(9, 0), vector(-8, 90)]
+    assert nearest_mean(points, 3) == pytest.approx([2.0, 14.5 / 3])
+
+
+def test_bulyan_leaves_out_the_liar() -> None:
+    # of 0..5 and 1000, five are chosen around the middle; of them the mean of the three nearest to their median
+    updates = tuple(update(vector(v)) for v in (0, 1, 2, 3, 4, 5, 1000))
+    model = bulyan(malicious=1)(Turn(vector(10), updates), {})[0]
+    assert 11 <= float(model[0]) <= 14
+    with pytest.raises(ProtocolError, match="needs 7 updates against 1, got 3"):
+        bulyan(malicious=1)(Turn(vector(10), updates[:3]), {})
 
 
 def reply(values: Flat, examples: int = 1) -> Message:
