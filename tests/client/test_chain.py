@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfl.client import chain as chains
-from medfl.client.chain import GENESIS, Chain, Head, Role
+from medfl.client.chain import GENESIS, Chain, Head, Role, inspect
 from medfl.shared.errors import PolicyRefusal
 
 LOG = Role("ledger", "Restore the newest backup")
