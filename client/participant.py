@@ -22,6 +22,11 @@ class Participant:
     def __init__(self, secure: SecureSite) -> None:
         self.secure = secure
 
+    @property
+    def smallest_sum(self) -> int:
+        """Fewer sites than this are never in an opened sum with this one."""
+        return self.secure.smallest_sum
+
     def hold_weight(self, study: Study, encoding: bytes, weight: int) -> Ready:
         """Hold ``weight`` for the sum of all weights. Raises ProtocolError for an encoding that asks for more."""
         parsed = Encoding.parse(encoding)

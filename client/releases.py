@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from medfl.client.policy import Policy
 from medfl.shared.algorithms.needs import Beside, demands_of
-from medfl.shared.privacy.settings import DpSgd, NoPrivacy
+from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
 
 
@@ -50,9 +50,7 @@ def releases(study: Study, policy: Policy) -> tuple[Release, ...]:
         Release("how many values the encoding cut", _cut(private=private, secure=secure)),
         Release("numbers of patients, of drawn, clipped and dropped units", Treatment.OFF),
         Release("class weights, intensity statistics, which round's model is taken", Treatment.PLANNED),
-        Release(
-            "the ledger's length and hash", Treatment.NOISED if isinstance(study.privacy, DpSgd) else Treatment.OFF
-        ),
+        Release("the ledger's length and hash", Treatment.NOISED if private else Treatment.OFF),
         Release("that something failed or was refused, as a code", Treatment.EXACT),
         Release("the time an answer takes", Treatment.EXACT),
     )

@@ -23,12 +23,13 @@ from medfl.client.privacy.refusals import require_private_network
 from medfl.client.records import Records
 from medfl.client.releases import told
 from medfl.client.training.charged import PrivateRound, fix_plan, train_charged
+from medfl.client.training.client_level import fix_client_level_plan, train_client_level
 from medfl.client.training.evaluate import evaluate
 from medfl.client.training.local import Given, train_local
 from medfl.client.workbench import Bench, Workbench
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.algorithms.settings import DittoSettings
-from medfl.shared.errors import ConfigError, DataError, PolicyRefusal, ProtocolError
+from medfl.shared.errors import DataError, PolicyRefusal, ProtocolError
 from medfl.shared.files import private_folder
 from medfl.shared.messages import (
     UNKNOWN_STUDY,
@@ -109,6 +110,15 @@ class Site:
                 engine=study.privacy.engine,
             )
             fix_plan(self._ledger(), study, study.privacy, data)
+        if isinstance(study.privacy, ClientLevel):
+            fix_client_level_plan(
+                self._ledger(),
+                study,
+                study.privacy,
+                patients=int(torch.unique(data.patients).numel()),
+                survivors=self._require_participant().smallest_sum,
+                values=bench.layout.length,
+            )
         self._records.remember(study)
         log.info("study %s accepted; what leaves: %s", study.name, told(study, self._policy))
         return OfferAccepted()
@@ -161,8 +171,20 @@ class Site:
                 # Equal weights and no tally: an exact count or loss would be a release of its own.
                 kept = bench.personal_weights() if bench.personal.tensors else None
                 return TrainReply(private.update, examples=1), kept
-            case ClientLevel():
-                raise ConfigError("privacy mode client-level needs secure aggregation, which this study does not use")
+            case ClientLevel() as privacy:
+                private, kept = train_client_level(
+                    self._ledger(),
+                    bench,
+                    study,
+                    privacy,
+                    data,
+                    given,
+                    round_number=request.round,
+                    survivors=self._require_participant().smallest_sum,
+                    progress=self._progress,
+                )
+                self._note_spent(study, request.round, private, time.monotonic() - started)
+                return TrainReply(private.update, examples=1), kept
             case NoPrivacy():
                 generator = _generator(study, self.name, request.round, data.labels.device)
                 local = train_local(
@@ -263,7 +285,7 @@ class Site:
     def _permit_release(self, study: Study) -> None:
         """The policy once more, now that the update is about to leave: hours pass, and rules change. PolicyRefusal."""
         self._permit(study)
-        if isinstance(study.privacy, DpSgd):
+        if not isinstance(study.privacy, NoPrivacy):
             self._ledger().permit_release(study.digest)
 
     def _open(self, request: ModelRequest) -> tuple[Study, Bench]:

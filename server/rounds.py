@@ -30,7 +30,7 @@ from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.messages import TENSOR, pack, request_config
 from medfl.shared.metrics import read
-from medfl.shared.privacy.settings import DpSgd
+from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout
 from medfl.strategies.build import build_strategy, needs_of
@@ -94,7 +94,7 @@ class Rounds:
         stages = Stages(grid, reporter, stop, study.rounds.deadline_s, self._admission.forget)
         self._collector = _collector(study, stages, self._layout, secure)
         self._heads: Heads | None = None
-        if isinstance(study.privacy, DpSgd):
+        if not isinstance(study.privacy, NoPrivacy):
             self._heads = Heads(
                 study.digest, stages, None if checkpoints is None else checkpoints.folder / "heads.json"
             )

@@ -16,7 +16,7 @@ from medfl.shared.config import Settings
 from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import ProtocolError
 from medfl.shared.metrics import Scoring
-from medfl.shared.privacy.settings import NoPrivacy, PrivacySettings
+from medfl.shared.privacy.settings import ClientLevel, NoPrivacy, PrivacySettings
 from medfl.shared.zoo import ModelSpec, ModelTask, UNetSpec, check_size, tasks_of
 
 MAX_STUDY_BYTES = 256 * 1024
@@ -127,6 +127,11 @@ class Study(Settings):
             raise ValueError(
                 "model.norm: batch norm shares statistics between patients, which privacy forbids: "
                 "use norm: group or norm: instance"
+            )
+        if isinstance(self.privacy, ClientLevel) and self.secure_aggregation.mode == "none":
+            raise ValueError(
+                "privacy mode client-level needs secure_aggregation.mode: msa1, because each site adds only a part of "
+                "the noise: switch it on, or use mode: dp-sgd"
             )
         check_size(self.model, channels=self.data.channels, size=self.data.preprocessing.size)
         norm = getattr(self.model, "norm", None)

@@ -34,7 +34,7 @@ from medfl.server.reporter import Reporter, RoundReport, Several, Silent
 from medfl.server.rounds import Result, Rounds
 from medfl.server.secagg.store import MemoryStore
 from medfl.server.weight_sum import SecureParts
-from medfl.shared.privacy.settings import NoPrivacy
+from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.secagg.roster import Member, make_roster
 from medfl.shared.study import Study
@@ -158,12 +158,14 @@ def _secure_parts(study: Study, names: Sequence[str]) -> tuple[SecureParts | Non
 def permissive_policy(study: Study) -> Policy:
     """The policy of a researcher's virtual site: this study may do all it says, and scores are released."""
     private = not isinstance(study.privacy, NoPrivacy)
+    # What client-level privacy promises a site is less than what it charges the site's patients.
+    ceiling = 1e9 if isinstance(study.privacy, ClientLevel) else getattr(study.privacy, "epsilon", 0.0)
     return Policy(
         studies=(study.digest,),
         allow_no_privacy=not private,
         require_secure_aggregation=False,
-        max_epsilon_per_study=getattr(study.privacy, "epsilon", 0.0),
-        max_epsilon_total=getattr(study.privacy, "epsilon", 0.0),
+        max_epsilon_per_study=ceiling,
+        max_epsilon_total=ceiling,
         max_delta=getattr(study.privacy, "delta", 1e-5),
         unit="image",
         release_site_metrics=True,

@@ -44,6 +44,11 @@ class SecureSite:
         self._open: dict[_Key, tuple[bytes, _State]] = {}  # with the context
         self._lock = Lock()
 
+    @property
+    def smallest_sum(self) -> int:
+        """Least number of sites, this one included, whose sum this site helps to open."""
+        return self._enrolment.minimum_cohort
+
     def hold(self, contribution: Contribution) -> None:
         """Keep ``contribution`` for the sums of its study and purpose, in place of the one before."""
         with self._lock:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from medfl.shared.errors import ConfigError
 from medfl.shared.privacy.accounting import SampledGaussian, check_delta, epsilon, solve_noise_multiplier
-from medfl.shared.privacy.settings import DpSgd, Unit
+from medfl.shared.privacy.settings import ClientLevel, DpSgd, Unit
 
 FEW_PATIENTS = 100
 
@@ -63,6 +63,35 @@ def plan_training(settings: DpSgd, *, units: int, patients: int, rounds: int) ->
         expected_batch=min(settings.expected_batch, rate * units) if settings.sampling_rate is None else rate * units,
         steps_per_round=settings.steps_per_round,
         images_per_patient=settings.images_per_patient or 1,
+    )
+
+
+def plan_client_level(settings: ClientLevel, *, rounds: int, patients: int) -> TrainingPlan:
+    """What a site charges its patients for rounds of client-level privacy: no sampling, so no amplification.
+
+    With or without a site, the sum moves by one clip norm at most. With or without one of its patients, that site's
+    update may turn around inside the clip: two clip norms. So a patient is charged half the noise multiplier.
+
+    Raises:
+        ConfigError: delta above 1/patients, or noise too small for the study's epsilon over ``rounds``.
+    """
+    check_delta(settings.delta, patients)
+    promised = epsilon([SampledGaussian(settings.noise_multiplier, 1.0, rounds)], settings.delta)
+    if promised > settings.epsilon:
+        raise ConfigError(
+            f"privacy.noise_multiplier {settings.noise_multiplier:g} over {rounds} rounds costs epsilon {promised:.3g} "
+            f"for a site, above privacy.epsilon {settings.epsilon:g}: raise noise_multiplier or plan fewer rounds"
+        )
+    charged = SampledGaussian(settings.noise_multiplier / 2, 1.0, 1)
+    return TrainingPlan(
+        unit=Unit.PATIENT,
+        epsilon=epsilon([charged.times(rounds)], settings.delta),
+        delta=settings.delta,
+        clip_norm=settings.clip_norm,
+        noise_multiplier=charged.noise_multiplier,
+        sampling_rate=1.0,
+        expected_batch=1.0,
+        steps_per_round=1,
     )
 
 

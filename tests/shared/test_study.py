@@ -125,6 +125,7 @@ def test_how_a_study_is_scored_follows_from_its_task() -> None:
         (classes_study, {"data": {"classes": ["a/b", "c"]}}, "classes must"),
         (classes_study, {"data": {"classes": ["a\nb", "c"]}}, "classes must"),
         (classes_study, {"privacy": {}}, "mode"),
+        (classes_study, {"privacy": {"mode": "client-level", "epsilon": 8, "noise_multiplier": 6}}, "mode: msa1"),
         (classes_study, {"name": "Not A Name"}, "pattern"),
         (classes_study, {"model": {"name": "os.system"}}, "name"),
         (classes_study, {"code": "print()"}, "Extra inputs"),
@@ -188,3 +189,11 @@ def test_numbers_that_are_not_finite_are_a_protocol_error(number: bytes) -> None
     assert b'"patience_s":5.0' in data
     with pytest.raises(ProtocolError):
         from_bytes(data.replace(b'"patience_s":5.0', b'"patience_s":' + number))
+
+
+def test_a_changed_copy_has_a_digest_of_its_own() -> None:
+    study = classes_study()
+    before = study.digest
+    assert study.model_copy(update={"seed": 5}).digest == classes_study(seed=5).digest != before
+    assert study.model_copy().digest == before
+    assert study == classes_study()  # knowing its digest does not make a study another one

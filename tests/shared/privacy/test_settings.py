@@ -5,7 +5,7 @@ import pytest
 from medfl.shared.config import Settings, parse_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.privacy.accounting import SampledGaussian, epsilon
-from medfl.shared.privacy.plan import plan_training, warnings
+from medfl.shared.privacy.plan import plan_client_level, plan_training, warnings
 from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy, PrivacySettings, Unit
 
 
@@ -118,3 +118,23 @@ def test_images_as_the_unit_are_told_the_patients_epsilon() -> None:
     patient = epsilon([SampledGaussian(2.0, 0.01, 50, 4)], 1e-5)
     assert f"A patient with 4 images has epsilon {patient:.3g}" in told
     assert patient > 3 * epsilon([SampledGaussian(2.0, 0.01, 50)], 1e-5)
+
+
+def client_level(**changes: object) -> ClientLevel:
+    return ClientLevel.model_validate({"mode": "client-level", "epsilon": 8.0, "noise_multiplier": 6.0, **changes})
+
+
+def test_client_level_privacy_charges_a_patient_half_the_noise_without_amplification() -> None:
+    plan = plan_client_level(client_level(), rounds=50, patients=100)
+    assert plan.round_cost == SampledGaussian(3.0, 1.0, 1)
+    assert plan.epsilon == epsilon([SampledGaussian(3.0, 1.0, 50)], 1e-5)
+    assert plan.unit is Unit.PATIENT
+
+
+def test_client_level_noise_must_keep_the_promise_over_all_rounds() -> None:
+    # 50 Gaussian rounds at 6 have mu = sqrt(50) / 6 = 1.18; 500 have 3.73, which is far above epsilon 8
+    plan_client_level(client_level(), rounds=50, patients=100)
+    with pytest.raises(ConfigError, match="raise noise_multiplier or plan fewer rounds"):
+        plan_client_level(client_level(), rounds=500, patients=100)
+    with pytest.raises(ConfigError, match="above one over"):
+        plan_client_level(client_level(delta=0.1), rounds=1, patients=100)

@@ -1,0 +1,48 @@
+"""A site's part of client-level differential privacy: its whole update clipped, and its share of the noise.
+
+Masked updates are only ever seen as a sum, so each site adds a part of the noise, and the sum has all of it (Kairouz et
+al. 2021, https://arxiv.org/abs/2102.06387). Clip and noise are in one function, so that neither can be had alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from medfl.client.privacy.clipped import clip_factors
+from medfl.client.privacy.randomness import NoiseSource, noisy
+from medfl.shared.errors import ConfigError
+from medfl.shared.weights import Flat
+
+
+def share_of_noise(noise_multiplier: float, clip_norm: float, survivors: int) -> float:
+    """Standard deviation of one site's noise, so that ``survivors`` of them have ``noise_multiplier`` x ``clip_norm``.
+
+    ``survivors`` is the least number of sites whose sum can be opened. More of them have more noise, never less.
+
+    >>> share_of_noise(6.0, 0.5, survivors=9)
+    1.0
+    """
+    if survivors < 1 or not (math.isfinite(noise_multiplier) and noise_multiplier > 0 and clip_norm > 0):
+        raise ConfigError("client-level noise needs a positive noise_multiplier and clip_norm: set them under privacy:")
+    return noise_multiplier * clip_norm / math.sqrt(survivors)
+
+
+def clipped_and_noised(
+    update: Flat, *, clip_norm: float, noise_multiplier: float, survivors: int, generator: NoiseSource
+) -> Flat:
+    """``update`` scaled down to an l2 norm of at most ``clip_norm`` over all values, plus this site's share of noise.
+
+    Args:
+        update: float32, one axis; finite.
+        clip_norm: largest norm of one site's part of the sum.
+        noise_multiplier: standard deviation of the noise on the sum, in clip norms.
+        survivors: see :func:`share_of_noise`.
+        generator: the site's :class:`~medfl.client.privacy.randomness.SecureGenerator`.
+    """
+    exact = torch.from_numpy(update.astype(np.float64))
+    exact *= float(clip_factors(exact.norm(), clip_norm))
+    out: Flat = noisy(exact, share_of_noise(noise_multiplier, clip_norm, survivors), generator).float().numpy()
+    return out
