@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from enum import StrEnum
+from functools import cached_property
 from math import cos, pi
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from medfl.shared.algorithms.needs import misfit
-from medfl.shared.algorithms.settings import FedAvgSettings, FedBNSettings, StrategySettings
+from medfl.shared.algorithms.settings import FedAvgSettings, FedBNSettings, PersonalLayersSettings, StrategySettings
 from medfl.shared.config import Settings
 from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import ProtocolError
@@ -49,6 +51,7 @@ class Training(Settings):
     decay: Literal["none", "cosine"] = "none"  # cosine: from learning_rate in round 1 towards 0 after the last round
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     momentum: float = Field(default=0.0, ge=0, lt=1)  # sgd only
+    train_only: Literal["all", "head"] = "all"  # head: the last layer; the others keep the weights they begin with
     batch_size: int = Field(default=8, ge=1, le=4096)
     epochs: int | None = Field(default=None, ge=1, le=1000)
     steps: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -133,6 +136,7 @@ class Study(Settings):
                 "privacy mode client-level needs secure_aggregation.mode: msa1, because each site adds only a part of "
                 "the noise: switch it on, or use mode: dp-sgd"
             )
+        self._check_head()
         check_size(self.model, channels=self.data.channels, size=self.data.preprocessing.size)
         norm = getattr(self.model, "norm", None)
         if isinstance(self.strategy, FedBNSettings) and (
@@ -154,6 +158,20 @@ class Study(Settings):
             raise ValueError(wrong)
         return self
 
+    def _check_head(self) -> None:
+        if self.training.train_only == "all":
+            return
+        if getattr(self.model, "norm", None) == "batch":
+            raise ValueError(
+                "training.train_only: head keeps all other layers as they are, and batch norm would change with the "
+                "images: use model.norm: group or instance"
+            )
+        if isinstance(self.strategy, FedBNSettings | PersonalLayersSettings):
+            raise ValueError(
+                f"strategy {self.strategy.name} keeps layers at the sites, and training.train_only: head trains one "
+                "layer only: use strategy fedavg or fedprox, or train_only: all"
+            )
+
     def canonical(self) -> bytes:
         """The study as JSON with sorted keys and no spaces: the bytes that are sent, signed and hashed."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -165,10 +183,16 @@ class Study(Settings):
             return Scoring.DICE
         return Scoring.PER_LABEL if self.data.multi_label else Scoring.CONFUSION
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of :meth:`canonical`, hexadecimal. Any change of any value changes it."""
         return hashlib.sha256(self.canonical()).hexdigest()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, without the digest, which a copy would carry over."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("digest", None)
+        return copy
 
     @classmethod
     def from_canonical(cls, data: bytes, *, digest: str) -> Study:

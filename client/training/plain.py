@@ -55,7 +55,7 @@ def train_plain(
     seen = 0
     network.train()
     with torch.random.fork_rng(devices=_devices(data)):
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))  # dropout
+        _seed_dropout(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)), data)
         for step, (images, labels) in enumerate(_batches(data, study, generator, total)):
             with enough_memory():
                 loss = loss_of(network(images), labels)
@@ -121,6 +121,17 @@ def _batches(
                 return
             yield batch
             produced += 1
+
+
+def _seed_dropout(seed: int, data: TensorSet) -> None:
+    """Seed the generators that layers draw from.
+
+    Not by ``torch.manual_seed``: where CUDA is not in use, each call leaves a stack trace for the day it will be.
+    """
+    torch.default_generator.manual_seed(seed)
+    if data.labels.device.type == "cuda":
+        with torch.cuda.device(data.labels.device):
+            torch.cuda.manual_seed(seed)
 
 
 def _devices(data: TensorSet) -> list[torch.device]:

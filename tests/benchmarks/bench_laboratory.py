@@ -1,0 +1,244 @@
+"""The simulator with many sites beside bare loops that do the same arithmetic, each in its own process, one thread.
+
+    python tests/benchmarks/bench_laboratory.py [--rounds 1000] [--repeats 3]
+
+Two jobs. Small: 1,000 sites of 32 samples with 20 features, logistic regression, SGD, batch 8, 10 sites a round
+(pfl-research's benchmark of overhead). Many: the U-Net of bench_simulation.py at 4, 50 and 500 sites, 4 or 8 of them
+active in each of 3 rounds; the peak of memory above what the data take must not grow with the number of sites.
+Flower's own runtime with Ray is measured by tests/simulations/test_flower_runtime.py's app where Ray is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+FEATURES, SAMPLES, BATCH, ACTIVE, SITES, RATE = (4, 5), 32, 8, 10, 1000, 0.05
+
+
+def small_study(rounds: int) -> dict[str, Any]:
+    """The small job as a study."""
+    return {
+        "name": "small",
+        "task": "classification",
+        "data": {
+            "modality": "photo",
+            "dimensions": 2,
+            "classes": ["no", "yes"],
+            "preprocessing": {"normalise": "none", "size": list(FEATURES)},
+        },
+        "model": {"name": "logistic", "inputs": 20},
+        "training": {
+            "loss": "cross-entropy",
+            "optimizer": "sgd",
+            "learning_rate": RATE,
+            "batch_size": BATCH,
+            "epochs": 1,
+        },
+        "rounds": {"count": rounds, "minimum_sites": ACTIVE, "sites_per_round": ACTIVE, "evaluate_every": rounds},
+        "privacy": {"mode": "none"},
+        "secure_aggregation": {"mode": "none"},
+    }
+
+
+def small_data(site: int) -> tuple[Any, Any]:
+    """Features float32 (32, 1, 4, 5) and classes int64 (32,)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(site)
+    images = torch.randn((SAMPLES, 1, *FEATURES), generator=generator)
+    return images, (images.sum((1, 2, 3)) > 0).long()
+
+
+def seed_of(site: str, round_number: int) -> int:
+    """The seed of one site's round, as the product draws it."""
+    digest = hashlib.sha256(f"0/{site}/{round_number}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def plain_small(rounds: int) -> dict[str, Any]:
+    """The bare loop of the small job: the same batches, losses and means."""
+    import torch
+    from torch import nn
+
+    from medfl.shared.algorithms.travel import build_study_network
+    from medfl.shared.study import Study
+
+    torch.set_num_threads(1)
+    network = build_study_network(Study.model_validate(small_study(rounds)))
+    loss_of = nn.CrossEntropyLoss()
+    names = [f"s{number:04d}" for number in range(SITES)]
+    data = [small_data(number) for number in range(SITES)]
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    started = time.perf_counter()
+    for number in range(1, rounds + 1):
+        total = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        for node in sorted(random.Random(f"0/{number - 1}").sample(range(2, SITES + 2), ACTIVE)):
+            images, labels = data[node - 2]
+            generator = torch.Generator().manual_seed(seed_of(names[node - 2], number))
+            torch.randint(2**62, (1,), generator=generator)  # the draw that the simulator spends on dropout
+            network.load_state_dict(state)
+            network.train()
+            optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
+            for rows in torch.randperm(SAMPLES, generator=generator).split(BATCH):
+                loss = loss_of(network(images[rows]), labels[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            for name, tensor in network.state_dict().items():
+                total[name] += tensor / ACTIVE
+        state = total
+    flat = torch.cat([tensor.flatten() for tensor in state.values()])
+    return {"seconds": time.perf_counter() - started, "weights": flat.tolist(), "peak": peak()}
+
+
+def medfl_small(rounds: int) -> dict[str, Any]:
+    """The small job through Study, ServerApp, ClientApp and the round loop."""
+    import torch
+
+    from medfl.shared.logs import quiet_libraries
+    from medfl.shared.study import Study
+    from medfl.simulations.federation import federate
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    study = Study.model_validate(small_study(rounds))
+    sites = {f"s{number:04d}": as_site(*small_data(number)) for number in range(SITES)}
+    started = time.perf_counter()
+    result = federate(study, sites).result
+    return {"seconds": time.perf_counter() - started, "weights": result.weights.tolist(), "peak": peak()}
+
+
+def as_site(images: Any, labels: Any) -> Any:
+    """Training data, and one held-out example."""
+    import torch
+
+    from medfl.client.data.splits import Split
+    from medfl.client.data.tensors import SiteData, TensorSet
+
+    patients = torch.arange(len(images))
+    held_out = TensorSet(images[:1], labels[:1], patients[:1])
+    return SiteData({Split.TRAIN: TensorSet(images, labels, patients), Split.VALIDATION: held_out}, report=None)  # type: ignore[arg-type]
+
+
+def many(sites: int, *, bare: bool) -> dict[str, Any]:
+    """The U-Net of bench_simulation.py among ``sites``, at most 8 active in each of 3 rounds of one epoch."""
+    import torch
+    from bench_simulation import STUDY, site_tensors  # type: ignore[import-not-found]
+
+    from medfl.client.data.batches import epoch
+    from medfl.client.workbench import make_bench
+    from medfl.shared.logs import quiet_libraries
+    from medfl.shared.losses import build_loss
+    from medfl.shared.study import Study
+    from medfl.simulations.federation import federate
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    active, rounds = min(sites, 8), 3
+    settings = {"count": rounds, "minimum_sites": active, "sites_per_round": active, "evaluate_every": rounds}
+    study = Study.model_validate(STUDY | {"rounds": settings})
+    shared = [site_tensors(number) for number in range(4)]  # images are shared, so that memory is the simulator's own
+    data = {f"s{number:03d}": as_site(*shared[number % 4]) for number in range(sites)}
+    before, started = peak(), time.perf_counter()
+    if bare:
+        bench, loss_of = make_bench(study, torch.device("cpu")), build_loss(study.training.loss)
+        names = list(data)
+        state = {name: tensor.clone() for name, tensor in bench.network.state_dict().items()}
+        for number in range(1, rounds + 1):
+            total = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+            nodes = range(2, sites + 2)
+            cohort = sorted(random.Random(f"0/{number - 1}").sample(nodes, active)) if active < sites else nodes
+            for node in cohort:
+                bench.network.load_state_dict(state)
+                bench.network.train()
+                optimizer = torch.optim.Adam(bench.network.parameters(), lr=study.training.learning_rate)
+                part = next(iter(data[names[node - 2]].splits.values()))
+                generator = torch.Generator().manual_seed(seed_of(names[node - 2], number))
+                torch.randint(2**62, (1,), generator=generator)
+                for images, labels in epoch(part, study.training.batch_size, generator):
+                    loss = loss_of(bench.network(images), labels)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                for name, tensor in bench.network.state_dict().items():
+                    total[name] += tensor / active
+            state = total
+    else:
+        federate(study, data)
+    return {"seconds": time.perf_counter() - started, "peak": peak() - before}
+
+
+def peak() -> float:
+    """Peak resident memory of this process in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def in_own_process(*worker: str) -> dict[str, Any]:
+    """Run one worker afresh and read what it reports."""
+    command = [sys.executable, __file__, "--worker", *worker]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    report: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return report
+
+
+def work(worker: list[str]) -> dict[str, Any]:
+    """What a child process does."""
+    what, number = worker[0], int(worker[1])
+    match what:
+        case "plain":
+            return plain_small(number)
+        case "medfl":
+            return medfl_small(number)
+        case "many-plain":
+            return many(number, bare=True)
+        case _:
+            return many(number, bare=False)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sites", type=int, nargs="*", default=[4, 50, 500])
+    parser.add_argument("--worker", nargs=2)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(work(options.worker)))
+        return
+    rounds = str(options.rounds)
+    print(f"{'':40}{'bare loop':>12}{'medfl-sim':>12}{'ratio':>8}")
+    runs = [(in_own_process("plain", rounds), in_own_process("medfl", rounds)) for _ in range(options.repeats)]
+    show(f"1,000 sites, 10 active, {rounds} rounds, s", [(p["seconds"], m["seconds"]) for p, m in runs])
+    show("  peak, MiB", [(p["peak"], m["peak"]) for p, m in runs])
+    away = max(abs(a - b) for p, m in runs for a, b in zip(p["weights"], m["weights"], strict=True))
+    print(f"  largest difference of a weight: {away:.1e}")
+    for sites in options.sites:
+        runs = [
+            (in_own_process("many-plain", str(sites)), in_own_process("many-medfl", str(sites)))
+            for _ in range(options.repeats)
+        ]
+        show(
+            f"U-Net, {sites} sites, {min(sites, 8)} active, 3 rounds, s",
+            [(p["seconds"], m["seconds"]) for p, m in runs],
+        )
+        show("  memory above the data, MiB", [(p["peak"], m["peak"]) for p, m in runs])
+
+
+def show(what: str, pairs: list[tuple[float, float]]) -> None:
+    """One line: medians, and the median of the ratios pair by pair."""
+    left, right = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
+    print(f"{what:40}{left:12.2f}{right:12.2f}{statistics.median(b / a for a, b in pairs):8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
