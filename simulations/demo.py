@@ -172,6 +172,7 @@ def _federate(places: Places, study: Study, console: Console) -> None:
                     raise MedFLError(f"{', '.join(failed)} ended early: see the logs below {places.root}")
                 time.sleep(0.2)
             watch.read()
+        console.print()
         codes = running.stop_all()
     if any(codes.values()):
         wrong = ", ".join(f"{name} (status {code})" for name, code in codes.items() if code)
