@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.files import write_whole
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout, weights_digest
@@ -106,7 +107,15 @@ def _digest(tensors: dict[str, NDArray[np.float32]]) -> str:
 
 
 def save_model(path: Path, study: Study, layout: Layout, weights: Flat, *, round_number: int) -> None:
-    """Write the model as safetensors under the network's own tensor names; the study travels in the metadata."""
+    """Write the model as safetensors under the network's own tensor names; the study travels in the metadata.
+
+    Layers that the study did not train are written too, so that the file is a whole model.
+    """
+    if study.training.train_only == "head":
+        network = build_study_network(study)
+        layout.load(weights, network)
+        layout = Layout.of(network)
+        weights = layout.flatten(network.state_dict())
     tensors: dict[str, Flat] = {}
     start = 0
     for name, shape in layout.tensors:

@@ -14,14 +14,22 @@ from medfl.shared.zoo import build_network
 
 
 def build_study_network(study: Study) -> nn.Module:
-    """The network of ``study`` on the CPU, with the weights its seed gives on every machine."""
-    return build_network(
+    """The network of ``study`` on the CPU, with the weights its seed gives on every machine.
+
+    Where only the head is trained, everything else is frozen.
+    """
+    network = build_network(
         study.model,
         dimensions=study.data.dimensions,
         inputs=study.data.channels,
         outputs=len(study.data.classes),
         seed=study.seed,
     )
+    if study.training.train_only == "head":
+        head = layer_tensors(network, ())
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in head)
+    return network
 
 
 def layouts(study: Study, network: nn.Module) -> tuple[Layout, Layout]:
@@ -40,7 +48,8 @@ def layouts(study: Study, network: nn.Module) -> tuple[Layout, Layout]:
             )
     if isinstance(study.strategy, PersonalLayersSettings):
         personal = layer_tensors(network, study.strategy.layers)
-    travel = Layout.of(network, keep=lambda name: name not in personal)
+    trained = layer_tensors(network, ()) if study.training.train_only == "head" else frozenset(network.state_dict())
+    travel = Layout.of(network, keep=lambda name: name in trained and name not in personal)
     if not travel.tensors:
         raise ConfigError("the study's strategy leaves nothing to send")
     return travel, Layout.of(network, keep=lambda name: name in personal)

@@ -129,7 +129,11 @@ def test_a_checkpoint_of_another_study_is_not_used(tmp_path: Path) -> None:
     assert folder.load(classes_study(seed=1)) is None
 
 
-@pytest.mark.parametrize("study", [classes_study(), masks_study()], ids=["classes", "masks"])
+@pytest.mark.parametrize(
+    "study",
+    [classes_study(), masks_study(), masks_study(training={"train_only": "head"})],
+    ids=["classes", "masks", "head"],
+)
 def test_the_finished_model_loads_into_the_network_by_its_own_names(tmp_path: Path, study: Study) -> None:
     network = build_study_network(study)
     layout, _ = layouts(study, network)

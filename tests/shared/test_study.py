@@ -15,6 +15,7 @@ from medfl.shared.metrics import Scoring
 from medfl.shared.study import MAX_STUDY_BYTES, Study
 
 DP = {"mode": "dp-sgd", "epsilon": 4.0}
+HEAD = {"training": {"train_only": "head"}}
 
 
 def leaves(value: Any, where: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -44,6 +45,7 @@ CHANGED: dict[tuple[Any, ...], Any] = {  # values that are words need another wo
     ("data", "preprocessing", "size", 0): 16,
     ("data", "preprocessing", "size", 1): 16,
     ("model", "norm"): "group",
+    ("training", "train_only"): "head",
     ("model", "strides"): [1],
     ("secure_aggregation", "mode"): "msa1",
     ("secure_aggregation", "ring_bits"): 16,
@@ -126,6 +128,8 @@ def test_how_a_study_is_scored_follows_from_its_task() -> None:
         (classes_study, {"data": {"classes": ["a\nb", "c"]}}, "classes must"),
         (classes_study, {"privacy": {}}, "mode"),
         (classes_study, {"privacy": {"mode": "client-level", "epsilon": 8, "noise_multiplier": 6}}, "mode: msa1"),
+        (masks_study, {**HEAD, "model": {"name": "unet", "channels": [4, 8], "norm": "batch"}}, "group or instance"),
+        (masks_study, {**HEAD, "strategy": {"name": "personal-layers"}}, "or train_only: all"),
         (classes_study, {"name": "Not A Name"}, "pattern"),
         (classes_study, {"model": {"name": "os.system"}}, "name"),
         (classes_study, {"code": "print()"}, "Extra inputs"),

@@ -72,3 +72,17 @@ def test_fedbn_on_a_network_without_values_in_its_norms_is_refused() -> None:
         layouts(study, nn.Sequential(nn.Conv2d(1, 1, 1), nn.InstanceNorm2d(1)))
     with pytest.raises(ConfigError, match="nothing to send"):
         layouts(study, nn.Sequential(nn.GroupNorm(1, 1)))
+
+
+def test_only_the_head_is_trained_and_travels_where_a_study_says_so() -> None:
+    study = masks_study(training={"train_only": "head"})
+    network = build_study_network(study)
+    travel, stay = layouts(study, network)
+    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    assert [name for name, _ in travel.tensors] == trained
+    assert len({name.rpartition(".")[0] for name in trained}) == 1  # one layer
+    assert travel.tensors[0][1][1] == 2  # a transposed convolution onto two classes
+    assert stay.tensors == ()
+    everything = build_study_network(masks_study())  # the seed gives the same weights whatever is trained
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, everything.state_dict()[name])
