@@ -73,7 +73,7 @@ def _rows(found: TensorSet, count: int) -> list[int]:
     rows = torch.arange(len(found))
     if found.labels.ndim > 2:
         has = found.labels.flatten(1).any(1).cpu()
-        rows = rows[has] if bool(has.any()) else rows
+        rows = rows[has.bool()] if bool(has.any()) else rows
     take = min(count, len(rows))
     return [int(rows[int((n + 0.5) * len(rows) / take)]) for n in range(take)]
 
