@@ -18,6 +18,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from medfl.client.site import Site
+from medfl.client.witness import Witness
 from medfl.shared.errors import Code, MedFLError
 from medfl.shared.messages import Failure, LedgerHead, ModelRequest, SecureRequest, StudyOffer, WeightRequest
 
@@ -36,49 +37,68 @@ class _LedgerReply:
         return self.head.reply()
 
 
-def build_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
-    """A ClientApp that lets the site of each message's context answer it."""
+def build_client_app(site_of: Callable[[Context], Site], *, witness: Witness | None = None) -> ClientApp:
+    """A ClientApp that lets the site of each message's context answer it; ``witness`` logs it (virtual sites: None)."""
     app = ClientApp()
+
+    def answer(message: Message, work: Callable[[], _Reply]) -> Message:
+        return Message(_witnessed(message, work, witness), reply_to=message)
 
     @app.query("offer")
     def offer(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: site_of(context).consider(StudyOffer.parse(message.content)))
+        return answer(message, lambda: site_of(context).consider(StudyOffer.parse(message.content)))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: site_of(context).train(ModelRequest.parse(message.content)))
+        return answer(message, lambda: site_of(context).train(ModelRequest.parse(message.content)))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: site_of(context).evaluate(ModelRequest.parse(message.content)))
+        return answer(message, lambda: site_of(context).evaluate(ModelRequest.parse(message.content)))
 
     @app.query("weight")
     def weight(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: site_of(context).hold_weight(WeightRequest.parse(message.content)))
+        return answer(message, lambda: site_of(context).hold_weight(WeightRequest.parse(message.content)))
 
     @app.query("ledger")
     def ledger(message: Message, context: Context) -> Message:
-        return _answer(
-            message, lambda: _LedgerReply(site_of(context).compare_ledger(LedgerHead.parse(message.content)))
-        )
+        return answer(message, lambda: _LedgerReply(site_of(context).compare_ledger(LedgerHead.parse(message.content))))
 
     @app.query("phase")
     def phase(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: site_of(context).secure_phase(SecureRequest.parse(message.content)))
+        return answer(message, lambda: site_of(context).secure_phase(SecureRequest.parse(message.content)))
 
     return app
 
 
-def _answer(message: Message, work: Callable[[], _Reply]) -> Message:
-    """Reply with what ``work`` returns, or with the code of what it raises. No exception text leaves the site."""
+def _witnessed(message: Message, work: Callable[[], _Reply], witness: Witness | None) -> RecordDict:
+    """The reply, on the disk of the audit log before it leaves, as the message is before any work on it."""
+    if witness is None:
+        return _content(message, work)
+    passage = witness.passage(message)
+
+    def logged() -> _Reply:
+        witness.received(passage, message.content)
+        return work()
+
+    content = _content(message, logged)
     try:
-        content = work().record()
+        witness.leaves(passage, content)
+    except MedFLError as error:
+        log.error("%s: nothing leaves: %s", message.metadata.message_type, error)
+        return Failure(error.code, error.reason).record()
+    return content
+
+
+def _content(message: Message, work: Callable[[], _Reply]) -> RecordDict:
+    """What ``work`` returns, or the code of what it raises. No exception text leaves the site."""
+    try:
+        return work().record()
     except MedFLError as error:
         log.warning("%s: %s", message.metadata.message_type, error)
-        content = Failure(error.code, error.reason).record()
+        return Failure(error.code, error.reason).record()
     except Exception as error:
         # The text of a library's error may hold a path or a header: only where it happened is logged.
         frames = "".join(traceback.format_tb(error.__traceback__))
         log.error("%s: unexpected %s at\n%s", message.metadata.message_type, type(error).__name__, frames)
-        content = Failure(Code.UNEXPECTED, type(error).__name__).record()
-    return Message(content, reply_to=message)
+        return Failure(Code.UNEXPECTED, type(error).__name__).record()

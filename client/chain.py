@@ -61,12 +61,14 @@ class Inspection:
 def inspect(path: Path) -> Inspection:
     """Look at a chain without its lock and without changing it, also while another process appends to it.
 
+    Absent files are a chain without rows.
+
     Raises:
         OSError: the files cannot be read.
     """
     for _ in range(_LOOKS):
         announcement = _bytes_of(_announcement_of(path))
-        found = _examine(path.read_bytes(), announcement, _announcement_of(path).name)
+        found = _examine(_bytes_of(path) or b"", announcement, _announcement_of(path).name)
         if found.problem is None or announcement == _bytes_of(_announcement_of(path)):
             break
         time.sleep(_LOOK_AGAIN_S)  # a row was written meanwhile: the two files were not of one moment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import signal
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ from medfl.shared.command import parser, run
 
 if TYPE_CHECKING:
     from medfl.client.config import SiteSettings
+    from medfl.shared.secagg.roster import Roster
 
 _EXAMPLES = """\
   medfl-client keys /etc/medfl/keys --name north     keys and request.json
   medfl-client --site site.yaml --check --study study.json
-  medfl-client --site site.yaml"""
+  medfl-client --site site.yaml
+  medfl-client --site site.yaml --audit report --from 2027-01-01 --out left.html"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(given)
     if options.dry_run:
         return run("medfl-client", lambda: _dry_run(options))
+    if options.audit is not None:
+        return run("medfl-client", lambda: _audit(options))
     if options.confirm_roster:
         return run("medfl-client", lambda: _confirm(options))
     return run("medfl-client", lambda: _check(options) if options.check else _node(options))
@@ -46,6 +51,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--dry-run", action="store_true", help="with --study: train one step, print what would be sent, exit"
     )
     made.add_argument("--confirm-roster", action="store_true", help="show the roster's keys, confirm them, exit")
+    day = datetime.date.fromisoformat
+    made.add_argument(
+        "--audit", choices=("verify", "report"), help="is the log of what left unbroken; or show it; exit"
+    )
+    made.add_argument("--from", dest="since", type=day, metavar="DATE", help="with --audit report: first day, UTC")
+    made.add_argument("--to", dest="until", type=day, metavar="DATE", help="with --audit report: last day, UTC")
+    made.add_argument("--out", type=Path, metavar="FILE", help="with --audit report: one page FILE.html, or FILE.csv")
+    made.add_argument("--head", metavar="HASH", help="with --audit verify: a hash noted earlier, to be found again")
     return made.parse_args(arguments)
 
 
@@ -68,7 +81,24 @@ def _keys(options: argparse.Namespace) -> int:
     return 0
 
 
+def _audit(options: argparse.Namespace) -> int:
+    from medfl.client.audit import audit_file
+    from medfl.client.audit_report import Report, inspected, verified, write_report
+
+    settings = _load(options.site)
+    path = audit_file(settings.state)
+    if options.audit == "verify":
+        print("\n".join(verified(path, head=options.head)))
+        return 0
+    report = Report(settings.site, inspected(path), options.since, options.until)
+    print("\n".join(write_report(report, options.out)))
+    return 0 if report.inspection.problem is None else 3
+
+
 def _confirm(options: argparse.Namespace) -> int:
+    from contextlib import closing
+
+    from medfl.client.audit import Audit, audit_file
     from medfl.client.runtime import confirmed_rosters
     from medfl.shared.errors import ConfigError
     from medfl.shared.secagg.roster import load_roster
@@ -77,6 +107,19 @@ def _confirm(options: argparse.Namespace) -> int:
     if settings.secure_aggregation is None:
         raise ConfigError(f"{options.site}: secure_aggregation: is missing: name the roster's file there")
     roster = load_roster(settings.secure_aggregation.roster)
+    with closing(Audit(audit_file(settings.state))) as audit:
+        status = _compare(settings, roster)
+        if status == 0:
+            confirmed_rosters(settings).confirm(roster)
+            audit.roster_confirmed(roster=roster.digest.hex(), epoch=roster.epoch, members=len(roster.members))
+            print("confirmed")
+    return status
+
+
+def _compare(settings: SiteSettings, roster: Roster) -> int:
+    """Show the roster's keys and ask whether they are right; returns the exit status."""
+    from medfl.client.runtime import confirmed_rosters
+
     new = confirmed_rosters(settings).unconfirmed(roster)
     print(f"roster of {roster.consortium}, epoch {roster.epoch}, {len(roster.members)} sites, {len(new)} new here:")
     for member in roster.members:
@@ -87,8 +130,6 @@ def _confirm(options: argparse.Namespace) -> int:
         if input("type yes when all are right: ").strip() != "yes":
             print("nothing was confirmed")
             return 3
-    confirmed_rosters(settings).confirm(roster)
-    print("confirmed")
     return 0
 
 
@@ -125,16 +166,18 @@ def _node(options: argparse.Namespace) -> int:
 
     # isort: split
     from medfl.client.node import Node, Phase
-    from medfl.client.runtime import build_site, gate_of, node_settings
+    from medfl.client.runtime import build_site, gate_of, node_settings, open_audit
     from medfl.shared.logs import set_up_logs
 
     set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
     settings = _load(options.site)
     from medfl.client.app import build_client_app
+    from medfl.client.witness import Witness
 
     site = build_site(settings)
     with ExitStack() as stack:
         stack.callback(site.close)
+        witness = Witness(stack.enter_context(open_audit(settings, options.site)), site)
         health = None
         if settings.health is not None:
             from medfl.shared.health import Health
@@ -145,8 +188,9 @@ def _node(options: argparse.Namespace) -> int:
             if health is not None:
                 health.set("not_serving" if phase is Phase.WAITING else "serving")
 
-        app = build_client_app(lambda context: site)
-        node = Node(node_settings(settings), app, gate_of(settings.policy), on_change=told)
+        app = build_client_app(lambda context: site, witness=witness)
+        gate = gate_of(settings.policy)
+        node = Node(node_settings(settings), app, gate, on_change=told, on_own_word=witness.node_says)
         for which in (signal.SIGTERM, signal.SIGINT):
             signal.signal(which, lambda *_: node.stop())
         node.run()

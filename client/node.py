@@ -84,7 +84,8 @@ class Phase(StrEnum):
 class Node:
     """Runs ``app`` for the coordinator's messages that ``gate`` lets through, until :meth:`stop`.
 
-    ``on_change(phase, text)`` is told what the node is doing, from the thread of :meth:`run`.
+    ``on_change(phase, text)`` is told what the node is doing, from the thread of :meth:`run`. ``on_own_word`` is told
+    before the node answers in the app's place, which is always a code and no result; it may raise PolicyRefusal.
 
     Raises on construction:
         ConfigError: a key or certificate cannot be used.
@@ -97,11 +98,13 @@ class Node:
         gate: Gate,
         *,
         on_change: Callable[[Phase, str], None] = lambda phase, text: None,
+        on_own_word: Callable[[Notice, Code, str], None] = lambda notice, code, reason: None,
     ) -> None:
         self.settings = settings
         self._app = app
         self._gate = gate
         self._on_change = on_change
+        self._on_own_word = on_own_word
         self._fleet = Fleet(settings.fleet)
         self._stop = threading.Event()
         self._asker = ThreadPoolExecutor(1, thread_name_prefix="ask")
@@ -174,7 +177,7 @@ class Node:
             if time.time() > order.until:
                 log.warning("%s took %.0f s and came after its deadline: the answer is dropped", kind, work_s)
                 return
-            sent = self._send(order, reply, patience, work_s)
+            sent = self._send(order, run, reply, patience, work_s)
             log.info("%s answered in %.1f s, %d bytes sent", kind, time.monotonic() - started_at, sent)
         except LinkTrouble as trouble:
             if trouble.kind is not Kind.RUN_CLOSED:
@@ -187,7 +190,7 @@ class Node:
     def _answer(self, order: Order, run: Run, patience: Patience) -> Message:
         """The app's reply, or in its place an error that carries a code and no text."""
         head = order.head.metadata
-        notice = Notice(head.message_type, head.group_id, run.study, run.digest, run.run_id, run.series_id)
+        notice = _notice(order, run)
         try:
             self._gate(notice)
             message = self._fleet.fetch(order, patience)
@@ -207,23 +210,32 @@ class Node:
             raise
         except PolicyRefusal as error:
             log.warning("%s refused: %s", head.message_type, error)
-            return refusal(order, error.reason)
+            return self._own_word(order, notice, error.code, error.reason)
         except MedFLError as error:
             log.error("%s failed: %s", head.message_type, error)
-            return failure(order, error.code)
+            return self._own_word(order, notice, error.code)
         except Exception as error:
             # The text of a library's error may hold a path or a header: only where it happened is logged.
             frames = "".join(traceback.format_tb(error.__traceback__))
             log.error("%s: unexpected %s at\n%s", head.message_type, type(error).__name__, frames)
-            return failure(order, Code.UNEXPECTED)
+            return self._own_word(order, notice, Code.UNEXPECTED)
         return reply
 
-    def _send(self, order: Order, reply: Message, patience: Patience, work_s: float) -> int:
+    def _own_word(self, order: Order, notice: Notice, code: Code, reason: str = "") -> Message:
+        """An error in place of the app's reply, told before it leaves."""
+        try:
+            self._on_own_word(notice, code, reason)
+        except PolicyRefusal as error:
+            log.error("%s: %s", notice.message_type, error)
+            code, reason = error.code, error.reason
+        return refusal(order, reason) if code is Code.REFUSED else failure(order, code)
+
+    def _send(self, order: Order, run: Run, reply: Message, patience: Patience, work_s: float) -> int:
         try:
             return self._fleet.send(reply, patience, work_s=work_s)
         except ProtocolError as error:  # the reply itself cannot be sent: say so instead
             log.error("the answer cannot be sent: %s", error)
-            return self._fleet.send(failure(order, error.code), patience, work_s=work_s)
+            return self._fleet.send(self._own_word(order, _notice(order, run), error.code), patience, work_s=work_s)
 
     def _run_of(self, order: Order, patience: Patience) -> Run:
         run_id = order.head.metadata.run_id
@@ -279,6 +291,11 @@ class Node:
         if news:
             self._told = (phase, text)
             self._on_change(phase, text)
+
+
+def _notice(order: Order, run: Run) -> Notice:
+    head = order.head.metadata
+    return Notice(head.message_type, head.group_id, run.study, run.digest, run.run_id, run.series_id)
 
 
 def check(settings: NodeSettings) -> None:

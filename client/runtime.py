@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import importlib.metadata
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from medfl.client.audit import Audit, audit_file
 from medfl.client.config import SiteSettings
 from medfl.client.data.load import load_site_data, without_opted_out
 from medfl.client.data.secret import open_site_key
@@ -28,6 +34,8 @@ from medfl.shared.keys import load_site_key
 from medfl.shared.messages import Kind
 from medfl.shared.secagg.roster import load_roster
 from medfl.shared.study import Study
+
+log = logging.getLogger("medfl.site")
 
 
 def node_settings(settings: SiteSettings) -> NodeSettings:
@@ -91,6 +99,31 @@ def build_participant(settings: SiteSettings) -> Participant | None:
     rules = Rules(settings.policy.minimum_cohort, settings.secure_aggregation.allow_shrunk_repeat)
     enrolment = Enrolment(member.id, load_site_key(SiteFiles(settings.keys).site_key), roster, rules)
     return Participant(SecureSite(enrolment, Journal(settings.state / "secagg")))
+
+
+@contextmanager
+def open_audit(settings: SiteSettings, site_file: Path) -> Iterator[Audit]:
+    """The node's audit log, with its start and, unless it dies, its end in it. The log's head goes to the journal too.
+
+    Raises:
+        ConfigError, PolicyRefusal: see :class:`~medfl.client.audit.Audit`.
+    """
+    audit = Audit(audit_file(settings.state))
+    try:
+        secure = settings.secure_aggregation
+        roster = None if secure is None else load_roster(secure.roster)
+        audit.started(
+            release=importlib.metadata.version("medfl"),
+            configuration=hashlib.sha256(site_file.read_bytes()).hexdigest(),
+            roster="" if roster is None else roster.digest.hex(),
+            epoch=None if roster is None else roster.epoch,
+        )
+        log.info("audit log: row %d has the hash %s", audit.head.rows, audit.head.digest)
+        yield audit
+        audit.stopped()
+        log.info("audit log: row %d has the hash %s", audit.head.rows, audit.head.digest)
+    finally:
+        audit.close()
 
 
 def confirmed_rosters(settings: SiteSettings) -> ConfirmedRoster:

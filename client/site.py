@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from medfl.client.audit import Price
 from medfl.client.chain import Head
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
@@ -222,6 +223,24 @@ class Site:
             ledger.countersign(Head(recorded.rows, recorded.digest))
         head = ledger.head
         return LedgerHead(study.digest, head.rows, head.digest)
+
+    def study_of(self, request: SecureRequest) -> str:
+        """Digest of the study whose secure sum ``request`` belongs to; empty where no such sum is known here."""
+        if self._participant is None:
+            return ""
+        return (self._participant.secure.study_of(request.phase, PhaseRequest(request.control)) or b"").hex()
+
+    def price(self, digest: str) -> Price | None:
+        """What is spent by now, when results of a study leave; None of a study without differential privacy.
+
+        Raises:
+            PolicyRefusal: the ledger cannot be read.
+        """
+        study = self._records.study(digest)
+        if study is None or isinstance(study.privacy, NoPrivacy):
+            return None
+        spent = self._ledger().spent(digest)
+        return Price(spent.study, spent.total)
 
     def secure_phase(self, request: SecureRequest) -> SecureReply:
         """Answer one phase of a secure sum over what is held.

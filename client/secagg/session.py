@@ -19,10 +19,10 @@ from medfl.client.secagg.masked_input import masked_input
 from medfl.client.secagg.open_round import OpenRound
 from medfl.client.secagg.share_keys import Shared, share_keys
 from medfl.client.secagg.unmask import unmask
-from medfl.shared.errors import ProtocolError
+from medfl.shared.errors import DataError, ProtocolError
 from medfl.shared.secagg.announcement import Announcement, Purpose
 from medfl.shared.secagg.exchange import Phase, PhaseReply, PhaseRequest
-from medfl.shared.secagg.hashing import ids_to_bytes
+from medfl.shared.secagg.hashing import DIGEST_BYTES, ids_to_bytes
 from medfl.shared.secagg.messages import ConfirmationList, KeyList, ShareDelivery, SurvivorList
 from medfl.shared.secagg.prg import usable_threads
 from medfl.shared.secagg.reasons import Reason
@@ -53,6 +53,17 @@ class SecureSite:
         """Keep ``contribution`` for the sums of its study and purpose, in place of the one before."""
         with self._lock:
             self._held[contribution.study, contribution.purpose] = contribution
+
+    def study_of(self, phase: Phase, request: PhaseRequest) -> bytes | None:
+        """The study that ``request`` says or belongs to; None where no such sum is open here."""
+        start = request.control[:DIGEST_BYTES]  # of the announcement the study, of all others the context
+        if phase is Phase.ADVERTISE_KEYS:
+            return start
+        with self._lock:
+            try:
+                return self._state(start)[0][0]
+            except (ProtocolError, DataError):
+                return None
 
     def release(self, study: bytes) -> None:
         """Let go of everything held for ``study``; its open rounds cannot be finished any more."""
