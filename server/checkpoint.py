@@ -21,6 +21,7 @@ from medfl.shared.weights import Flat, Layout, weights_digest
 log = logging.getLogger("medfl.server")
 
 _STATE = "strategy."
+_AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Checkpoint:
     weights: Flat
     strategy: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     series: int | None = None
+    average: Flat | None = None  # mean of the last rounds' models, where the study asks for one and it has begun
 
 
 class CheckpointFolder:
@@ -46,6 +48,8 @@ class CheckpointFolder:
     def save(self, checkpoint: Checkpoint) -> None:
         """Write durably; the last one becomes the previous one. Raises OSError when the disk refuses."""
         tensors = {"weights": checkpoint.weights} | {_STATE + name: a for name, a in checkpoint.strategy.items()}
+        if checkpoint.average is not None:
+            tensors[_AVERAGE] = checkpoint.average
         about = {
             "study": checkpoint.study,
             "round": checkpoint.round,
@@ -93,9 +97,9 @@ def _read(path: Path) -> Checkpoint | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if _digest(tensors) != about["digest"]:
             return None
-        weights = tensors.pop("weights")
+        weights, average = tensors.pop("weights"), tensors.pop(_AVERAGE, None)
         state = {name.removeprefix(_STATE): array for name, array in tensors.items()}
-        return Checkpoint(about["study"], about["round"], weights, state, about["series"])
+        return Checkpoint(about["study"], about["round"], weights, state, about["series"], average)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 

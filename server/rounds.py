@@ -91,6 +91,7 @@ class Rounds:
         self._layout, _ = layouts(study, network)
         self._weights = self._layout.flatten(network.state_dict())
         self._round = 0
+        self._average: Flat | None = None  # of the last rounds' models, where the study asks for it
         stages = Stages(grid, reporter, stop, study.rounds.deadline_s, self._admission.forget)
         self._collector = _collector(study, stages, self._layout, secure)
         self._heads: Heads | None = None
@@ -128,14 +129,14 @@ class Rounds:
                 ending = Ending.VOID_ROUNDS
                 break
         self._reporter.ended(ending.value)
-        return Result(ending, self._round, self._weights, self._layout)
+        return Result(ending, self._round, self._model, self._layout)
 
     def _resume(self) -> bool:
         """Take up the latest checkpoint; whether its round has been evaluated (True where there is none)."""
         if self._checkpoints is None or (checkpoint := self._checkpoints.load(self._study)) is None:
             return True
         self._layout.check(checkpoint.weights)
-        self._weights, self._round = checkpoint.weights, checkpoint.round
+        self._weights, self._round, self._average = checkpoint.weights, checkpoint.round, checkpoint.average
         restore(self._strategy, checkpoint.strategy)
         log.info("going on after round %d of study %s", self._round, self._study.name)
         return self._checkpoints.evaluated() >= self._round
@@ -177,9 +178,12 @@ class Rounds:
             return False
         self._weights = self._aggregate(number, collected)
         self._round = number
+        self._average = self._next_average(number)
         if self._checkpoints is not None:
             state = capture(self._strategy)
-            self._checkpoints.save(Checkpoint(self._study.digest, number, self._weights, state, self._series))
+            self._checkpoints.save(
+                Checkpoint(self._study.digest, number, self._weights, state, self._series, self._average)
+            )
         self._collector.settled()
         self._report(collected, started, cohort)
         return True
@@ -207,6 +211,25 @@ class Rounds:
         self._layout.check(weights)
         return weights
 
+    @property
+    def _model(self) -> Flat:
+        """What is scored and handed out: the mean of the last rounds' models once all are there, else the newest."""
+        complete = self._round == self._study.rounds.count
+        return self._average if complete and self._average is not None else self._weights
+
+    def _next_average(self, number: int) -> Flat | None:
+        """Mean of the models since the first that counts. Post-processing of what was released: free in privacy.
+
+        Tail averaging: Polyak & Juditsky 1992, https://doi.org/10.1137/0330046.
+        """
+        rounds = self._study.rounds
+        place = number - (rounds.count - rounds.average_last)  # from 1
+        if rounds.average_last == 1 or place < 1:
+            return None
+        if place == 1 or self._average is None:
+            return self._weights
+        return self._average + (self._weights - self._average) / np.float32(place)
+
     def _evaluate_again(self, cohort: dict[int, str]) -> None:
         """Score the round whose checkpoint is the last thing that was done before a restart."""
         self._report(Collected(), time.monotonic(), cohort)
@@ -216,11 +239,11 @@ class Rounds:
         view = CohortGrid(self._grid, cohort)
 
         def configure(config: ConfigRecord) -> list[Message]:
-            return list(self._strategy.configure_evaluate(number, pack(self._weights), config, view))
+            return list(self._strategy.configure_evaluate(number, pack(self._model), config, view))
 
         evaluated = Evaluated()
         if number % rounds.evaluate_every == 0 or number == rounds.count:
-            evaluated = self._collector.evaluate(number, self._weights, cohort, configure)
+            evaluated = self._collector.evaluate(number, self._model, cohort, configure)
         report = RoundReport(
             round=number,
             seconds=time.monotonic() - started,

@@ -84,9 +84,12 @@ class Rounds(Settings):
     deadline_s: float = Field(default=3600.0, gt=0, le=7 * 86400)  # for one training or evaluation stage
     patience_s: float = Field(default=86400.0, gt=0)  # how long to wait for a quorum to come online
     evaluate_every: int = Field(default=1, ge=1)
+    average_last: int = Field(default=1, ge=1)  # the finished model is the mean of so many last rounds' models
 
     @model_validator(mode="after")
     def _quorum_can_be_reached(self) -> Rounds:
+        if self.average_last > self.count:
+            raise ValueError(f"average_last must be at most count, which is {self.count}")
         if self.sites_per_round is not None and self.sites_per_round < self.minimum_sites:
             raise ValueError(f"sites_per_round must be at least minimum_sites, which is {self.minimum_sites}")
         return self

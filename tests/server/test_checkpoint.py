@@ -23,6 +23,7 @@ def checkpoint(number: int) -> Checkpoint:
         np.array([number, -number, 1 / 3], np.float32),
         {"m_t": np.array([0.5], np.float32), "v_t": np.array([number], np.float32)},
         series=2**60 + number,
+        average=np.array([number / 3], np.float32),
     )
 
 
@@ -30,6 +31,9 @@ def same(one: Checkpoint | None, other: Checkpoint) -> bool:
     return (
         one is not None
         and (one.study, one.round, one.series) == (other.study, other.round, other.series)
+        and one.average is not None
+        and other.average is not None
+        and one.average.tobytes() == other.average.tobytes()
         and one.weights.tobytes() == other.weights.tobytes()
         and {k: v.tolist() for k, v in one.strategy.items()} == {k: v.tolist() for k, v in other.strategy.items()}
     )

@@ -73,6 +73,9 @@ def moved(study: Study, result: Result) -> float:
     return float(step.mean())
 
 
+AVERAGED = classes_study(rounds={"count": 4, "average_last": 3})
+
+
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds_module, "_SETTLE_S", 0.2)
@@ -336,12 +339,27 @@ def test_scores_are_asked_for_every_few_rounds_and_after_the_last() -> None:
     assert [n for n, kind in enumerate(kinds) if kind == Kind.EVALUATE.value] == [2, 5, 7]  # after rounds 2, 4 and 5
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "krum"])
+def test_the_finished_model_is_the_mean_of_the_last_rounds_where_the_study_asks_for_it() -> None:
+    # models at 4, 8, 12 and 16 from the start; the last three have the mean 12
+    study, scored = classes_study(rounds={"count": 4, "average_last": 3}), []
+
+    class Scoring(ScriptedSite):
+        def evaluate(self, request: ModelRequest) -> Answer:
+            scored.append(request.weights.copy())
+            return super().evaluate(request)
+
+    result = run(study, ScriptedGrid({"a": Scoring(4.0), "b": ScriptedSite(4.0)}))
+    assert moved(study, result) == pytest.approx(12.0, rel=1e-6)
+    distances = [float((weights - start_of(study)).mean()) for weights in scored]
+    assert distances == pytest.approx([4, 8, 12, 12], rel=1e-6)  # the mean is what is scored in the end
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "krum", "averaged"])
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_restarted_coordinator_ends_with_the_very_bits_of_one_that_was_not(
     tmp_path: Path, strategy: str, after: int
 ) -> None:
-    study = classes_study(strategy={"name": strategy}, rounds={"count": 4})
+    study = classes_study(strategy={"name": strategy}, rounds={"count": 4}) if strategy != "averaged" else AVERAGED
     draw = np.random.default_rng(1)
     nudges = {name: draw.normal(size=LOGISTIC_VALUES).astype(np.float32) for name in "abc"}
 

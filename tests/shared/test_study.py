@@ -123,6 +123,7 @@ def test_how_a_study_is_scored_follows_from_its_task() -> None:
         (masks_study, {"data": {"preprocessing": {"normalise": "none", "size": [8, 9]}}}, "multiples of 2"),
         (masks_study, {"model": {"name": "unet", "channels": [4, 8, 8, 8], "norm": "instance"}}, "one pixel"),
         (classes_study, {"rounds": {"count": 1, "sites_per_round": 2, "minimum_sites": 3}}, "sites_per_round"),
+        (classes_study, {"rounds": {"count": 2, "average_last": 3}}, "average_last must be at most count"),
         (classes_study, {"rounds": {"count": 1, "patience_s": float("inf")}}, "finite"),
         (classes_study, {"data": {"classes": ["a/b", "c"]}}, "classes must"),
         (classes_study, {"data": {"classes": ["a\nb", "c"]}}, "classes must"),
