@@ -105,9 +105,9 @@ def print_table(console: Console, experiment: Experiment) -> None:
     from rich.table import Table
 
     table = Table(title=f"{experiment.metric} on held-out patients", title_justify="left")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for site in experiment.sites:
-        table.add_column(site, justify="right")
+        table.add_column(site, justify="right", no_wrap=True)
     best = {  # -1 stands for no score, which is NaN
         site: max(value if (value := experiment.mean(method, site)) >= 0 else -1 for method in experiment.methods)
         for site in experiment.sites

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean, and the half-width of its 95 % confidence interval (NaN from one value)."""
+    """A mean, and the half-width of its 95 % confidence interval (NaN from fewer than three values)."""
 
     mean: float
     half_width: float
@@ -22,15 +22,16 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Student's interval of the mean of ``values``.
+    """Student's interval of the mean of ``values``; two values would give one of 9 times their distance, which says
+    nothing.
 
-    >>> interval([0.6, 0.8])  # half-width 12.706 * 0.1414 / sqrt(2)
-    Interval(mean=0.7, half_width=1.2706)
+    >>> interval([0.6, 0.7, 0.8])  # half-width 4.303 * 0.1 / sqrt(3)
+    Interval(mean=0.7, half_width=0.2484)
     """
     from scipy.stats import t
 
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) < 3:
         return Interval(mean, math.nan)
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(round(mean, 12), round(half, 4))

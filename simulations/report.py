@@ -146,7 +146,7 @@ def _curves(experiment: Experiment) -> str:
             colour = matplotlib.colormaps["tab10"](number % 10)
             style = ("-", "--", ":")[number // 10 % 3]
             axes.plot(rounds, scores.mean(0), style, color=colour, label=method, linewidth=1.6)
-            if len(runs) > 1:
+            if len(runs) > 1 and len(methods) <= 6:  # more bands than that hide each other
                 axes.fill_between(rounds, scores.min(0), scores.max(0), color=colour, alpha=0.12, linewidth=0)
         axes.set_xlabel("round")
         axes.set_ylabel(f"{experiment.metric}, all sites together")

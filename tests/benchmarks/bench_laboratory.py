@@ -4,7 +4,7 @@
 
 Two jobs. Small: 1,000 sites of 32 samples with 20 features, logistic regression, SGD, batch 8, 10 sites a round
 (pfl-research's benchmark of overhead). Many: the U-Net of bench_simulation.py at 4, 50 and 500 sites, 4 or 8 of them
-active in each of 3 rounds; the peak of memory above what the data take must not grow with the number of sites.
+active in each of 3 rounds. Seconds are of the processor, so that a busy machine does not blur them; the peak of memory above what the data take must not grow with the number of sites.
 Flower's own runtime with Ray is measured by tests/simulations/test_flower_runtime.py's app where Ray is installed.
 """
 
@@ -78,7 +78,7 @@ def plain_small(rounds: int) -> dict[str, Any]:
     names = [f"s{number:04d}" for number in range(SITES)]
     data = [small_data(number) for number in range(SITES)]
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    started = time.perf_counter()
+    started = time.process_time()
     for number in range(1, rounds + 1):
         total = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
         for node in sorted(random.Random(f"0/{number - 1}").sample(range(2, SITES + 2), ACTIVE)):
@@ -97,7 +97,7 @@ def plain_small(rounds: int) -> dict[str, Any]:
                 total[name] += tensor / ACTIVE
         state = total
     flat = torch.cat([tensor.flatten() for tensor in state.values()])
-    return {"seconds": time.perf_counter() - started, "weights": flat.tolist(), "peak": peak()}
+    return {"seconds": time.process_time() - started, "weights": flat.tolist(), "peak": peak()}
 
 
 def medfl_small(rounds: int) -> dict[str, Any]:
@@ -112,9 +112,9 @@ def medfl_small(rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     study = Study.model_validate(small_study(rounds))
     sites = {f"s{number:04d}": as_site(*small_data(number)) for number in range(SITES)}
-    started = time.perf_counter()
+    started = time.process_time()
     result = federate(study, sites).result
-    return {"seconds": time.perf_counter() - started, "weights": result.weights.tolist(), "peak": peak()}
+    return {"seconds": time.process_time() - started, "weights": result.weights.tolist(), "peak": peak()}
 
 
 def as_site(images: Any, labels: Any) -> Any:
@@ -148,7 +148,7 @@ def many(sites: int, *, bare: bool) -> dict[str, Any]:
     study = Study.model_validate(STUDY | {"rounds": settings})
     shared = [site_tensors(number) for number in range(4)]  # images are shared, so that memory is the simulator's own
     data = {f"s{number:03d}": as_site(*shared[number % 4]) for number in range(sites)}
-    before, started = peak(), time.perf_counter()
+    before, started = peak(), time.process_time()
     if bare:
         bench, loss_of = make_bench(study, torch.device("cpu")), build_loss(study.training.loss)
         names = list(data)
@@ -174,7 +174,7 @@ def many(sites: int, *, bare: bool) -> dict[str, Any]:
             state = total
     else:
         federate(study, data)
-    return {"seconds": time.perf_counter() - started, "peak": peak() - before}
+    return {"seconds": time.process_time() - started, "peak": peak() - before}
 
 
 def peak() -> float:

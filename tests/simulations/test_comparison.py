@@ -16,8 +16,9 @@ def test_the_interval_of_three_values_uses_students_t() -> None:
     assert str(found) == "0.700 ± 0.248"
 
 
-def test_one_value_has_no_interval_and_no_value_says_so() -> None:
+def test_one_or_two_values_have_no_interval_and_no_value_says_so() -> None:
     assert str(interval([0.5])) == "0.500"
+    assert str(interval([0.4, 0.6])) == "0.500"
     assert str(interval([math.nan])) == "no score"
 
 

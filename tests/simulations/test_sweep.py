@@ -1,0 +1,123 @@
+"""A sweep: every variant for every seed, taken up where it stopped, with a report that stands by itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medfl.simulations import Experiment, load_simulation, run_experiment
+from medfl.simulations import experiment as module
+from medfl.simulations.report import findings, references, write_report
+from medfl.simulations.results import Cell
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("example", ROOT / "docs" / "examples" / "compare_algorithms.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def simulation(folder: Path, **changes: Any) -> Path:
+    loaded = example()
+    loaded.draw_pictures(folder, 80)
+    small = {
+        "partition": {"sites": 4},
+        "seeds": [0, 1],
+        "variants": {"fedavg": {}, "fedprox": {"strategy": {"name": "fedprox"}}},
+    }
+    content = loaded.SIMULATION | small | changes
+    content["study"] = content["study"] | {"rounds": {"count": 2, "minimum_sites": 2}}
+    path = folder / "simulation.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def count_federations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    done: list[str] = []
+    really = module.federate
+
+    def federate(study: Any, *arguments: Any, **more: Any) -> Any:
+        done.append(f"{study.strategy.name}/{study.seed}")
+        return really(study, *arguments, **more)
+
+    monkeypatch.setattr(module, "federate", federate)
+    return done
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_does_only_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = simulation(tmp_path)
+    done = count_federations(monkeypatch)
+    first = run_experiment(load_simulation(path), sweep=True)
+    assert done == ["fedavg/0", "fedprox/0", "fedavg/1", "fedprox/1"]
+
+    done.clear()
+    again = run_experiment(load_simulation(path), sweep=True)
+    assert done == []
+    assert again.rows == first.rows
+    assert again.patients == first.patients
+
+    (first.folder / "seed-1" / "cells" / "fedprox.fedprox.json").write_text("damaged")
+    assert run_experiment(load_simulation(path), sweep=True).rows == first.rows
+    assert done == ["fedprox/1"]
+
+    done.clear()
+    content = yaml.safe_load(path.read_text())
+    content["variants"]["stronger"] = {"strategy": {"name": "fedprox", "mu": 1.0}}
+    path.write_text(yaml.safe_dump(content))
+    assert run_experiment(load_simulation(path), sweep=True).methods[:3] == ["fedavg", "fedprox", "stronger"]
+    assert done == ["fedprox/0", "fedprox/1"]
+
+    done.clear()
+    content["failures"] = {"drop_out": 0.2}  # changes every number
+    path.write_text(yaml.safe_dump(content))
+    run_experiment(load_simulation(path), sweep=True)
+    assert len(done) == 6
+
+
+def test_the_example_runs_and_its_report_stands_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = example()
+    loaded.SIMULATION["seeds"] = [0]
+    experiment = loaded.main(tmp_path)
+    page = (experiment.folder / "report.html").read_text()
+    assert "scaffold against fedavg" in capsys.readouterr().out
+    assert page.count("<svg") == 3  # curves, heat map, bytes
+    for words in ("What it says", "commonest class", "pooled", "ensemble", "site-8", "against alone"):
+        assert words in page
+    # nothing from elsewhere: the only addresses are names of XML namespaces
+    assert not re.findall(r"""(?:src|href)=["'](?!#)""", page.replace("xlink:href", "").replace('href="#', ""))
+    assert "<script" not in page
+    assert json.loads((experiment.folder / "results.json").read_text())["seeds"] == [0]
+
+
+def test_the_report_says_where_a_federated_model_loses(tmp_path: Path) -> None:
+    def cell(method: str, score: float, kind: str) -> Cell:
+        return Cell(method, 0, {"a": score, "b": 0.9}, kind)
+
+    cells = (cell("fedavg", 0.4, "federated"), cell("alone", 0.7, "baseline"), cell("best <threshold>", 0.5, "trivial"))
+    experiment = Experiment("dice", cells, tmp_path, 1.0)
+    said = findings(experiment)
+    assert "a: the best federated method (fedavg) loses 0.300 over training alone." in said
+    assert "fedavg does not beat a predictor without any training at: a, b." in said
+    assert references(experiment) == ["fedavg", "alone"]
+    page = write_report(experiment, load_simulation(simulation(tmp_path))).read_text()
+    assert "best &lt;threshold&gt;" in page
+
+
+def test_importing_the_laboratory_does_not_import_torch() -> None:
+    check = "import sys, medfl.simulations, medfl.simulations.cli; sys.exit(len({'torch', 'flwr'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
