@@ -6,7 +6,7 @@ import math
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from medfl.shared.config import Settings
 
@@ -24,6 +24,7 @@ class UNetSpec(Settings):
     strides: tuple[int, ...] | None = None  # absent: 2 at every level
     residual_units: int = Field(default=2, ge=0, le=4)
     norm: Norm = "instance"
+    weight_standardisation: StrictBool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     @model_validator(mode="after")
@@ -47,6 +48,7 @@ class DenseNet121Spec(Settings):
 
     name: Literal["densenet121"] = "densenet121"
     norm: Norm = "batch"
+    weight_standardisation: StrictBool = False
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
@@ -55,6 +57,7 @@ class ResNet18Spec(Settings):
 
     name: Literal["resnet18"] = "resnet18"
     norm: Norm = "batch"
+    weight_standardisation: StrictBool = False
 
 
 class LogisticSpec(Settings):
@@ -122,6 +125,10 @@ def build_network(
             _replace_batch_norm(network, groups=8 if spec.norm == "group" else None)  # type: ignore[union-attr]
         elif isinstance(spec, UNetSpec) and spec.norm == "group":
             _replace_batch_norm(network, groups=8)
+        if getattr(spec, "weight_standardisation", False):
+            from medfl.shared.standardised import standardise_convolutions
+
+            standardise_convolutions(network)
     return network
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from medfl.client.privacy.bookkeeping.rule import (
     trained,
     zero_where_dropped,
 )
+from medfl.shared.standardised import standardised, through_standardisation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -84,6 +86,38 @@ class ConvolutionRule:
             else:
                 found["weight"] = _instantiated(module.weight, x, g, at)
         return found
+
+
+class StandardisedConvolutionRule(ConvolutionRule):
+    """The same for convolutions with standardised weights; weight gradients are always instantiated."""
+
+    def forward(self, module: _ConvNd, x: Tensor, /) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Convolve by the standardised weight; keep the (padded) input."""
+        return super().forward(_with_weight(module), x)
+
+    def input_gradient(self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor:
+        """One batched call."""
+        return super().input_gradient(_with_weight(module), saved, g)
+
+    def unit_gradients(self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool) -> UnitGradients:
+        """Those of the plain convolution, taken through the standardisation."""
+        found = super().unit_gradients(_with_weight(module), saved, g, defer=False)
+        if isinstance(weight := found.get("weight"), Tensor):
+            found["weight"] = through_standardisation(module.weight.detach().to(weight.dtype), weight)
+        return found
+
+
+def _with_weight(module: _ConvNd) -> Any:
+    """``module`` to look at, with its standardised weight in place of the weight."""
+    return _View(module, standardised(module.weight.detach()))
+
+
+class _View:
+    def __init__(self, module: _ConvNd, weight: Tensor) -> None:
+        self._module, self.weight = module, weight
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _pads_before(module: _ConvNd) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from medfl.client.privacy.bookkeeping.convolution import CONVOLUTIONS, ConvolutionRule
+from medfl.client.privacy.bookkeeping.convolution import CONVOLUTIONS, ConvolutionRule, StandardisedConvolutionRule
 from medfl.client.privacy.bookkeeping.linear import EmbeddingRule, LinearRule
 from medfl.client.privacy.bookkeeping.normalisation import INSTANCE_NORMS, GroupNormRule, LayerNormRule, PReLURule
 from medfl.client.privacy.bookkeeping.rule import Rule
 from medfl.shared.errors import ConfigError
+from medfl.shared.standardised import STANDARDISED
 
 # Bare parameters of composite blocks that only ever meet the images by broadcasting over a leading axis of size one.
 _BROADCAST = {"position_embeddings", "cls_token"}
@@ -42,6 +43,8 @@ def _rule_for(name: str, module: nn.Module) -> Rule:
     kind = next(k for k in type(module).__mro__ if "forward" in vars(k))
     if isinstance(module, CONVOLUTIONS) and kind in CONVOLUTIONS and _convolves_as(module, kind):
         return ConvolutionRule()
+    if type(module) in STANDARDISED:
+        return StandardisedConvolutionRule()
     match module:
         case nn.Linear() if kind is nn.Linear:
             return LinearRule()

@@ -68,6 +68,12 @@ ZOO: dict[str, tuple[Network, int, int, bool]] = {  # name: network, dimensions,
     "unet-group": (lambda: zoo(UNetSpec(channels=(8, 16, 32), norm="group")), 2, 32, False),
     "unet-3d": (lambda: zoo(UNetSpec(channels=(4, 8), residual_units=1), 3), 3, 8, False),
     "unet-3d-group": (lambda: zoo(UNetSpec(channels=(4, 8), residual_units=0, norm="group"), 3), 3, 8, False),
+    "unet-standardised": (
+        lambda: zoo(UNetSpec(channels=(8, 16, 32), norm="group", weight_standardisation=True)), 2, 32, False
+    ),
+    "resnet18-standardised-3d": (
+        lambda: zoo(ResNet18Spec(norm="group", weight_standardisation=True), 3), 3, 16, True
+    ),
     "densenet121": (lambda: zoo(DenseNet121Spec(norm="group")), 2, 32, True),
     "resnet18": (lambda: zoo(ResNet18Spec(norm="group")), 2, 32, True),
     "resnet18-instance": (lambda: zoo(ResNet18Spec(norm="instance")), 2, 64, True),
@@ -90,7 +96,14 @@ ZOO: dict[str, tuple[Network, int, int, bool]] = {  # name: network, dimensions,
     "transformer": (Transformer, 2, 32, True),
     "reused": (Reused, 2, 8, True),
 }  # fmt: skip
-OPACUS_CANNOT = {"dynunet", "dynunet-3d", "transformer", "reused"}  # registered twice, bare or shared parameters
+OPACUS_CANNOT = {
+    "unet-standardised",
+    "resnet18-standardised-3d",
+    "dynunet",
+    "dynunet-3d",
+    "transformer",
+    "reused",
+}  # registered twice, bare or shared parameters
 LIKE_ANOTHER = {"resnet18-3d", "resnet18-instance"}
 
 
