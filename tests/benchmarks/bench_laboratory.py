@@ -4,7 +4,8 @@
 
 Two jobs. Small: 1,000 sites of 32 samples with 20 features, logistic regression, SGD, batch 8, 10 sites a round
 (pfl-research's benchmark of overhead). Many: the U-Net of bench_simulation.py at 4, 50 and 500 sites, 4 or 8 of them
-active in each of 3 rounds. Seconds are of the processor, so that a busy machine does not blur them; the peak of memory above what the data take must not grow with the number of sites.
+active in each of 3 rounds; the peak of memory above what the data take must not grow with the number of sites.
+Seconds are of the processor, so that a busy machine does not blur them.
 Flower's own runtime with Ray is measured by tests/simulations/test_flower_runtime.py's app where Ray is installed.
 """
 
