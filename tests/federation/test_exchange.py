@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 
 from medfl.client.node import Notice
 from medfl.server.link import Link, OpenRun
-from medfl.shared.errors import PolicyRefusal, ProtocolError, TrainingError
+from medfl.shared.errors import Code, PolicyRefusal, ProtocolError, TrainingError
 
 DIGEST = "d" * 64
 
@@ -136,6 +136,36 @@ def test_the_gate_refuses_before_anything_is_fetched(lab: Lab) -> None:
                 assert (reply.error.code, reply.error.reason) == (6, "refused: study not approved")
                 assert fetched == []
             assert notices[-1] == Notice("query", "", "lungs", digest, run.run_id, run.series_id)
+
+
+def test_a_word_of_the_nodes_own_is_told_before_it_leaves_and_replaced_where_that_is_refused(lab: Lab) -> None:
+    told: list[tuple[str, Code, str]] = []
+
+    def tell(notice: Notice, code: Code, reason: str) -> None:
+        told.append((notice.digest, code, reason))
+        if len(told) > 2:
+            raise PolicyRefusal("audit.jsonl cannot be written", reason="audit log unwritable")
+
+    def gate(notice: Notice) -> None:
+        if notice.message_type == "query":
+            raise PolicyRefusal("study x is not approved here", reason="study not approved")
+
+    def app(message: Message, context: Context) -> Message:
+        raise ValueError("/pacs/NAME")
+
+    link = lab.link(sites=1)
+    ids = link.enrol(lab.roster(1))
+    lab.node("north", link.port, app, gate, on_own_word=tell)
+    until(lambda: link.online() == set(ids.values()))
+    answers = []
+    with link.run(None, name="lungs", digest=DIGEST) as run:
+        for kind in ("query", "train", "train"):
+            content = RecordDict({"config": ConfigRecord({"text": "hello"})})
+            (reply,) = run.grid.send_and_receive([Message(content, ids["north"], kind)], timeout=10)
+            answers.append(reply.error.reason)
+    refused = (DIGEST, Code.REFUSED, "study not approved")
+    assert told == [refused, (DIGEST, Code.UNEXPECTED, ""), (DIGEST, Code.UNEXPECTED, "")]
+    assert answers == ["refused: study not approved", "unexpected", "refused: audit log unwritable"]
 
 
 def test_a_message_beyond_the_sites_caps_is_answered_with_an_error(lab: Lab) -> None:

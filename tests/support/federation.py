@@ -15,11 +15,12 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from medfl.client.fleet import FleetSettings
-from medfl.client.node import App, Gate, Node, NodeSettings, Phase
+from medfl.client.node import App, Gate, Node, NodeSettings, Notice, Phase
 from medfl.client.transport import TransportSettings
 from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
 from medfl.shared.certificates import Consortium, SiteFiles
+from medfl.shared.errors import Code
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
@@ -90,11 +91,19 @@ class Lab:
         return NodeSettings(fleet_settings(files, port, **changes), self.folder / site)
 
     def node(
-        self, site: str, port: int, app: App = echo, gate: Gate = let_in, settings: NodeSettings | None = None
+        self,
+        site: str,
+        port: int,
+        app: App = echo,
+        gate: Gate = let_in,
+        settings: NodeSettings | None = None,
+        on_own_word: Callable[[Notice, Code, str], None] = lambda notice, code, reason: None,
     ) -> RunningNode:
         news: list[tuple[Phase, str]] = []
         settings = settings or self.node_settings(site, port)
-        node = Node(settings, app, gate, on_change=lambda phase, text: news.append((phase, text)))
+        node = Node(
+            settings, app, gate, on_change=lambda phase, text: news.append((phase, text)), on_own_word=on_own_word
+        )
         thread = threading.Thread(target=node.run, name=site, daemon=True)
         running = RunningNode(node, thread, news)
         thread.start()
