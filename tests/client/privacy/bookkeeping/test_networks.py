@@ -71,8 +71,11 @@ ZOO: dict[str, tuple[Network, int, int, bool]] = {  # name: network, dimensions,
     "unet-standardised": (
         lambda: zoo(UNetSpec(channels=(8, 16, 32), norm="group", weight_standardisation=True)), 2, 32, False
     ),
-    "resnet18-standardised-3d": (
-        lambda: zoo(ResNet18Spec(norm="group", weight_standardisation=True), 3), 3, 16, True
+    "unet-standardised-3d": (
+        lambda: zoo(UNetSpec(channels=(4, 8), norm="group", weight_standardisation=True), 3),
+        3,
+        8,
+        False,
     ),
     "densenet121": (lambda: zoo(DenseNet121Spec(norm="group")), 2, 32, True),
     "resnet18": (lambda: zoo(ResNet18Spec(norm="group")), 2, 32, True),
@@ -98,7 +101,7 @@ ZOO: dict[str, tuple[Network, int, int, bool]] = {  # name: network, dimensions,
 }  # fmt: skip
 OPACUS_CANNOT = {
     "unet-standardised",
-    "resnet18-standardised-3d",
+    "unet-standardised-3d",
     "dynunet",
     "dynunet-3d",
     "transformer",
