@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
-from medfl.client.data.settings import DataSettings
+from medfl.client.data.settings import DataSettings, SplitSettings
 from medfl.shared.config import LocalPath, Settings
 from medfl.shared.study import Name, Study
 
@@ -33,13 +33,29 @@ class Attacker(Settings):
     scale: float = Field(default=1.0, gt=0, le=1e6)  # of the flipped update; noise: deviation in update deviations
 
 
+class PhantomSettings(Settings):
+    """A hospital that does not exist: its DICOM files are drawn once, below the simulation's output folder."""
+
+    scanner: int = Field(ge=0, le=100)  # the scanners of simulations/phantoms.py, again from the first after the last
+    patients: int = Field(ge=5, le=10_000)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    split: SplitSettings = SplitSettings(validation=0.2, test=0.0, min_patients=5)
+
+
 class VirtualSiteSettings(Settings):
-    """One virtual hospital and where its images lie."""
+    """One virtual hospital, and where its images lie or how they are drawn: exactly one of ``data``, ``phantom``."""
 
     name: Name
-    data: DataSettings
+    data: DataSettings | None = None
+    phantom: PhantomSettings | None = None
     scanner: Scanner = Scanner()
     attacker: Attacker | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> VirtualSiteSettings:
+        if (self.data is None) == (self.phantom is None):
+            raise ValueError("give exactly one of data and phantom")
+        return self
 
 
 class Partition(Settings):

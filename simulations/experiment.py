@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import torch
 from medfl.client.data.headers import Progress
 from medfl.client.data.load import load_site_data
 from medfl.client.data.secret import SiteKey
+from medfl.client.data.settings import DicomSettings
 from medfl.client.data.tensors import SiteData
 from medfl.server.checkpoint import save_model
 from medfl.server.reporter import MetricsFile, Reporter, Several
@@ -27,11 +29,12 @@ from medfl.shared.metrics import headline
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
 from medfl.simulations.baselines import alone_and_ensemble, cyclic, headline_or_nan, pooled, trivial, unprotected
-from medfl.simulations.config import Attacker, SimulationSettings
+from medfl.simulations.config import Attacker, SimulationSettings, VirtualSiteSettings
 from medfl.simulations.federation import federate
 from medfl.simulations.heterogeneity import as_scanned
 from medfl.simulations.misbehaviour import with_flipped_labels
 from medfl.simulations.partition import partition
+from medfl.simulations.phantoms import write_hospital
 from medfl.simulations.results import Cell, Experiment, Row
 
 __all__ = ["Cell", "Experiment", "Row", "choose_device", "load_sites", "run_experiment"]
@@ -77,7 +80,7 @@ def load_sites(
         secret = hashlib.sha256(f"simulation/{study.seed}/{site.name}".encode()).digest()
         try:
             data = load_site_data(
-                site.data,
+                site.data or drawn(site, settings.output / "phantoms"),
                 study.data,
                 task=study.task.value,
                 key=SiteKey(secret),
@@ -98,6 +101,19 @@ def load_sites(
     flipping = {name for name, attacker in attackers_of(settings, list(sites)).items() if attacker.kind == "label-flip"}
     classes = len(study.data.classes)
     return {name: with_flipped_labels(data, classes) if name in flipping else data for name, data in sites.items()}
+
+
+def drawn(site: VirtualSiteSettings, folder: Path) -> DicomSettings:
+    """The site's phantom patients as DICOM files below ``folder``, drawn unless an earlier run has."""
+    phantom = site.phantom
+    assert phantom is not None  # noqa: S101 - the settings allow nothing else
+    target = folder / f"scanner-{phantom.scanner}-patients-{phantom.patients}-seed-{phantom.seed}"
+    if not target.exists():
+        unfinished = target.with_name(target.name + ".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_hospital(unfinished, phantom.scanner, phantom.patients, phantom.seed)
+        unfinished.rename(target)
+    return DicomSettings(source="dicom", folder=target, split=phantom.split)
 
 
 def attackers_of(settings: SimulationSettings, names: list[str]) -> dict[str, Attacker]:
