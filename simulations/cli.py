@@ -83,6 +83,7 @@ def _simulate(options: argparse.Namespace) -> int:
             return 0
         experiment = run_experiment(settings, sweep=options.sweep, reporter=reporter_for(console), loading=loading)
     print_table(console, experiment)
+    print_spend(console, experiment)
     _write_report(console, experiment, settings, options)
     console.print(f"{experiment.seconds:.0f} s; everything is in {experiment.folder}")
     return 0
@@ -98,6 +99,14 @@ def _write_report(
         return
     command = f"medfl-sim --config {options.config}{' --sweep' if options.sweep else ''}"
     write_report(experiment, settings, command=command)
+
+
+def print_spend(console: Console, experiment: Experiment) -> None:
+    """Privacy spent at each site after each round, for every private method."""
+    for cell in experiment.cells:
+        for site, spent in cell.spent.items():
+            rounds = " ".join(f"{epsilon:.2f}" for epsilon in spent)
+            console.print(f"epsilon at {site} by round ({cell.method}, seed {cell.seed}): {rounds}", highlight=False)
 
 
 def print_table(console: Console, experiment: Experiment) -> None:

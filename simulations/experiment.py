@@ -283,6 +283,11 @@ class _Federated:
             received_bytes=sum(r.received_bytes for r in federation.rounds),
             seconds=round(time.monotonic() - started, 3),
             epsilon=getattr(study.privacy, "epsilon", None),
+            spent={
+                name: [row["epsilon"] for row in rows if "epsilon" in row]
+                for name, rows in federation.site_rows.items()
+                if any("epsilon" in row for row in rows)
+            },
         )
         return [cell if self.folder is not None else replace(cell, kind="baseline")]
 

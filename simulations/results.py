@@ -42,6 +42,7 @@ class Cell:
     received_bytes: int = 0  # by the coordinator, in all rounds
     seconds: float = 0.0
     epsilon: float | None = None  # promised to each unit; None without privacy
+    spent: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by site: epsilon after each round
 
     def save(self, path: Path, digest: str) -> None:
         """Write it with the digest of what made it."""
