@@ -260,3 +260,22 @@ def test_a_chain_that_keeps_no_rows_goes_on_and_knows_its_older_heads(path: Path
     assert all(chain.holds(head) for head in heads)
     chain.close()
     assert values(path) == [0, 1, 2, 3]
+
+
+def test_a_row_and_its_announcement_are_fsynced_whole_before_appending_returns(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, fsync = Chain(path, LOG), os.fsync
+    synced: list[tuple[int, int]] = []
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        state = os.fstat(descriptor)
+        synced.append((state.st_ino, state.st_size))
+
+    monkeypatch.setattr(chains.os, "fsync", noted)
+    chain.append({"value": 0})
+    monkeypatch.undo()
+    chain.close()
+    announced = path.with_name("ledger.jsonl.head").stat()
+    assert {(path.stat().st_ino, path.stat().st_size), (announced.st_ino, announced.st_size)} <= set(synced)
