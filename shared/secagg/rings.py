@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from medfl.shared.errors import ProtocolError
 
 RingVector = NDArray[Any]
-"""uint32 or uint16 (or the signed types of that size), one axis: values modulo 2^bits (20 and 24 bits: the low bits of uint32)."""
+"""uint32 or uint16 (or signed of that size), one axis: values modulo 2^bits (20, 24 bits: the low bits of uint32)."""
 
 _BLOCK = 1 << 16  # values at a time; even, so that 20-bit pairs never straddle two blocks
 
