@@ -38,7 +38,7 @@ from medfl.strategies.state import capture, restore
 
 log = logging.getLogger("medfl.server")
 
-_SETTLE_S = 10.0  # before the first round, sites that are still loading their images are awaited this long
+_SETTLE_S = 30.0  # before the first round, sites that are still loading their images are awaited this long
 _VOID_ROUNDS = 5  # as many void rounds in a row end the study
 _POLL_S = 0.1
 
