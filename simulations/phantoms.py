@@ -158,7 +158,7 @@ def _scan(
     out += np.where(body < 1, scanner.offset - scanner.cupping * (1 - np.minimum(body, 1)) * 2, 0)
     noise = gaussian_filter(rng.standard_normal(image.shape), (0, scanner.smoothing, scanner.smoothing))
     out += scanner.noise * noise / noise.std()
-    return np.clip(np.round(out), -1024, 3071).astype(np.int16)
+    return np.asarray(np.clip(np.round(out), -1024, 3071), np.int16)
 
 
 def _write_patient(job: tuple[Path, int, int, int, int]) -> None:
