@@ -6,7 +6,7 @@ and epsilons: never what a message says, no name, no path, no number of patients
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -91,7 +91,15 @@ class Audit:
         PolicyRefusal: reasons ``audit log damaged``, ``audit log unwritable``.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        on_row: Callable[[Mapping[str, str | float]], None] = lambda row: None,
+    ) -> None:
+        """``on_row`` is told each row when it is durable."""
+        self._on_row = on_row
         try:
             self._chain = Chain(path, AUDIT, clock=clock, keep_rows=False)
         except PolicyRefusal as refusal:
@@ -160,4 +168,6 @@ class Audit:
 
     def _write(self, event: Event, **fields: str | float | None) -> None:
         known = {key: value for key, value in fields.items() if value is not None and value != ""}
-        self._chain.append({"event": event.value, **known})
+        row = {"event": event.value, **known}
+        self._chain.append(row)
+        self._on_row(row)

@@ -8,15 +8,17 @@ from pydantic import Field, StrictBool
 
 from medfl.client.data.settings import DataSettings
 from medfl.client.policy import Policy
-from medfl.shared.config import LocalPath, Settings
+from medfl.shared.config import LocalPath, LocalPort, Settings
 from medfl.shared.study import Name
 
 
-class HealthSettings(Settings):
-    """The gRPC health service for watchdogs and Kubernetes."""
+class GpuSettings(Settings):
+    """``gpu:`` in site.yaml; only where the training device is one."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(ge=0, le=65535)
+    yield_to_others: StrictBool = True  # begin no training, and pause one, while another process is on the device
+    min_free_mb: float = Field(default=0.0, ge=0)  # begin no training with less free memory than this
+    memory_fraction: float = Field(default=1.0, gt=0, le=1)  # of the device: more is never taken
+    look_every_s: float = Field(default=5.0, gt=0, le=3600)
 
 
 class SecureAggregationSettings(Settings):
@@ -38,4 +40,6 @@ class SiteSettings(Settings):
     secure_aggregation: SecureAggregationSettings | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)  # of the CPU; absent: as PyTorch chooses
-    health: HealthSettings | None = None
+    gpu: GpuSettings | None = None
+    health: LocalPort | None = None  # the gRPC health service, for Kubernetes and load balancers
+    metrics: LocalPort | None = None  # Prometheus

@@ -13,6 +13,7 @@ import torch
 
 from medfl.client.audit import Audit, audit_file
 from medfl.client.config import SiteSettings
+from medfl.client.courtesy import courtesy_of
 from medfl.client.data.load import load_site_data, without_opted_out
 from medfl.client.data.secret import open_site_key
 from medfl.client.data.tensors import SiteData
@@ -70,6 +71,7 @@ def build_site(settings: SiteSettings) -> Site:
         records = FolderRecords(settings.state)
     except OSError as error:
         raise ConfigError(f"state: {settings.state} cannot be used ({error.strerror}): choose another folder") from None
+    courtesy = courtesy_of(settings.gpu, device)
     return Site(
         settings.site,
         policy=settings.policy,
@@ -79,6 +81,8 @@ def build_site(settings: SiteSettings) -> Site:
         ledger=settings.state / "ledger.jsonl",
         participant=build_participant(settings),
         current=lambda data: without_opted_out(data, settings.data, open_site_key(settings.state / "secret")),
+        device_free=(lambda: None) if courtesy is None else courtesy.permit,
+        progress=None if courtesy is None else courtesy.between_batches,
     )
 
 

@@ -77,6 +77,7 @@ class Site:
         participant: Participant | None = None,
         current: Callable[[SiteData], SiteData] = lambda data: data,
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+        device_free: Callable[[], None] = lambda: None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.name = name
@@ -88,7 +89,8 @@ class Site:
         self._participant = participant
         self._current = current  # the data less what may no longer be used, asked before every use
         self._now = now
-        self._progress = progress
+        self._device_free = device_free  # raises PolicyRefusal while no training may begin
+        self._progress = progress  # called between batches; may take its time
         self._data: tuple[bytes, SiteData] | None = None
         self._open_ledger: Ledger | None = None
 
@@ -139,6 +141,7 @@ class Site:
         asked = f"{request.round}/{weights_digest(request.weights)}"
         result = self._records.answer(study.digest, asked)
         if result is None:
+            self._device_free()
             self._policy.permit_upload(4 * (bench.layout.length + beside.up(bench.layout.length)))
             given = Given(weights, shared, self._kept(study, asked))
             bench.load(weights, given.kept if bench.personal.tensors else None)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medfl.shared.config import LocalPath, Settings
+from medfl.shared.config import LocalPath, LocalPort, Settings
 from medfl.shared.study import Name
 
 
@@ -33,13 +33,6 @@ class Member(Settings):
     node_key: LocalPath  # its node.key.pub
 
 
-class HealthSettings(Settings):
-    """The gRPC health service for watchdogs, Kubernetes and load balancers."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(ge=0, le=65535)
-
-
 class ConsortiumSettings(Settings):
     """``consortium.yaml``."""
 
@@ -51,7 +44,8 @@ class ConsortiumSettings(Settings):
     roster: LocalPath | None = None  # for secure aggregation: every site's id, name and site key
     studies: tuple[LocalPath, ...] = ()  # study files, run one after the other
     runs: LocalPath  # a folder for each study: model, metrics, checkpoints, logs
-    health: HealthSettings | None = None
+    health: LocalPort | None = None  # the gRPC health service, for Kubernetes and load balancers
+    metrics: LocalPort | None = None  # Prometheus
     when_done: Literal["exit", "stay"] = "exit"  # stay: keep serving sites after the last study
 
     @model_validator(mode="after")

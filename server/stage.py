@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from medfl.server.exchange import exchange
 from medfl.server.reporter import Reporter
-from medfl.shared.errors import OUTSIDE_HOURS, ProtocolError
+from medfl.shared.errors import PASSING, ProtocolError
 from medfl.shared.messages import UNKNOWN_STUDY, Failure, outcome
 
 log = logging.getLogger("medfl.server")
@@ -72,6 +72,6 @@ class Stages:
         except ProtocolError as error:
             log.warning("a reply was thrown away: %s", error)
             return MALFORMED
-        if failure.reason in (UNKNOWN_STUDY, OUTSIDE_HOURS):
+        if failure.reason in PASSING | {UNKNOWN_STUDY}:
             self.forget(node)
         return f"{failure.code.value}: {failure.reason}" if failure.reason else failure.code.value

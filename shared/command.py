@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from medfl.shared.errors import MedFLError
 
@@ -27,6 +28,7 @@ def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParse
     made.add_argument("--version", action="version", version=f"{prog} {version}")
     made.add_argument("-v", "--verbose", action="store_true", help="log more")
     made.add_argument("--log-format", choices=("text", "json"), default="text", help="one JSON object a line, or text")
+    made.add_argument("--log-file", type=Path, metavar="FILE", help="log there too; rotated at 10 MB, 5 are kept")
     return made
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
 from medfl.shared.errors import ConfigError
 
@@ -40,6 +40,14 @@ def _from_the_files_folder(path: Path, info: ValidationInfo) -> Path:
 
 LocalPath = Annotated[Path, AfterValidator(_from_the_files_folder)]
 """A path that, when relative, counts from the folder of the configuration file; ``$NAME`` and ``~`` are expanded."""
+
+
+class LocalPort(Settings):
+    """Where a service for this machine listens: on loopback unless told otherwise, without authentication."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(ge=0, le=65535)
+
 
 S = TypeVar("S", bound=BaseModel)
 Location = tuple[str | int, ...]

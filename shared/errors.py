@@ -20,6 +20,12 @@ class Code(StrEnum):
 OUTSIDE_HOURS = "outside hours"
 """Reason of a refusal that passes by itself: the coordinator offers its study again later."""
 
+GPU_IN_USE = "GPU in use"
+"""Another one: something else runs on the site's training device."""
+
+PASSING = frozenset({OUTSIDE_HOURS, GPU_IN_USE})
+"""Reasons of refusals that pass by themselves."""
+
 
 class MedFLError(Exception):
     """Base of all deliberate errors. ``str(error)`` is one line for the person at this machine.

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import logging.handlers
+import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TextIO
+
+from medfl.shared.errors import ConfigError
+from medfl.shared.files import PRIVATE_FILE
+
+_URGENCIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (0, 7))  # syslog(3)
+_FILE_BYTES = 10_000_000
+_FILES_KEPT = 5
 
 _QUIET = (
     "absl",
@@ -34,17 +46,74 @@ class _JsonLines(logging.Formatter):
         return json.dumps(entry)
 
 
-def set_up_logs(*, json_lines: bool = False, verbose: bool = False, stream: TextIO | None = None) -> None:
-    """Send MedFL's log to ``stream`` (standard error by default) and keep the libraries quiet."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(
-        _JsonLines() if json_lines else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
-    )
+class _Journal(logging.Formatter):
+    """For systemd's journal, which has the time itself and reads the urgency from ``<N>`` (sd-daemon(3))."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        urgency = next(number for level, number in _URGENCIES if record.levelno >= level)
+        return "\n".join(f"<{urgency}>{line}" for line in self._inner.format(record).splitlines())
+
+
+class _PrivateFile(logging.handlers.RotatingFileHandler):
+    """Rotated at 10 MB, five older ones kept, readable by this account only."""
+
+    def _open(self) -> io.TextIOWrapper:
+        handle = os.open(self.baseFilename, os.O_CREAT | os.O_WRONLY | os.O_APPEND, PRIVATE_FILE)
+        return open(handle, "a", encoding="utf-8")
+
+
+def set_up_logs(
+    *,
+    json_lines: bool = False,
+    verbose: bool = False,
+    stream: TextIO | None = None,
+    file: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Send MedFL's log to ``stream`` (standard error by default), also to ``file``, and keep the libraries quiet.
+
+    Raises:
+        ConfigError: ``file`` cannot be written.
+    """
+    stream = stream or sys.stderr
+    shown = logging.StreamHandler(stream)
+    journal = _is_journal(stream, environment)
+    shown.setFormatter(_Journal(_lines(json_lines, "%(message)s")) if journal else _lines(json_lines))
+    handlers: list[logging.Handler] = [shown]
+    if file is not None:
+        try:
+            kept = _PrivateFile(file, maxBytes=_FILE_BYTES, backupCount=_FILES_KEPT, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--log-file {file}: cannot be written ({error.strerror})") from None
+        kept.setFormatter(_lines(json_lines, "%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handlers.append(kept)
     root = logging.getLogger("medfl")
-    root.handlers[:] = [handler]
+    for old in root.handlers:
+        if isinstance(old, _PrivateFile):
+            old.close()
+    root.handlers[:] = handlers
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
     root.propagate = False
     quiet_libraries()
+
+
+def _lines(
+    json_lines: bool, text: str = "%(asctime)s %(levelname)-7s %(message)s", clock: str = "%H:%M:%S"
+) -> logging.Formatter:
+    return _JsonLines() if json_lines else logging.Formatter(text, clock)
+
+
+def _is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
+    """Whether ``stream`` is the very file that systemd connected to its journal (``JOURNAL_STREAM``)."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def quiet_libraries() -> None:
