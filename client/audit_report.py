@@ -65,7 +65,7 @@ def verified(path: Path, *, head: str | None = None) -> list[str]:
         f"hash of the last row: {found.head.digest}",
     ]
     if head is None:
-        return [*lines, "keep that hash elsewhere: --audit verify --head HASH then finds a log that was written anew"]
+        return [*lines, "keep that hash elsewhere: audit verify --head HASH then finds a log that was written anew"]
     number = next((number for number, row in enumerate(found.rows, start=1) if row["hash"] == head), None)
     if number is None:
         raise PolicyRefusal(

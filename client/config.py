@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, StrictBool
 
 from medfl.client.data.settings import DataSettings
 from medfl.client.policy import Policy
-from medfl.shared.config import LocalPath, LocalPort, Settings
+from medfl.shared.config import LocalPath, LocalPort, Settings, load_settings
 from medfl.shared.study import Name
 
 
@@ -24,7 +25,7 @@ class GpuSettings(Settings):
 class SecureAggregationSettings(Settings):
     """What this site needs for secure sums. Its minimum cohort is the policy's."""
 
-    roster: LocalPath  # as the coordinator sent it; confirm it with medfl-client --confirm-roster
+    roster: LocalPath  # as the coordinator sent it; confirm it with medfl-client roster confirm
     allow_shrunk_repeat: StrictBool = False  # after a void sum: again with fewer sites, retrained
 
 
@@ -43,3 +44,8 @@ class SiteSettings(Settings):
     gpu: GpuSettings | None = None
     health: LocalPort | None = None  # the gRPC health service, for Kubernetes and load balancers
     metrics: LocalPort | None = None  # Prometheus
+
+
+def load_site(path: Path) -> SiteSettings:
+    """Read ``site.yaml``. Raises ConfigError, one line per problem."""
+    return load_settings(path, SiteSettings)

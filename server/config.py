@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medfl.shared.config import LocalPath, LocalPort, Settings
+from medfl.shared.config import LocalPath, LocalPort, Settings, load_settings
+from medfl.shared.errors import ConfigError
 from medfl.shared.study import Name
 
 
@@ -54,3 +57,24 @@ class ConsortiumSettings(Settings):
         if len(set(names)) != len(names):
             raise ValueError("sites must have names that differ from each other")
         return self
+
+
+def consortium_file(given: Path | None) -> Path:
+    """The configuration that a command is about: ``given``, else ``$MEDFL_CONSORTIUM``, else ./consortium.yaml.
+
+    Raises:
+        ConfigError: none was given and none is there.
+    """
+    if given is not None:
+        return given
+    if named := os.environ.get("MEDFL_CONSORTIUM"):
+        return Path(named)
+    path = Path("consortium.yaml")
+    if not path.is_file():
+        raise ConfigError("no consortium.yaml here: use --config FILE, set MEDFL_CONSORTIUM, or change the folder")
+    return path
+
+
+def load_consortium(given: Path | None) -> ConsortiumSettings:
+    """Read the file of :func:`consortium_file`. Raises ConfigError, one line per problem."""
+    return load_settings(consortium_file(given), ConsortiumSettings)

@@ -8,8 +8,12 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medfl.shared.errors import MedFLError
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 INTERRUPTED = 130
 
@@ -30,6 +34,34 @@ def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParse
     made.add_argument("--log-format", choices=("text", "json"), default="text", help="one JSON object a line, or text")
     made.add_argument("--log-file", type=Path, metavar="FILE", help="log there too; rotated at 10 MB, 5 are kept")
     return made
+
+
+def commands_of(parser: argparse.ArgumentParser) -> Commands:
+    """The sub-commands of ``parser``, none of which has to be given."""
+    return parser.add_subparsers(title="commands", metavar="COMMAND", prog=parser.prog)
+
+
+def add_command(
+    commands: Commands, name: str, summary: str, work: Callable[[argparse.Namespace], int], *, examples: str = ""
+) -> argparse.ArgumentParser:
+    """Add sub-command ``name``, done by ``work(options)``, which is where its file imports what is heavy."""
+    epilog = f"examples:\n{examples}\n\n{EXIT_CODES}" if examples else EXIT_CODES
+    made = commands.add_parser(
+        name, help=summary, description=summary, epilog=epilog, formatter_class=_Formatter, allow_abbrev=False
+    )
+    made.set_defaults(work=work)
+    return made
+
+
+def add_group(commands: Commands, name: str, summary: str) -> Commands:
+    """Add ``name``, which only holds further sub-commands."""
+    made = add_command(commands, name, summary, lambda _: _usage(made))
+    return commands_of(made)
+
+
+def _usage(made: argparse.ArgumentParser) -> int:
+    made.print_help()
+    return 2
 
 
 EXIT_CODES = (

@@ -1,6 +1,7 @@
 """Who a site is: its node key (EC P-384, signs every request) and its site key (Ed25519, signs in secure aggregation).
 
-Both are OpenSSH files, the format Flower reads; ``ssh-keygen -lf node.key.pub`` shows the fingerprint to compare.
+Both are OpenSSH files, with a passphrase where the administrator wants one (:mod:`medfl.shared.passphrase`);
+``ssh-keygen -lf node.key.pub`` shows the fingerprint to compare.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from medfl.shared.errors import ConfigError
 from medfl.shared.files import PRIVATE_FILE, private_folder, write_whole
+from medfl.shared.passphrase import passphrase as the_passphrase
 
 PUBLIC_FILE = 0o644
 
@@ -24,33 +26,33 @@ PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 
 
-def create_node_key(path: Path, *, comment: str = "") -> PublicKey:
+def create_node_key(path: Path, *, comment: str = "", passphrase: bytes | None = None) -> PublicKey:
     """Write a new node key to ``path`` (0600) and its public half to ``path.pub``.
 
     Raises:
         ConfigError: ``path`` exists; a key is never overwritten.
     """
-    return _write_pair(path, ec.generate_private_key(ec.SECP384R1()), comment)
+    return _write_pair(path, ec.generate_private_key(ec.SECP384R1()), comment, passphrase)
 
 
-def create_site_key(path: Path, *, comment: str = "") -> PublicKey:
+def create_site_key(path: Path, *, comment: str = "", passphrase: bytes | None = None) -> PublicKey:
     """Write a new Ed25519 site key to ``path`` (0600) and its public half to ``path.pub``.
 
     Raises:
         ConfigError: ``path`` exists; a key is never overwritten.
     """
-    return _write_pair(path, ed25519.Ed25519PrivateKey.generate(), comment)
+    return _write_pair(path, ed25519.Ed25519PrivateKey.generate(), comment, passphrase)
 
 
 def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read a node key.
 
     Raises:
-        ConfigError: unreadable, readable by others, or not an unencrypted P-384 key in OpenSSH format.
+        ConfigError: unreadable, readable by others, not a P-384 key in OpenSSH format, or its passphrase is wrong.
     """
     key = _load(path)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise ConfigError(f"{path}: is not a node key (EC P-384): make one with medfl-client keys")
+        raise ConfigError(f"{path}: is not a node key (EC P-384): make one with medfl-client ... enroll")
     return key
 
 
@@ -58,11 +60,11 @@ def load_site_key(path: Path) -> ed25519.Ed25519PrivateKey:
     """Read a site key.
 
     Raises:
-        ConfigError: unreadable, readable by others, or not an unencrypted Ed25519 key in OpenSSH format.
+        ConfigError: unreadable, readable by others, not an Ed25519 key in OpenSSH format, or its passphrase is wrong.
     """
     key = _load(path)
     if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise ConfigError(f"{path}: is not a site key (Ed25519): make one with medfl-client keys")
+        raise ConfigError(f"{path}: is not a site key (Ed25519): make one with medfl-client ... enroll")
     return key
 
 
@@ -141,10 +143,13 @@ def read_private(path: Path) -> bytes:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _write_pair(path: Path, key: PrivateKey, comment: str) -> PublicKey:
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    )
+def encryption(passphrase: bytes | None) -> serialization.KeySerializationEncryption:
+    """How a private key is written: under ``passphrase``, or as it is."""
+    return serialization.NoEncryption() if passphrase is None else serialization.BestAvailableEncryption(passphrase)
+
+
+def _write_pair(path: Path, key: PrivateKey, comment: str, passphrase: bytes | None) -> PublicKey:
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, encryption(passphrase))
     public = key.public_key()
     write_new(path, private)
     line = public_line(public, comment=comment) + "\n"
@@ -153,7 +158,14 @@ def _write_pair(path: Path, key: PrivateKey, comment: str) -> PublicKey:
 
 
 def _load(path: Path) -> object:
+    content = read_private(path)
     try:
-        return serialization.load_ssh_private_key(read_private(path), None)
+        return serialization.load_ssh_private_key(content, None)
+    except TypeError:  # it has a passphrase
+        pass
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError(f"{path}: is not a private key in OpenSSH format") from None
+    try:
+        return serialization.load_ssh_private_key(content, the_passphrase())
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ConfigError(f"{path}: is not an unencrypted private key in OpenSSH format") from None
+        raise ConfigError(f"{path}: does not open with this passphrase") from None

@@ -113,7 +113,7 @@ def set_up(places: Places, study: Study) -> int:
         shutil.copy(places.coordinator / "roster.yaml", home)
         ConfirmedRoster(home / "state" / "roster").confirm(
             roster
-        )  # medfl-client --confirm-roster, after a telephone call
+        )  # medfl-client roster confirm, after a telephone call
         (home / "site.yaml").write_text(
             f"site: {name}\n"
             f"coordinator: 127.0.0.1:{port}\n"

@@ -34,6 +34,7 @@ WALLS = {  # third party -> where it may be imported, as folders or files
     "dp_accounting": ("client/privacy", "shared/privacy"),
     "cryptography": (
         "shared/keys.py",
+        "shared/signing.py",
         "shared/certificates.py",
         "shared/enrolment.py",
         "shared/secagg",

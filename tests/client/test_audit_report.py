@@ -207,7 +207,7 @@ def home(path: Path) -> Path:
 
 
 def audit(home: Path, *options: str) -> int:
-    return main(["--site", str(home / "site.yaml"), "--audit", *options])
+    return main(["--site", str(home / "site.yaml"), "audit", *options])
 
 
 def test_verify_tells_the_rows_and_the_last_hash(home: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +248,7 @@ def test_a_day_that_is_none_ends_with_status_two(home: Path, capsys: pytest.Capt
 def test_the_command_works_without_torch_or_flower(home: Path) -> None:
     code = (
         "import sys; from medfl.client.cli import main; "
-        f"status = main(['--site', {str(home / 'site.yaml')!r}, '--audit', 'verify']); "
+        f"status = main(['--site', {str(home / 'site.yaml')!r}, 'audit', 'verify']); "
         "assert not {'torch', 'flwr'} & set(sys.modules), 'slow'; sys.exit(status)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0
@@ -280,7 +280,7 @@ def test_a_confirmed_roster_is_in_the_log(
     found_consortium_folder(home)
     with (home / "site.yaml").open("a") as file:
         file.write("secure_aggregation: {roster: fl/roster.yaml}\n")
-    confirm = ["--site", str(home / "site.yaml"), "--confirm-roster"]
+    confirm = ["--site", str(home / "site.yaml"), "roster", "confirm"]
     answers = iter(["no", "yes"])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
     assert main(confirm) == 3

@@ -166,3 +166,17 @@ def test_studies_are_loaded_in_their_order(root: Path) -> None:
     path.write_text(path.read_text().replace("[study.json]", "[study.json, second.yaml]"))
     studies: list[Study] = load_studies(load_settings(path, ConsortiumSettings))
     assert [study.name for study in studies] == ["tiny", "second"]
+
+
+def test_without_config_the_environment_names_the_consortium_and_else_it_is_here(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MEDFL_CONSORTIUM", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["--check"]) == 2
+    assert "no consortium.yaml here: use --config FILE" in capsys.readouterr().err
+    monkeypatch.setenv("MEDFL_CONSORTIUM", str(config(root)))
+    assert main(["--check"]) == 0
+    monkeypatch.delenv("MEDFL_CONSORTIUM")
+    monkeypatch.chdir(root / "fl")
+    assert main(["--check"]) == 0

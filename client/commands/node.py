@@ -1,0 +1,87 @@
+"""``medfl-client --site site.yaml`` without a command: the node itself; or ``--check``; or ``--dry-run``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+
+
+def add(made: argparse.ArgumentParser) -> None:
+    """Declare the options of the main command."""
+    made.add_argument("--check", action="store_true", help="validate configuration, certificates, data, reach; exit")
+    made.add_argument("--study", type=Path, metavar="FILE", help="with --check or --dry-run: the study")
+    made.add_argument(
+        "--dry-run", action="store_true", help="with --study: train one step, print what would be sent, exit"
+    )
+    made.set_defaults(work=work)
+
+
+def work(options: argparse.Namespace) -> int:
+    """Run the node until it is stopped; or check; or try one step."""
+    from medfl.shared.logs import set_up_logs
+
+    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
+    if options.dry_run:
+        return _dry_run(options)
+    return _check(options) if options.check else _node(options)
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from medfl.client.config import load_site
+    from medfl.client.dry_run import dry_run
+    from medfl.shared.errors import ConfigError
+
+    if options.study is None:
+        raise ConfigError("--dry-run needs --study FILE: the study to try")
+    dry_run(load_site(options.site), options.study, Console())
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from medfl.client.checks import check_site
+    from medfl.client.config import load_site
+
+    check_site(load_site(options.site), study_file=options.study, console=Console())
+    return 0
+
+
+def _node(options: argparse.Namespace) -> int:
+    from contextlib import ExitStack
+
+    import medfl.shared.environment  # noqa: F401 - before flwr
+
+    # isort: split
+    from medfl.client.config import load_site
+    from medfl.client.node import Node, Phase
+    from medfl.client.runtime import build_site, gate_of, node_settings, open_audit
+
+    settings = load_site(options.site)
+    from medfl.client.app import build_client_app
+    from medfl.client.witness import Witness
+
+    site = build_site(settings)
+    with ExitStack() as stack:
+        stack.callback(site.close)
+        witness = Witness(stack.enter_context(open_audit(settings, options.site)), site)
+        health = None
+        if settings.health is not None:
+            from medfl.shared.health import Health
+
+            health = stack.enter_context(Health(settings.health.port, host=settings.health.host))
+
+        def told(phase: Phase, text: str) -> None:
+            if health is not None:
+                health.set("not_serving" if phase is Phase.WAITING else "serving")
+
+        app = build_client_app(lambda context: site, witness=witness)
+        gate = gate_of(settings.policy)
+        node = Node(node_settings(settings), app, gate, on_change=told, on_own_word=witness.node_says)
+        for which in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(which, lambda *_: node.stop())
+        node.run()
+    return 0

@@ -1,0 +1,61 @@
+"""``medfl-server --config consortium.yaml`` without a command: serve the sites, run the studies; or ``--check``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+
+
+def add(made: argparse.ArgumentParser) -> None:
+    """Declare the options of the main command."""
+    made.add_argument("--check", action="store_true", help="validate everything, print the studies' digests, exit")
+    made.set_defaults(work=work)
+
+
+def work(options: argparse.Namespace) -> int:
+    """Serve until the studies are done or the process is stopped; or check."""
+    from contextlib import ExitStack
+    from threading import Event
+
+    import medfl.shared.environment  # noqa: F401 - before flwr
+
+    # isort: split
+    from rich.console import Console
+
+    from medfl.server.config import consortium_file, load_consortium
+    from medfl.server.console import reporter_for
+    from medfl.server.coordinator import coordinate, load_studies, read_roster
+    from medfl.server.rounds import Ending
+    from medfl.shared.certificates import WARN_DAYS, check_certificate
+    from medfl.shared.errors import ConfigError
+    from medfl.shared.keys import node_public_key, read_private
+    from medfl.shared.logs import set_up_logs
+
+    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
+    file = consortium_file(options.config)
+    settings = load_consortium(file)
+    studies = load_studies(settings)
+    days = check_certificate(settings.tls.certificate, authority=settings.tls.authority)
+    read_private(settings.tls.key)
+    for key in read_roster(settings).values():
+        node_public_key(key)
+    if options.check:
+        print(f"consortium {settings.consortium}: {len(settings.sites)} sites, certificate valid for {days:.0f} days")
+        if days < WARN_DAYS:
+            print("the certificate expires soon: renew it")
+        for study in studies:
+            print(f"study {study.name}: {study.digest}")
+        return 0
+    if not studies and settings.when_done == "exit":
+        raise ConfigError(f"{file}: studies: is empty: name a study file, or set when_done: stay")
+    stop = Event()
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, lambda *_: stop.set())
+    with ExitStack() as stack:
+        if settings.health is not None:
+            from medfl.shared.health import Health
+
+            health = stack.enter_context(Health(settings.health.port, host=settings.health.host))
+            health.set("serving")
+        endings = coordinate(settings, studies, reporter=reporter_for(Console(stderr=True)), stop=stop)
+    return 0 if all(ending in (Ending.DONE, Ending.STOPPED) for ending in endings) else 1
