@@ -49,6 +49,15 @@ class LocalPort(Settings):
     port: int = Field(ge=0, le=65535)
 
 
+def later(default: Any, **limits: Any) -> Any:
+    """A field that a study gained after studies were first signed; at its default it is left out of what is hashed.
+
+    So a study that does not use it keeps the digest under which sites approved it, and sites of the release before,
+    which do not know the field, still understand it. ``default`` must mean what those releases do, and never changes.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default, **limits)
+
+
 S = TypeVar("S", bound=BaseModel)
 Location = tuple[str | int, ...]
 _DEEPEST = 64

@@ -1,20 +1,26 @@
-"""A study: everything a federation needs to know to train one model, as data. Its digest is what a site approves."""
+"""A study: everything a federation needs to know to train one model, as data. Its digest is what a site approves.
+
+Any change of a study is another study. A release may add fields: as :func:`medfl.shared.config.later`, so that studies
+which do not use them keep their digests. What a field means, and what it is where it is absent, never changes.
+"""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
 from math import cos, pi
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from medfl.shared.algorithms.needs import misfit
 from medfl.shared.algorithms.settings import FedAvgSettings, FedBNSettings, PersonalLayersSettings, StrategySettings
-from medfl.shared.config import Settings
+from medfl.shared.config import Settings, later
 from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import ProtocolError
 from medfl.shared.metrics import Scoring
@@ -24,6 +30,17 @@ from medfl.shared.zoo import ModelSpec, ModelTask, UNetSpec, check_size, tasks_o
 MAX_STUDY_BYTES = 256 * 1024
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+def _readable(text: str) -> str:
+    """Refuse characters that would let a study show a person something else than it says."""
+    if any(unicodedata.category(letter)[0] == "C" and letter != "\n" for letter in text):
+        raise ValueError("must be of printable characters: it holds a control character")
+    return text
+
+
+Words = Annotated[str, AfterValidator(_readable)]
+"""Text for the person who decides on a study."""
 
 
 class Optimizer(StrEnum):
@@ -109,7 +126,12 @@ class Study(Settings):
     """One training of one model by a consortium. Crosses the wire as canonical JSON; holds no path and no code."""
 
     name: Name
-    purpose: str = Field(default="", max_length=2000)  # in words, for the person who approves it
+    purpose: Words = Field(default="", max_length=2000)  # in words, for the person who approves it
+    responsible: Words = later("", max_length=200)  # who answers for the study: person and institution
+    legal_basis: Words = later("", max_length=500)  # on which patients' data are used
+    ethics: Words = later("", max_length=200)  # number of the ethics committee's vote
+    recipients: Words = later("", max_length=500)  # who receives the model, and in which countries
+    last_day: datetime.date | None = later(None)  # no site trains for it afterwards
     task: ModelTask
     data: DataSpec
     model: ModelSpec
@@ -176,7 +198,10 @@ class Study(Settings):
             )
 
     def canonical(self) -> bytes:
-        """The study as JSON with sorted keys and no spaces: the bytes that are sent, signed and hashed."""
+        """The study as JSON with sorted keys and no spaces: the bytes that are sent, signed and hashed.
+
+        Every field is there, at its default too, except those that are :func:`medfl.shared.config.later`.
+        """
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
     @property
@@ -211,8 +236,13 @@ class Study(Settings):
         try:
             study = cls.model_validate_json(data)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
+            errors = error.errors(include_url=False, include_input=False)
+            first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+            where = ".".join(str(part) for part in first["loc"])[:200]
+            if first["type"] == "extra_forbidden":
+                raise ProtocolError(
+                    f"the study uses {where}, which this release does not know: update this machine's MedFL"
+                ) from None
             raise ProtocolError(
                 f"this release cannot build the study: {where}: {first['msg']}: ask the coordinator what it needs"
             ) from None

@@ -132,6 +132,8 @@ def test_how_a_study_is_scored_follows_from_its_task() -> None:
         (masks_study, {**HEAD, "model": {"name": "unet", "channels": [4, 8], "norm": "batch"}}, "group or instance"),
         (masks_study, {**HEAD, "strategy": {"name": "personal-layers"}}, "or train_only: all"),
         (classes_study, {"name": "Not A Name"}, "pattern"),
+        (classes_study, {"purpose": "harmless\x1b[8m, and hidden"}, "control character"),
+        (classes_study, {"ethics": "2026\u202e321"}, "control character"),
         (classes_study, {"model": {"name": "os.system"}}, "name"),
         (classes_study, {"code": "print()"}, "Extra inputs"),
     ],
