@@ -1,6 +1,6 @@
 """The site's audit log: what came in and what left, each row durable before the message it tells of may leave.
 
-``audit.jsonl`` in the state folder, a :class:`~medfl.client.chain.Chain`. Rows hold kinds, digests, sizes, fixed words
+``audit.jsonl`` in the state folder, a :class:`~medfl.shared.chain.Chain`. Rows hold kinds, digests, sizes, fixed words
 and epsilons: never what a message says, no name, no path, no number of patients.
 """
 
@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
-from medfl.client.chain import Chain, Head, Role
+from medfl.shared.chain import Chain, Head, Role
 from medfl.shared.errors import ConfigError, PolicyRefusal
 
 AUDIT = Role(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medfl.client.audit import Event, Form
-from medfl.client.chain import Inspection, Row, inspect
+from medfl.shared.chain import Inspection, Row, inspect
 from medfl.shared.errors import ConfigError, PolicyRefusal
 from medfl.shared.files import write_whole
 

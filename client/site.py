@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 
 from medfl.client.audit import Price
-from medfl.client.chain import Head
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.client.participant import Participant
@@ -30,6 +29,7 @@ from medfl.client.training.local import Given, train_local
 from medfl.client.workbench import Bench, Workbench
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.algorithms.settings import DittoSettings
+from medfl.shared.chain import Head
 from medfl.shared.errors import DataError, PolicyRefusal, ProtocolError
 from medfl.shared.files import private_folder
 from medfl.shared.messages import (

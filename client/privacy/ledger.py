@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from medfl.client.chain import Chain, Head, Role, Row
+from medfl.shared.chain import Chain, Head, Role, Row
 from medfl.shared.errors import PolicyRefusal
 from medfl.shared.files import write_whole
 from medfl.shared.privacy.accounting import SampledGaussian, check_delta, epsilon
@@ -73,7 +73,7 @@ class Ledger:
 
     Raises:
         PolicyRefusal: reasons ``ledger busy``, ``ledger damaged``, ``ledger unwritable`` (see
-            :class:`~medfl.client.chain.Chain`), ``ledger restored`` when rows that the coordinator has
+            :class:`~medfl.shared.chain.Chain`), ``ledger restored`` when rows that the coordinator has
             countersigned are missing, and ``cohort`` when the file is another cohort's.
     """
 

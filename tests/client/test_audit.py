@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from medfl.client import chain as chains
 from medfl.client.audit import Answer, Audit, Content, Form, Passage, Price, audit_file
-from medfl.client.chain import inspect
+from medfl.shared import chain as chains
+from medfl.shared.chain import inspect
 from medfl.shared.errors import ConfigError, PolicyRefusal
 
 STUDY = "5" * 64
@@ -89,7 +89,7 @@ def test_a_row_torn_by_a_kill_is_completed_at_the_next_start(path: Path) -> None
 
 def test_a_second_node_on_the_same_log_is_a_configuration_error(path: Path) -> None:
     first = Audit(path)
-    with pytest.raises(ConfigError, match="stop the other medfl-client"):
+    with pytest.raises(ConfigError, match="stop the other process"):
         Audit(path)
     first.close()
 

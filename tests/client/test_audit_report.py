@@ -18,10 +18,10 @@ import pytest
 from consortium import found_consortium_folder
 from waiting import wait_for
 
-from medfl.client import chain as chains
 from medfl.client.audit import Answer, Audit, Content, Form, Passage, Price
 from medfl.client.audit_report import Report, as_csv, as_html, inspected, totals, verified
 from medfl.client.cli import main
+from medfl.shared import chain as chains
 from medfl.shared.errors import ConfigError, PolicyRefusal
 from medfl.shared.secagg.roster import load_roster
 

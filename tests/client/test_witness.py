@@ -18,14 +18,14 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from medfl.client import chain as chains
 from medfl.client.app import build_client_app
 from medfl.client.audit import Audit, Form, audit_file
-from medfl.client.chain import Row, inspect
 from medfl.client.node import Notice
 from medfl.client.policy import Policy
 from medfl.client.site import Site
 from medfl.client.witness import Witness, form_of, measured
+from medfl.shared import chain as chains
+from medfl.shared.chain import Row, inspect
 from medfl.shared.errors import Code, DataError, PolicyRefusal
 from medfl.shared.messages import Failure, Kind, LedgerHead, ModelRequest, StudyOffer, TrainReply, pack
 from medfl.shared.study import Study

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from medfl.client.chain import GENESIS, Head
 from medfl.client.privacy.ledger import Ceilings, Charge, Ledger
+from medfl.shared.chain import GENESIS, Head
 from medfl.shared.errors import ConfigError, PolicyRefusal
 from medfl.shared.privacy.accounting import SampledGaussian, epsilon
 from medfl.shared.privacy.plan import TrainingPlan

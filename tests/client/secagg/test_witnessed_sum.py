@@ -14,9 +14,9 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from medfl.client.audit import Audit
-from medfl.client.chain import inspect
 from medfl.client.participant import Participant
 from medfl.client.witness import Witness
+from medfl.shared.chain import inspect
 from medfl.shared.messages import Kind, ModelRequest, SecureReply, SecureRequest, WeightRequest
 from medfl.shared.secagg.exchange import Phase, PhaseReply, PhaseRequest
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medfl.client import chain as chains
-from medfl.client.chain import GENESIS, Chain, Head, Role, inspect
+from medfl.shared import chain as chains
+from medfl.shared.chain import GENESIS, Chain, Head, Role, inspect
 from medfl.shared.errors import PolicyRefusal
 
 LOG = Role("ledger", "Restore the newest backup")
@@ -279,3 +279,47 @@ def test_a_row_and_its_announcement_are_fsynced_whole_before_appending_returns(
     chain.close()
     announced = path.with_name("ledger.jsonl.head").stat()
     assert {(path.stat().st_ino, path.stat().st_size), (announced.st_ino, announced.st_size)} <= set(synced)
+
+
+def batches(path: Path) -> bytes:
+    chain = Chain(path, LOG)
+    chain.append_all([{"value": 0}])
+    chain.append_all([{"value": 1}, {"value": 2}, {"value": 3}])
+    chain.close()
+    return path.read_bytes()
+
+
+def test_several_rows_are_written_with_one_announcement_and_chained_like_single_ones(path: Path) -> None:
+    rows = [json.loads(line) for line in batches(path).splitlines()]
+    assert [row["previous"] for row in rows] == [GENESIS, *(row["hash"] for row in rows[:-1])]
+    assert values(path) == [0, 1, 2, 3]
+    chain = Chain(path, LOG)
+    assert chain.append_all([]) == []
+    chain.close()
+    assert values(path) == [0, 1, 2, 3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(0, 10_000))
+def test_several_rows_torn_anywhere_are_completed(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("torn") / "ledger.jsonl"
+    content = batches(path)
+    first = content.index(b"\n") + 1
+    path.write_bytes(content[: first + cut % (len(content) - first)])
+    assert [row["value"] for row in inspect(path).rows] == [0, 1, 2, 3]
+    assert values(path) == [0, 1, 2, 3]
+    assert path.read_bytes() == content
+
+
+def test_an_announcement_of_several_rows_that_are_missing_or_changed_is_noticed(path: Path) -> None:
+    first, *others = batches(path).splitlines(keepends=True)
+    path.write_bytes(b"")
+    assert "it has 0 whole rows, and row 4 was written last" in (inspect(path).problem or "")
+    path.write_bytes(b"".join([first, *others]))
+    announcement = path.with_name("ledger.jsonl.head")
+    announcement.write_bytes(b"".join([others[0], others[2]]))
+    assert "is not as it was written" in (inspect(path).problem or "")
+    row = {**json.loads(others[0]), "value": 7}
+    row["hash"] = chains._digest(row)
+    announcement.write_bytes(chains._line(row))
+    assert "row 2 was written last" in (inspect(path).problem or "")

@@ -1,7 +1,7 @@
 """A durable, append-only chain of JSON rows: each row names the hash of the one before, damage is found and named.
 
-A row is first announced in full in ``<name>.head`` (written beside, fsynced, renamed) and then appended. A crash at any
-instant therefore leaves the whole row on disk or no trace of it: a torn last row is completed from its announcement,
+Rows are first announced in full in ``<name>.head`` (written beside, fsynced, renamed) and then appended. A crash at any
+instant therefore leaves all of them on disk or no trace: torn last rows are completed from their announcement,
 and rows missing from the end are noticed, because the announcement names one that is not there.
 
 Whoever may write both files can write another history. Against that, the hash of the last row is kept elsewhere.
@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,7 +72,7 @@ def inspect(path: Path) -> Inspection:
         if found.problem is None or announcement == _bytes_of(_announcement_of(path)):
             break
         time.sleep(_LOOK_AGAIN_S)  # a row was written meanwhile: the two files were not of one moment
-    return Inspection(found.rows if found.pending is None else [*found.rows, found.pending], found.problem)
+    return Inspection([*found.rows, *found.pending], found.problem)
 
 
 class Chain:
@@ -109,7 +109,7 @@ class Chain:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise PolicyRefusal(
-                    f"{path} is in use by another process: stop the other medfl-client that uses this state folder",
+                    f"{path} is in use by another process: stop the other process that uses this state folder",
                     reason=f"{role.name} busy",
                 ) from None
             self._load()
@@ -134,23 +134,37 @@ class Chain:
         Raises:
             PolicyRefusal: reason ``ROLE unwritable``; no row was lost, and this one counts as not written.
         """
+        return self.append_all([body])[0]
+
+    def append_all(self, bodies: Sequence[Mapping[str, Any]]) -> list[Row]:
+        """Add several rows at the cost of one, all or none of them; see :meth:`append`."""
         if not self._usable:
             raise self._unwritable(OSError("an earlier write failed"))
+        rows: list[Row] = []
+        for body in bodies:
+            rows.append(self._next_row(body, rows[-1] if rows else None))
+        if not rows:
+            return rows
+        lines = [_line(row) for row in rows]
+        if max(map(len, lines)) > MAX_ROW_BYTES:
+            raise ValueError("a row must stay small")  # a mistake of the caller, not of the site
+        try:
+            write_whole(self._announcement, b"".join(lines))
+            self._write(b"".join(lines))
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._take(rows)
+        return rows
+
+    def _next_row(self, body: Mapping[str, Any], before: Row | None) -> Row:
         now = self._clock().astimezone(UTC).isoformat(timespec="seconds")
-        latest = self._latest or now
-        row: Row = {**body, "row": len(self._digests) + 1, "previous": self.head.digest, "time": max(now, latest)}
+        number, previous, latest = self.head.rows, self.head.digest, self._latest or now
+        if before is not None:
+            number, previous, latest = before["row"], before["hash"], before["time"]
+        row: Row = {**body, "row": number + 1, "previous": previous, "time": max(now, latest)}
         if now < latest:
             row["clock_said"] = now  # the machine's clock jumped back; spending does not depend on it
         row["hash"] = _digest(row)
-        line = _line(row)
-        if len(line) > MAX_ROW_BYTES:
-            raise ValueError("a row must stay small")  # a mistake of the caller, not of the site
-        try:
-            write_whole(self._announcement, line)
-            self._write(line)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        self._take([row])
         return row
 
     def close(self) -> None:
@@ -190,13 +204,13 @@ class Chain:
                 f"{self._path}: {found.problem}. {self._role.when_damaged}", reason=f"{self._role.name} damaged"
             )
         self._take(found.rows)
-        if found.pending is not None:
+        if found.pending:
             try:
                 os.ftruncate(self._file, content.rfind(b"\n") + 1)
-                self._write(_line(found.pending))
+                self._write(b"".join(map(_line, found.pending)))
             except OSError as error:
                 raise self._unwritable(error) from None
-            self._take([found.pending])
+            self._take(found.pending)
 
     def _unwritable(self, error: OSError) -> PolicyRefusal:
         why = error.strerror or str(error)
@@ -210,7 +224,7 @@ class Chain:
 @dataclass(frozen=True, slots=True)
 class _Examined:
     rows: list[Row]
-    pending: Row | None = None  # announced, and not wholly in the file yet
+    pending: Sequence[Row] = ()  # announced, and not wholly in the file yet
     problem: str | None = None
 
 
@@ -233,16 +247,39 @@ def _examine(content: bytes, announcement: bytes | None, announced_in: str) -> _
     if announcement is None:
         missing = f"{announced_in} is missing, so lost rows could not be noticed"
         return _Examined(rows, problem=missing if content else None)
-    announced = _parsed(announcement.removesuffix(b"\n"))
-    if announced is None or announced.get("hash") != _digest(announced) or not isinstance(announced.get("row"), int):
+    announced = _announced(announcement)
+    if announced is None:
         return _Examined(rows, problem=f"{announced_in} is not as it was written")
-    if announced["row"] == len(rows) and announced["hash"] == last:
+    begins, ends = announced[0]["row"], announced[-1]["row"]
+    if not begins <= len(rows) + 1 <= ends + 1 or not _continues(rows, announced):
+        return _Examined(rows, problem=f"it has {len(rows)} whole rows, and row {ends} was written last")
+    pending = announced[len(rows) + 1 - begins :]
+    if not pending:
         return _Examined(rows, problem=f"row {len(rows) + 1} is torn and was never announced" if torn else None)
-    if announced["row"] == len(rows) + 1 and announced["previous"] == last:
-        if not _line(announced).startswith(torn):
-            return _Examined(rows, problem=f"row {len(rows) + 1} is torn and differs from its announcement")
-        return _Examined(rows, pending=announced)
-    return _Examined(rows, problem=f"it has {len(rows)} whole rows, and row {announced['row']} was written last")
+    if not _line(pending[0]).startswith(torn):
+        return _Examined(rows, problem=f"row {len(rows) + 1} is torn and differs from its announcement")
+    return _Examined(rows, pending)
+
+
+def _announced(announcement: bytes) -> list[Row] | None:
+    """The consecutive rows of an announcement, or None where it is not as it was written."""
+    rows: list[Row] = []
+    for line in announcement.removesuffix(b"\n").split(b"\n"):
+        row = _parsed(line)
+        if row is None or row.get("hash") != _digest(row) or not isinstance(row.get("row"), int):
+            return None
+        if rows and (row["row"], row["previous"]) != (rows[-1]["row"] + 1, rows[-1]["hash"]):
+            return None
+        rows.append(row)
+    return rows
+
+
+def _continues(rows: Sequence[Row], announced: Sequence[Row]) -> bool:
+    """Whether ``announced`` follow ``rows``, or are the last of them."""
+    begins = announced[0]["row"]
+    both = zip(rows[begins - 1 :], announced, strict=False)
+    before = rows[begins - 2]["hash"] if begins > 1 else GENESIS
+    return bool(before == announced[0]["previous"]) and all(row["hash"] == same["hash"] for row, same in both)
 
 
 def _announcement_of(path: Path) -> Path:
