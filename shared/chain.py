@@ -188,7 +188,7 @@ class Chain:
                 self._usable = False  # a torn row may stand at the end: the next start completes it
             raise
 
-    def _take(self, rows: list[Row]) -> None:
+    def _take(self, rows: Sequence[Row]) -> None:
         """Count ``rows``, which are durable."""
         for row in rows:
             self._digests.append(row["hash"])

@@ -293,6 +293,6 @@ def test_a_confirmed_roster_is_in_the_log(
 
     running = Audit(path)
     assert main(confirm) == 2  # a running node's log is its own; nothing was asked
-    assert "stop the other medfl-client" in capsys.readouterr().err
+    assert "stop the other process" in capsys.readouterr().err
     running.close()
     assert json.loads(path.read_bytes().splitlines()[-1]) == row
