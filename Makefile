@@ -8,10 +8,10 @@ TORCH_INDEX ?=
 export MEDFL_DATA ?= $(abspath ../shared/data)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types bench wheel clean help
+.PHONY: demo test lint types bench wheel wheelhouse offline-test clean help
 
 help:  ## Show what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 demo: $(VENV)/.installed  ## Install, then run a whole federation of four phantom hospitals
 	$(BIN)/medfl-sim demo --output runs/demo
@@ -33,8 +33,17 @@ wheel: $(VENV)/.installed-dev  ## Build the wheel through the source distributio
 	rm -rf dist build
 	$(BIN)/python -m build --outdir dist .
 
+wheelhouse: wheel  ## Everything an installation without network needs, in one folder, with hashes
+	rm -rf wheelhouse
+	$(PIP) wheel --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps --wheel-dir wheelhouse $(shell grep '^torch==' constraints.txt)
+	$(PIP) wheel --quiet -c constraints.txt --find-links wheelhouse --wheel-dir wheelhouse "$$(echo dist/medfl-*.whl)[gpu,pacs,report]"
+	$(BIN)/python .ci/lock.py wheelhouse
+
+offline-test:  ## Install the wheelhouse where there is no network, and start the commands
+	bash .ci/offline wheelhouse
+
 clean:  ## Remove what was built, keep the environment
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache runs
+	rm -rf build dist wheelhouse .mypy_cache .pytest_cache .ruff_cache runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
