@@ -35,6 +35,8 @@ log = logging.getLogger("medfl.node")
 
 POLL_S = (0.05, 1.0)  # shortest and longest pause where a coordinator does not hold empty questions
 REJOIN_S = 5.0  # longest pause between attempts to join
+TURN_S = 300.0  # no pause and no time-out of a connection is longer
+GRACE_S = 60.0  # a message that takes so much longer than its deadline hangs
 REMIND_S = 60.0  # the same trouble is logged once in this time
 
 
@@ -110,6 +112,7 @@ class Node:
         self._asker = ThreadPoolExecutor(1, thread_name_prefix="ask")
         self._states = SeriesStates(settings.state_dir)
         self._runs: dict[int, Run] = {}
+        self._expected_by = inf  # wall clock: see alive
         self._told: tuple[Phase, str] | None = None
         self._told_at = -inf
 
@@ -123,6 +126,7 @@ class Node:
             patience = Patience(self._stop, limit_s=inf, first_s=0.5, longest_s=REJOIN_S)
             try:
                 while not self._stop.is_set():
+                    self._expected_by = time.time() + TURN_S
                     try:
                         self._session(patience)
                     except (NetworkError, ProtocolError) as trouble:
@@ -132,6 +136,13 @@ class Node:
             finally:
                 self._asker.shutdown(wait=False)
                 self._fleet.close()
+
+    def alive(self) -> bool:
+        """Whether the loop turns: what a watchdog asks, from another thread.
+
+        A message may take until its deadline and a minute more; anything else takes minutes at most.
+        """
+        return time.time() < self._expected_by
 
     def stop(self) -> None:
         """Make :meth:`run` return: at once when idle, else when the app does. Safe in a signal handler."""
@@ -149,6 +160,7 @@ class Node:
         with self._heartbeat(node_id):
             while not self._stop.is_set():
                 asked_at = time.monotonic()
+                self._expected_by = time.time() + TURN_S
                 order = self._next_order(node_id)
                 if order is not None:
                     pause_s = POLL_S[0]
@@ -169,6 +181,7 @@ class Node:
         kind = order.head.metadata.message_type
         patience = Patience(self._stop, limit_s=max(0.0, order.until - time.time()))
         started_at = time.monotonic()
+        self._expected_by = order.until + GRACE_S
         try:
             run = self._run_of(order, patience)
             self._tell(Phase.WORKING, f"{kind} of study {run.study}")

@@ -117,7 +117,7 @@ class Link:
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=2,
             )
-            self._server = uvicorn.Server(config)
+            self._server = _Server(config)
             self._thread = threading.Thread(target=self._server.run, args=([listener],), name="link", daemon=True)
             self._thread.start()
             while not self._server.started:
@@ -135,6 +135,10 @@ class Link:
         self._server.should_exit = True
         self._thread.join(10)
         self._held.close()
+
+    def alive(self) -> bool:
+        """Whether the loop that answers sites turns: what a watchdog asks, from another thread."""
+        return self._thread.is_alive() and time.monotonic() - self._server.ticked < 30
 
     def enrol(self, roster: Mapping[str, str | bytes]) -> dict[str, int]:
         """Make the known nodes exactly those of ``roster`` (site name: public node key); returns their node ids.
@@ -275,6 +279,16 @@ class Link:
         finally:
             done.set()
             thread.join()
+
+
+class _Server(uvicorn.Server):
+    """Remembers when its loop last turned: uvicorn ticks ten times a second."""
+
+    ticked = 0.0
+
+    async def on_tick(self, counter: int) -> bool:
+        self.ticked = time.monotonic()
+        return await super().on_tick(counter)
 
 
 @contextmanager
