@@ -145,9 +145,8 @@ class Node:
         return time.time() < self._expected_by
 
     def stop(self) -> None:
-        """Make :meth:`run` return: at once when idle, else when the app does. Safe in a signal handler."""
-        # A handler may have interrupted the very thread that holds the event's lock.
-        threading.Thread(target=self._stop.set, name="stop").start()
+        """Make :meth:`run` return: at once when idle, else when the app does."""
+        self._stop.set()
 
     def _session(self, patience: Patience) -> None:
         """Join, and answer messages for as long as nothing breaks."""

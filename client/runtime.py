@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,13 +106,17 @@ def build_participant(settings: SiteSettings) -> Participant | None:
 
 
 @contextmanager
-def open_audit(settings: SiteSettings, site_file: Path) -> Iterator[Audit]:
+def open_audit(
+    settings: SiteSettings, site_file: Path, *, on_row: Callable[[Mapping[str, str | float]], None] = lambda row: None
+) -> Iterator[Audit]:
     """The node's audit log, with its start and, unless it dies, its end in it. The log's head goes to the journal too.
+
+    ``on_row`` is told each row that is written.
 
     Raises:
         ConfigError, PolicyRefusal: see :class:`~medfl.client.audit.Audit`.
     """
-    audit = Audit(audit_file(settings.state))
+    audit = Audit(audit_file(settings.state), on_row=on_row)
     try:
         secure = settings.secure_aggregation
         roster = None if secure is None else load_roster(secure.roster)

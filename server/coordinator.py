@@ -29,6 +29,7 @@ from medfl.shared.files import write_whole
 from medfl.shared.logs import quiet_libraries
 from medfl.shared.secagg.roster import Roster, load_roster
 from medfl.shared.study import Study
+from medfl.shared.supervision import Supervision
 from medfl.strategies.build import needs_of
 
 log = logging.getLogger("medfl.server")
@@ -109,9 +110,10 @@ def read_roster(settings: ConsortiumSettings) -> dict[str, bytes]:
 def coordinate(settings: ConsortiumSettings, studies: list[Study], *, reporter: Reporter, stop: Event) -> list[Ending]:
     """Serve and run ``studies`` until they are done or ``stop`` is set; returns how each ended."""
     endings = []
-    with Link(link_settings(settings)) as link:
+    with Link(link_settings(settings)) as link, Supervision(link.alive) as systemd:
         quiet_libraries()  # again: Flower sets up its logger when it is imported
         members = Members(link, link.enrol(read_roster(settings)))
+        systemd.ready()
         for study in studies:
             if stop.is_set():
                 break

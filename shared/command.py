@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +69,15 @@ def _usage(made: argparse.ArgumentParser) -> int:
 EXIT_CODES = (
     "exit status: 0 ok, 1 unexpected, 2 configuration, 3 refused by policy,\n4 data, 5 network, 130 interrupted"
 )
+
+
+def on_termination(stop: Callable[[], None]) -> None:
+    """Call ``stop`` when the process is asked to end (SIGTERM, SIGINT), in a thread of its own.
+
+    A handler runs between two instructions of the main thread, which may hold the very lock that ``stop`` takes.
+    """
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, lambda *_: threading.Thread(target=stop, name="stop").start())
 
 
 def run(prog: str, work: Callable[[], int]) -> int:

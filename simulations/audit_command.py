@@ -212,7 +212,7 @@ def _work(options: argparse.Namespace) -> int:
 
     from medfl.shared.logs import quiet_libraries, set_up_logs
 
-    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
+    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose, file=options.log_file)
     quiet_libraries()
     torch.set_num_threads(1)  # small steps: more threads only wait for each other
     plan = plan_of(

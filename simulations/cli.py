@@ -48,7 +48,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _work(options: argparse.Namespace) -> int:
     from medfl.shared.logs import set_up_logs
 
-    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
+    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose, file=options.log_file)
     if options.command == "demo":
         from medfl.simulations.demo import run_demo
 

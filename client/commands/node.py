@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
@@ -21,7 +21,7 @@ def work(options: argparse.Namespace) -> int:
     """Run the node until it is stopped; or check; or try one step."""
     from medfl.shared.logs import set_up_logs
 
-    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
+    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose, file=options.log_file)
     if options.dry_run:
         return _dry_run(options)
     return _check(options) if options.check else _node(options)
@@ -59,6 +59,8 @@ def _node(options: argparse.Namespace) -> int:
     from medfl.client.config import load_site
     from medfl.client.node import Node, Phase
     from medfl.client.runtime import build_site, gate_of, node_settings, open_audit
+    from medfl.shared.command import on_termination
+    from medfl.shared.supervision import Supervision
 
     settings = load_site(options.site)
     from medfl.client.app import build_client_app
@@ -67,21 +69,33 @@ def _node(options: argparse.Namespace) -> int:
     site = build_site(settings)
     with ExitStack() as stack:
         stack.callback(site.close)
-        witness = Witness(stack.enter_context(open_audit(settings, options.site)), site)
-        health = None
+        watchers: list[Callable[[Phase, str], None]] = []
+        on_row: Callable[[Mapping[str, str | float]], None] = lambda row: None  # noqa: E731
         if settings.health is not None:
             from medfl.shared.health import Health
 
             health = stack.enter_context(Health(settings.health.port, host=settings.health.host))
+            watchers.append(lambda phase, text: health.set("not_serving" if phase is Phase.WAITING else "serving"))
+        if settings.metrics is not None:
+            from medfl.client.metrics import Gauges
+            from medfl.shared.metrics_port import MetricsPort
+
+            gauges = Gauges()
+            stack.enter_context(MetricsPort(gauges.registry, settings.metrics.port, host=settings.metrics.host))
+            watchers.append(lambda phase, text: gauges.phase(phase))
+            on_row = gauges.row
 
         def told(phase: Phase, text: str) -> None:
-            if health is not None:
-                health.set("not_serving" if phase is Phase.WAITING else "serving")
+            for watcher in watchers:
+                watcher(phase, text)
 
+        witness = Witness(stack.enter_context(open_audit(settings, options.site, on_row=on_row)), site)
         app = build_client_app(lambda context: site, witness=witness)
         gate = gate_of(settings.policy)
         node = Node(node_settings(settings), app, gate, on_change=told, on_own_word=witness.node_says)
-        for which in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(which, lambda *_: node.stop())
+        systemd = stack.enter_context(Supervision(node.alive))
+        watchers.append(lambda phase, text: systemd.status(text))
+        on_termination(node.stop)
+        systemd.ready()
         node.run()
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 
 
 def add(made: argparse.ArgumentParser) -> None:
@@ -25,13 +24,15 @@ def work(options: argparse.Namespace) -> int:
     from medfl.server.config import consortium_file, load_consortium
     from medfl.server.console import reporter_for
     from medfl.server.coordinator import coordinate, load_studies, read_roster
+    from medfl.server.reporter import Several
     from medfl.server.rounds import Ending
     from medfl.shared.certificates import WARN_DAYS, check_certificate
+    from medfl.shared.command import on_termination
     from medfl.shared.errors import ConfigError
     from medfl.shared.keys import node_public_key, read_private
     from medfl.shared.logs import set_up_logs
 
-    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose)
+    set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose, file=options.log_file)
     file = consortium_file(options.config)
     settings = load_consortium(file)
     studies = load_studies(settings)
@@ -49,13 +50,20 @@ def work(options: argparse.Namespace) -> int:
     if not studies and settings.when_done == "exit":
         raise ConfigError(f"{file}: studies: is empty: name a study file, or set when_done: stay")
     stop = Event()
-    for which in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(which, lambda *_: stop.set())
+    on_termination(stop.set)
     with ExitStack() as stack:
         if settings.health is not None:
             from medfl.shared.health import Health
 
             health = stack.enter_context(Health(settings.health.port, host=settings.health.host))
             health.set("serving")
-        endings = coordinate(settings, studies, reporter=reporter_for(Console(stderr=True)), stop=stop)
+        reporter = reporter_for(Console(stderr=True))
+        if settings.metrics is not None:
+            from medfl.server.metrics import Gauges
+            from medfl.shared.metrics_port import MetricsPort
+
+            gauges = Gauges()
+            stack.enter_context(MetricsPort(gauges.registry, settings.metrics.port, host=settings.metrics.host))
+            reporter = Several(reporter, gauges)
+        endings = coordinate(settings, studies, reporter=reporter, stop=stop)
     return 0 if all(ending in (Ending.DONE, Ending.STOPPED) for ending in endings) else 1

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from medfl.shared.command import run
@@ -63,3 +66,19 @@ def test_what_work_returns_is_the_exit_status() -> None:
 def test_each_kind_of_error_has_a_code_of_its_own() -> None:
     kinds = [MedFLError, ConfigError, PolicyRefusal, DataError, NetworkError, ProtocolError, TrainingError]
     assert {kind.code for kind in kinds} == set(Code)
+
+
+def test_a_signal_may_come_while_the_main_thread_holds_the_lock() -> None:
+    code = """
+import os, signal, threading
+from medfl.shared.command import on_termination
+stop = threading.Event()
+on_termination(stop.set)
+with stop._cond:  # as inside Event.wait
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000): pass  # the handler runs here
+assert stop.wait(10)
+print("stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "stopped\n", done.stderr
