@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Self
 
+_PATIENCE_S = 2.0  # a supervisor that has ten words waiting does not take another
+
 
 class Supervision:
     """``with Supervision(alive) as systemd: systemd.ready(); ...`` feeds the watchdog for as long as ``alive()``.
@@ -56,6 +58,7 @@ class Supervision:
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+                sender.settimeout(_PATIENCE_S)
                 sender.sendto(state.encode(), address)
         except OSError:
-            pass  # a supervisor that is gone must not end the service
+            pass  # a supervisor that is gone or does not listen must not end or hold the service

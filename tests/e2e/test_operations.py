@@ -64,7 +64,7 @@ def test_systemd_hears_ready_alive_and_stopping_and_prometheus_reads_figures(
         figure = "medfl_online 0.0" if node else 'medfl_study_running{study="small"} 1.0'
         wait_for(lambda: figure in scraped(metrics), 30)
         running.send_signal(signal.SIGTERM)
-        wait_for(lambda: running.poll() is not None)
+        wait_for(lambda: heard() and running.poll() is not None)
         assert heard()[-1] == "STOPPING=1"
     assert running.returncode == 0
     assert (tmp_path / "service.log").read_text("utf-8")

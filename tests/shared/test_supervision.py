@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import medfl.shared.supervision
 from medfl.shared.supervision import Supervision
 
 
@@ -59,6 +60,17 @@ def test_an_abstract_address_is_reached() -> None:
         receiver.settimeout(5)
         Supervision(lambda: True, environment={"NOTIFY_SOCKET": "@" + name}).ready()
         assert receiver.recv(100) == b"READY=1"
+
+
+def test_a_supervisor_that_does_not_listen_does_not_hold_the_service(
+    systemd: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(medfl.shared.supervision, "_PATIENCE_S", 0.01)
+    started = time.monotonic()
+    with Supervision(lambda: True, environment=environment(systemd)) as service:
+        for _ in range(100):  # its queue holds about ten
+            service.status("waiting")
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("given", [{}, {"NOTIFY_SOCKET": "/nowhere/at/all", "WATCHDOG_USEC": "soon"}])
