@@ -32,12 +32,19 @@ class Records(Protocol):
         """Append one row to the site's own metrics of a study."""
         ...
 
-    def keep_personal(self, digest: str, weights: Flat, *, asked: str = "") -> None:
-        """Replace what stays at the site of a study: personal tensors, a control variate; ``asked`` is what made it."""
+    def keep_personal(self, digest: str, weights: Flat, *, asked: str = "", counted: int | None = None) -> None:
+        """Replace what stays at the site of a study: personal tensors, a control variate.
+
+        ``asked`` ("round/digest of the weights") is what made it; ``counted`` as :meth:`personal` was asked.
+        """
         ...
 
-    def personal(self, digest: str, *, asked: str = "") -> Flat | None:
-        """What stays at the site of a study, or None; to ``asked`` itself, what stood before it was answered."""
+    def personal(self, digest: str, *, asked: str = "", counted: int | None = None) -> Flat | None:
+        """What stays at the site of a study, or None.
+
+        What stood before instead, where it was made by ``asked`` itself, or in a round later than ``counted``, the last
+        whose answer is in the coordinator's model (None: that does not matter).
+        """
         ...
 
     def keep_answer(self, digest: str, asked: str, reply: TrainReply) -> None:
@@ -54,7 +61,7 @@ class MemoryRecords:
 
     def __init__(self) -> None:
         self._studies: dict[str, Study] = {}
-        self._personal: dict[str, Flat] = {}
+        self._personal: dict[str, tuple[str, Flat, Flat | None]] = {}  # asked, what stays, what stood before
         self.rows: dict[str, list[dict[str, Any]]] = {}
 
     def remember(self, study: Study) -> None:
@@ -69,13 +76,15 @@ class MemoryRecords:
         """Append one row to the metrics of a study."""
         self.rows.setdefault(digest, []).append(row)
 
-    def keep_personal(self, digest: str, weights: Flat, *, asked: str = "") -> None:
-        """Replace the personal tensors of a study; what stood before is let go."""
-        self._personal[digest] = weights
+    def keep_personal(self, digest: str, weights: Flat, *, asked: str = "", counted: int | None = None) -> None:
+        """Replace the personal tensors of a study; what stood before is kept only where it may be asked for."""
+        before = None if counted is None else self.personal(digest, asked=asked, counted=counted)
+        self._personal[digest] = (asked, weights, before)
 
-    def personal(self, digest: str, *, asked: str = "") -> Flat | None:
-        """The personal tensors of a study, or None."""
-        return self._personal.get(digest)
+    def personal(self, digest: str, *, asked: str = "", counted: int | None = None) -> Flat | None:
+        """The personal tensors of a study, or None; those before where the last answer was not counted."""
+        made_by, weights, before = self._personal.get(digest, ("", None, None))
+        return before if counted is not None and _undone(made_by, asked, counted) else weights
 
     def keep_answer(self, digest: str, asked: str, reply: TrainReply) -> None:
         """Nothing: hundreds of virtual sites would keep hundreds of models, and their coordinator loses no reply."""
@@ -114,25 +123,25 @@ class FolderRecords:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def keep_personal(self, digest: str, weights: Flat, *, asked: str = "") -> None:
+    def keep_personal(self, digest: str, weights: Flat, *, asked: str = "", counted: int | None = None) -> None:
         """Replace the study's personal tensors, atomically, beside what stood before ``asked`` was answered.
 
         So a round that is trained again, because the site was killed before its answer was kept, starts where it did.
         """
-        before = self.personal(digest, asked=asked)
+        before = self.personal(digest, asked=asked, counted=counted)
         tensors = {"weights": weights} | ({} if before is None else {"before": before})
         content = save(tensors, metadata={"asked": asked})
         write_whole(private_folder(self._of(digest)) / "personal.safetensors", content)
 
-    def personal(self, digest: str, *, asked: str = "") -> Flat | None:
+    def personal(self, digest: str, *, asked: str = "", counted: int | None = None) -> Flat | None:
         """The study's personal tensors, or None where none were kept yet."""
         path = self._of(digest) / "personal.safetensors"
         try:
             with safe_open(path, framework="numpy") as file:
-                again = bool(asked) and (file.metadata() or {}).get("asked") == asked
-                if again and "before" not in file.keys():  # noqa: SIM118 - not a mapping
+                undone = _undone((file.metadata() or {}).get("asked", ""), asked, counted)
+                if undone and "before" not in file.keys():  # noqa: SIM118 - not a mapping
                     return None
-                weights = file.get_tensor("before" if again else "weights")
+                weights = file.get_tensor("before" if undone else "weights")
         except FileNotFoundError:
             return None
         except Exception:  # safetensors raises its own untyped errors
@@ -161,3 +170,8 @@ class FolderRecords:
 
     def _of(self, digest: str) -> Path:
         return self._folder / digest
+
+
+def _undone(made_by: str, asked: str, counted: int | None) -> bool:
+    """Whether what ``made_by`` left does not stand: it is asked again, or its answer never got into the model."""
+    return bool(made_by) and (made_by == asked or (counted is not None and int(made_by.partition("/")[0]) > counted))

@@ -143,11 +143,11 @@ class Site:
         if result is None:
             self._device_free()
             self._policy.permit_upload(4 * (bench.layout.length + beside.up(bench.layout.length)))
-            given = Given(weights, shared, self._kept(study, asked))
+            given = Given(weights, shared, self._kept(study, asked, request.counted))
             bench.load(weights, given.kept if bench.personal.tensors else None)
             result, kept = self._train(study, bench, self._split(study, Split.TRAIN), request, given)
             if kept is not None:
-                self._records.keep_personal(study.digest, kept, asked=asked)
+                self._records.keep_personal(study.digest, kept, asked=asked, counted=request.counted)
             self._records.keep_answer(study.digest, asked, result)
         self._permit_release(study)
         if study.secure_aggregation.mode != "none":
@@ -316,9 +316,11 @@ class Site:
             raise ProtocolError(f"round {request.round} is beyond the study's {study.rounds.count}")
         return study, self._workbench.open(study)
 
-    def _kept(self, study: Study, asked: str = "") -> Flat | None:
+    def _kept(self, study: Study, asked: str = "", counted: int | None = None) -> Flat | None:
         """What the site has kept of the study's earlier rounds; None for strategies without memory at sites."""
-        return self._records.personal(study.digest, asked=asked) if demands_of(study.strategy).site_state else None
+        if not demands_of(study.strategy).site_state:
+            return None
+        return self._records.personal(study.digest, asked=asked, counted=counted)
 
     def _split(self, study: Study, split: Split) -> TensorSet:
         key = study.data.model_dump_json().encode() + study.task.value.encode()

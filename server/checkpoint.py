@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Checkpoint:
     strategy: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     series: int | None = None
     average: Flat | None = None  # mean of the last rounds' models, where the study asks for one and it has begun
+    answers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # what is remembered of each site
 
 
 class CheckpointFolder:
@@ -54,6 +56,7 @@ class CheckpointFolder:
             "study": checkpoint.study,
             "round": checkpoint.round,
             "series": checkpoint.series,
+            "answers": checkpoint.answers,
             "digest": _digest(tensors),
         }
         content = save(tensors, metadata={"medfl": json.dumps(about)})
@@ -99,7 +102,8 @@ def _read(path: Path) -> Checkpoint | None:
             return None
         weights, average = tensors.pop("weights"), tensors.pop(_AVERAGE, None)
         state = {name.removeprefix(_STATE): array for name, array in tensors.items()}
-        return Checkpoint(about["study"], about["round"], weights, state, about["series"], average)
+        answers = about.get("answers", {})
+        return Checkpoint(about["study"], about["round"], weights, state, about["series"], average, answers)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 

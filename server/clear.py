@@ -44,12 +44,13 @@ class ClearCollector:
                 loss = read(trained.tally).get("loss", nan) if self._demands.losses else None
                 single[site] = as_flower(trained.update, trained.examples, loss=loss)
             collected.received_bytes += trained.update.nbytes
+            collected.weights[site] = trained.examples
             tallies.append(trained.tally)
             return TRAINED
 
         messages = configure(request_config(self._study.digest, number))
         self._stages.run(number, "training", messages, cohort, collected.outcomes, take=take)
-        collected.tally = add(tallies)
+        collected.tally, collected.weight = add(tallies), total.weight
         if collected.trained >= quorum and single:
             # By name, so that no order of arrival shows; updates and not weights, because distances between nearly
             # equal weights drown in rounding.

@@ -12,11 +12,9 @@ from flwr.serverapp import Grid
 class CohortGrid(Grid):
     """Delegates to ``grid`` all but who is there: a strategy that samples from it takes exactly the cohort."""
 
-    def __init__(self, grid: Grid, cohort: Mapping[int, str], *, everyone: int | None = None) -> None:
-        """Show ``cohort`` of ``grid``; ``everyone`` is the number of sites it was drawn from (absent: no others)."""
+    def __init__(self, grid: Grid, cohort: Mapping[int, str]) -> None:
         self._grid = grid
         self._cohort = cohort
-        self.everyone = len(cohort) if everyone is None else everyone
 
     def get_node_ids(self) -> Iterable[int]:
         """The cohort's node ids."""

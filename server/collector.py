@@ -27,6 +27,9 @@ class Collected:
     outcomes: dict[str, str] = field(default_factory=dict)  # site -> TRAINED or what went wrong
     tally: Mapping[str, float] = field(default_factory=dict)  # sums over sites, of what is released
     received_bytes: int = 0
+    weights: dict[str, int] = field(default_factory=dict)  # site -> examples of its answer, where single ones are seen
+    weight: float = 0.0  # of all answers together
+    weight_of_all: float = 0.0  # of every site that takes part, where only sums are known
 
     @property
     def trained(self) -> int:

@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from medfl.server.admission import Admission, Directory
+from medfl.server.answers import Answers
 from medfl.server.checkpoint import Checkpoint, CheckpointFolder
 from medfl.server.clear import ClearCollector
 from medfl.server.cohort import CohortGrid
@@ -26,14 +27,16 @@ from medfl.server.reporter import Reporter, RoundReport
 from medfl.server.secure import SecureCollector
 from medfl.server.stage import Stages
 from medfl.server.weight_sum import SecureParts
+from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import ConfigError, ProtocolError
-from medfl.shared.messages import TENSOR, pack, request_config
+from medfl.shared.messages import TENSOR, pack, request_config, tell_counted
 from medfl.shared.metrics import read
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout
 from medfl.strategies.build import build_strategy, needs_of
+from medfl.strategies.rule import RuleStrategy
 from medfl.strategies.state import capture, restore
 
 log = logging.getLogger("medfl.server")
@@ -91,6 +94,7 @@ class Rounds:
         self._layout, _ = layouts(study, network)
         self._weights = self._layout.flatten(network.state_dict())
         self._round = 0
+        self._answers = Answers()
         self._average: Flat | None = None  # of the last rounds' models, where the study asks for it
         stages = Stages(grid, reporter, stop, study.rounds.deadline_s, self._admission.forget)
         self._collector = _collector(study, stages, self._layout, secure)
@@ -138,6 +142,7 @@ class Rounds:
         self._layout.check(checkpoint.weights)
         self._weights, self._round, self._average = checkpoint.weights, checkpoint.round, checkpoint.average
         restore(self._strategy, checkpoint.strategy)
+        self._answers = Answers.of(checkpoint.answers)
         log.info("going on after round %d of study %s", self._round, self._study.name)
         return self._checkpoints.evaluated() >= self._round
 
@@ -178,22 +183,35 @@ class Rounds:
             return False
         self._weights = self._aggregate(number, collected)
         self._round = number
+        self._answers.note(number, collected)
         self._average = self._next_average(number)
         if self._checkpoints is not None:
             state = capture(self._strategy)
             self._checkpoints.save(
-                Checkpoint(self._study.digest, number, self._weights, state, self._series, self._average)
+                Checkpoint(
+                    self._study.digest,
+                    number,
+                    self._weights,
+                    state,
+                    self._series,
+                    self._average,
+                    self._answers.state(),
+                )
             )
         self._collector.settled()
         self._report(collected, started, cohort)
         return True
 
     def _train(self, number: int, cohort: dict[int, str]) -> Collected:
-        view = CohortGrid(self._grid, cohort, everyone=max(len(cohort), len(self._admission.taking_part())))
+        view = CohortGrid(self._grid, cohort)
         quorum = self._study.rounds.minimum_sites
 
         def configure(config: ConfigRecord) -> list[Message]:
-            return list(self._strategy.configure_train(number, pack(self._weights), config, view))
+            messages = list(self._strategy.configure_train(number, pack(self._weights), config, view))
+            if demands_of(self._study.strategy).settles:
+                for message in messages:
+                    tell_counted(message, self._answers.counted.get(cohort[message.metadata.dst_node_id], 0))
+            return messages
 
         if (collected := self._collector.unfinished(self._weights, cohort)) is not None:
             configure(request_config(self._study.digest, number))  # strategies note what they sent
@@ -202,6 +220,8 @@ class Rounds:
 
     def _aggregate(self, number: int, collected: Collected) -> Flat:
         """Let the strategy make the new model of the mean update (one virtual reply), or of the single ones."""
+        if isinstance(self._strategy, RuleStrategy):
+            self._strategy.share = self._answers.share(collected, self._admission.taking_part().values())
         arrays, _ = self._strategy.aggregate_train(number, collected.replies)
         if arrays is None:
             raise ProtocolError(f"strategy {self._study.strategy.name} made no model of round {number}")

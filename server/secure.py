@@ -76,6 +76,7 @@ class SecureCollector:
             log.warning("round %d: %s", number, void)
             collected.outcomes |= self._words(void, ready)
             return collected
+        collected.weight_of_all = reference
         self._take(total, collected, weights, ready)
         return collected
 
@@ -153,7 +154,7 @@ class SecureCollector:
             collected.replies, collected.relative = [as_flower(total.mean, total.weight)], True
         else:
             collected.replies = [as_flower(weights + total.mean, total.weight)]
-        collected.tally = dict(total.scalars)
+        collected.tally, collected.weight = dict(total.scalars), total.weight
         collected.received_bytes = len(survivors) * total.mean.size * int(self._ring) // 8
         values = len(total.survivors) * total.mean.size
         if self._ring is Ring.BITS_16 and self._layout.length == total.mean.size:

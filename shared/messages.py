@@ -18,7 +18,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from medfl.shared.errors import Code, ProtocolError
@@ -34,6 +34,8 @@ TENSOR = "float32"
 
 UNKNOWN_STUDY = "unknown study"
 """Reason of the failure after which the coordinator offers its study again."""
+
+_COUNTED = "counted"
 
 _LONGEST_NAME = 200  # of a tally's entry: "confusion/", and two names of classes of at most 64 letters
 
@@ -97,23 +99,27 @@ class ModelRequest:
     round: int  # counted from 1
     weights: Flat
     encoding: bytes = b""  # under secure aggregation: how the result is to be encoded for the sum
+    counted: int | None = None  # last round whose model holds this site's answer (0: none); None where it is not told
 
     def record(self) -> RecordDict:
         """As Flower records."""
         config = request_config(self.study, self.round, encoding=self.encoding)
+        if self.counted is not None:
+            config[_COUNTED] = self.counted
         return RecordDict({"arrays": pack(self.weights), "config": config})
 
     @classmethod
     def parse(cls, content: RecordDict) -> ModelRequest:
         """Raises ProtocolError when malformed."""
-        fields = {"study", "server-round", "protocol", "proximal-mu", "encoding"}
+        fields = {"study", "server-round", "protocol", "proximal-mu", "encoding", _COUNTED}
         config = _read_config(content, fields, others={"arrays"})
         _check_protocol(config)
         round_number = _value(config, "server-round", int)
         if not 1 <= round_number < 2**32:
             raise ProtocolError(f"round {round_number} is not a round number")
         encoding = _value(config, "encoding", bytes) if "encoding" in config else b""
-        return cls(_digest(config), round_number, unpack(content, "arrays"), encoding)
+        counted = _value(config, _COUNTED, int) if _COUNTED in config else None
+        return cls(_digest(config), round_number, unpack(content, "arrays"), encoding, counted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +321,15 @@ def request_config(study: str, round_number: int, *, encoding: bytes = b"") -> C
     if encoding:
         config["encoding"] = encoding
     return config
+
+
+def tell_counted(message: Message, last_round: int) -> None:
+    """Tell the site that ``message`` goes to in which round its answer was last counted (0: in none).
+
+    What the site keeps for the coordinator to reckon with must go back to there where an answer came too late.
+    """
+    config = ConfigRecord({**message.content.config_records["config"], _COUNTED: last_round})
+    message.content = RecordDict({**message.content, "config": config})  # strategies give all sites the same record
 
 
 def pack(vector: Flat) -> ArrayRecord:

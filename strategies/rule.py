@@ -35,7 +35,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One round as an algorithm sees it: the model that was sent, what came back, from which share of all sites."""
+    """One round as an algorithm sees it: the model that was sent, what came back, for which share (weight) of all."""
 
     sent: Flat
     updates: tuple[Update, ...]
@@ -55,8 +55,8 @@ Rule = Callable[[Turn, Memory], tuple[Flat, Memory]]
 class RuleStrategy(FedAvg):
     """A Flower strategy around a :data:`Rule`. Its replies hold updates, not weights.
 
-    ``sends`` names the vector of the memory that travels beside the model (zeros before the first round). The share of
-    sites that take part is the cohort's size over ``grid.everyone``, where the grid says it.
+    ``sends`` names the vector of the memory that travels beside the model (zeros before the first round). ``share`` is
+    to be set before the replies are aggregated: for what part of all sites, by weight, they stand.
     """
 
     def __init__(self, rule: Rule, *, sends: str | None = None) -> None:
@@ -65,15 +65,13 @@ class RuleStrategy(FedAvg):
         self._rule = rule
         self._sends = sends
         self._sent: Flat | None = None
-        self._share = 1.0
+        self.share = 1.0
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The model, and what goes beside it, to every node of ``grid``."""
         self._sent = np.array(arrays[TENSOR].numpy(), np.float32)
-        here = len(list(grid.get_node_ids()))
-        self._share = here / max(here, getattr(grid, "everyone", here), 1)
         if self._sends is not None:
             beside = self.memory.get(self._sends, np.zeros_like(self._sent))
             arrays = pack(np.concatenate([self._sent, beside]))
@@ -87,7 +85,7 @@ class RuleStrategy(FedAvg):
         if not valid or self._sent is None:
             return None, None
         updates = tuple(_update(message, self._sent.size) for message in valid)
-        model, memory = self._rule(Turn(self._sent, updates, self._share), self.memory)
+        model, memory = self._rule(Turn(self._sent, updates, self.share), self.memory)
         self.memory = {name: np.asarray(vector, np.float32) for name, vector in memory.items()}
         return pack(np.asarray(model - self._sent, np.float32)), None
 

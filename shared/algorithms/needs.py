@@ -64,6 +64,7 @@ class Demands:
     sees: Needs = Needs.SUM
     beside: Beside = Beside.NOTHING
     site_state: bool = False  # the site keeps a vector from round to round
+    settles: bool = False  # which the coordinator reckons with: it moves only when the site's answer was counted
     plain_sgd: bool = False  # its arithmetic holds for SGD only
     without_momentum: bool = False
     own_training: bool = False  # changes local training in a way that private training does not know
@@ -84,6 +85,7 @@ def demands_of(strategy: StrategySettings) -> Demands:
             return Demands(
                 beside=Beside.A_MODEL,
                 site_state=True,
+                settles=True,
                 plain_sgd=True,
                 without_momentum=True,
                 own_training=True,
@@ -94,7 +96,7 @@ def demands_of(strategy: StrategySettings) -> Demands:
                 beside=Beside.ONE_VALUE, plain_sgd=True, own_training=True, no_statistics=True, takes_updates=True
             )
         case FedDynSettings():
-            return Demands(site_state=True, own_training=True, no_statistics=True, takes_updates=True)
+            return Demands(site_state=True, settles=True, own_training=True, no_statistics=True, takes_updates=True)
         case DittoSettings() | MoonSettings():
             return Demands(site_state=True, own_training=True)
         case QFedAvgSettings():

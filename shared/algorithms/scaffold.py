@@ -24,8 +24,9 @@ def control_change(shared: Flat, update: Flat, *, steps: int, learning_rate: flo
 
 
 def next_shared(shared: Flat, mean_change: Flat, *, share: float) -> Flat:
-    """The consortium's next control variate; ``share`` of its sites took part in the round (line 17).
+    """The consortium's next control variate after ``share`` of its sites, by weight, answered (line 17).
 
-    The paper's means are over sites; here they are weighted by examples, as the objective is.
+    The paper weighs sites equally. Here the objective weighs them by examples, and so must the variate: it stays the
+    weighted mean of the sites' own, as far as their answers were counted, so that corrections cancel over the sites.
     """
     return np.asarray(shared + np.float32(share) * mean_change, np.float32)

@@ -98,3 +98,20 @@ def test_a_damaged_answer_counts_as_absent(tmp_path: Path, content: bytes) -> No
     records.keep_answer(STUDY.digest, "1/x", TrainReply(WEIGHTS, 5))
     (tmp_path / "studies" / STUDY.digest / "answer.safetensors").write_bytes(content)
     assert FolderRecords(tmp_path).answer(STUDY.digest, "1/x") is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_what_an_uncounted_answer_left_is_taken_back(kind: str, tmp_path: Path) -> None:
+    records = FolderRecords(tmp_path) if kind == "folder" else MemoryRecords()
+    records.remember(STUDY)
+
+    def kept(counted: int) -> float | None:
+        found = records.personal(STUDY.digest, asked="9/z", counted=counted)
+        return None if found is None else float(found[0])
+
+    records.keep_personal(STUDY.digest, np.array([1], np.float32), asked="1/a", counted=0)
+    assert (kept(counted=1), kept(counted=0)) == (1.0, None)
+    records.keep_personal(STUDY.digest, np.array([2], np.float32), asked="2/b", counted=1)
+    assert (kept(counted=2), kept(counted=1)) == (2.0, 1.0)
+    records.keep_personal(STUDY.digest, np.array([3], np.float32), asked="3/c", counted=1)  # the answer of 2 was late
+    assert (kept(counted=3), kept(counted=1)) == (3.0, 1.0)

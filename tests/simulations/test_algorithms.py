@@ -19,7 +19,8 @@ from medfl.shared.errors import ConfigError
 from medfl.shared.messages import TrainReply
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
-from medfl.simulations.config import Attacker
+from medfl.simulations import misbehaviour
+from medfl.simulations.config import Attacker, Failures
 from medfl.simulations.federation import Federation, federate
 
 ROUNDS = 40
@@ -52,6 +53,10 @@ def study(strategy: dict[str, Any], **training: Any) -> Study:
 def opposed() -> dict[str, SiteData]:
     """Two sites of opposite labels and different informative rows of pixels."""
     return {"a": skewed(0.9, 40, seed=0), "b": skewed(0.1, 40, seed=1)}
+
+
+def one_site(made: Study) -> Study:
+    return made.model_copy(update={"rounds": made.rounds.model_copy(update={"minimum_sites": 1})})
 
 
 def pooled(sites: dict[str, SiteData]) -> SiteData:
@@ -89,6 +94,35 @@ def test_scaffold_reaches_the_common_optimum_where_fedavg_drifts() -> None:
     scaffold = distance(federate(study({"name": "scaffold"}), opposed()))
     assert fedavg > 0.05
     assert scaffold < 0.02 * fedavg
+
+
+def uneven() -> dict[str, SiteData]:
+    return {"few": skewed(0.9, 20, seed=0), "many": skewed(0.1, 60, seed=1)}
+
+
+@cache
+def best_of_uneven() -> tuple[Flat, float]:
+    """The common optimum, and how far FedAvg stays away from it."""
+    best = federate(one_site(study({"name": "fedavg"}, steps=50)), {"all": pooled(uneven())}).result.weights
+    drifted = federate(study({"name": "fedavg"}), uneven()).result.weights
+    return best, float(np.linalg.norm(drifted - best))
+
+
+@pytest.mark.parametrize("settings", [{"name": "scaffold"}, {"name": "feddyn", "alpha": 0.3}], ids=lambda s: s["name"])
+def test_answers_that_came_too_late_do_not_leave_sites_and_coordinator_apart(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chance(text: str) -> float:  # "seed/site/how often asked": one site's answers 3 to 7 come too late
+        return 0.0 if text.split("/")[1] == "few" and 3 <= int(text.split("/")[2]) <= 7 else 1.0
+
+    monkeypatch.setattr(misbehaviour, "_uniform", chance)
+    made = study(settings, steps=40)
+    made = one_site(made)
+    sites = uneven()
+    late = federate(made, sites, failures=Failures(late=0.5))
+    assert sum(what != "trained" for report in late.rounds for what in report.outcomes.values()) == 5
+    best, drifted = best_of_uneven()
+    assert float(np.linalg.norm(late.result.weights - best)) < 0.1 * drifted
 
 
 def test_feddyn_reaches_the_common_optimum_where_fedavg_drifts() -> None:
