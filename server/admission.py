@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from medfl.shared.errors import ProtocolError
+from medfl.shared.errors import BUDGET, Code, ProtocolError
 from medfl.shared.messages import Failure, Kind, OfferAccepted, StudyOffer, outcome
 from medfl.shared.study import Study
 
@@ -21,6 +21,10 @@ class Directory(Protocol):
 
     def online(self) -> Mapping[int, str]:
         """Node id -> site name, of all enrolled sites that are connected now."""
+        ...
+
+    def enrolled(self) -> Collection[str]:
+        """Names of all sites of the consortium, connected or not."""
         ...
 
 
@@ -35,6 +39,7 @@ class Admission:
         self._offered: dict[str, tuple[int, float]] = {}  # message id -> node, when it expires
         self._ask_after: dict[int, float] = {}
         self._pause_s: dict[int, float] = {}
+        self._spent: set[int] = set()
         self.refusals: dict[str, str] = {}  # site -> why not, in the site's own code words
 
     def refresh(self) -> None:
@@ -45,11 +50,17 @@ class Admission:
         due = [
             node
             for node in online
-            if node not in self._accepted and node not in waiting and now >= self._ask_after.get(node, 0.0)
+            if node not in self._accepted | self._spent
+            and node not in waiting
+            and now >= self._ask_after.get(node, 0.0)
         ]
         if due:
             self._offer(due, now)
             self._collect(online, now)
+
+    def online(self) -> Mapping[int, str]:
+        """Node id -> site name, of all that are connected now."""
+        return self._directory.online()
 
     def taking_part(self) -> dict[int, str]:
         """Node id -> name of the sites that accepted and are online, in order of node id."""
@@ -61,8 +72,23 @@ class Admission:
         return len(self._offered)
 
     def forget(self, node: int) -> None:
-        """Offer again to ``node``: it does not know the study any more, or does not work at this hour."""
+        """Offer again to ``node``: it does not know the study any more, does not work at this hour, or was too late.
+
+        A node answers one message after the other: once it accepts the study again, it is free.
+        """
         self._accepted.discard(node)
+
+    def has_spent(self, node: int) -> None:
+        """Ask ``node`` no more: this study's price is beyond what it allows. (A restarted coordinator asks again.)"""
+        self._accepted.discard(node)
+        self._spent.add(node)
+        if name := self.online().get(node):
+            self.refusals[name] = f"{Code.REFUSED.value}: {BUDGET}"
+
+    @property
+    def possible(self) -> int:
+        """Number of sites of the consortium that could still take part, now or later."""
+        return len(self._directory.enrolled()) - len(self._spent)
 
     def _offer(self, nodes: list[int], now: float) -> None:
         offer = StudyOffer(self._study.digest, self._study.canonical())
@@ -86,7 +112,9 @@ class Admission:
         if asked is None:
             return
         node, name = asked[0], online.get(asked[0], "a site that left")
-        if why := _refusal(reply):
+        if (why := _refusal(reply)) == f"{Code.REFUSED.value}: {BUDGET}":
+            self.has_spent(node)
+        elif why:
             self.refusals[name] = why
             pause = self._pause_s.get(node, _ASK_AGAIN_S[0])
             self._ask_after[node], self._pause_s[node] = now + pause, min(2 * pause, _ASK_AGAIN_S[1])

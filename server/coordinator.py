@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from threading import Event
 
@@ -45,6 +45,10 @@ class Members:
     def online(self) -> Mapping[int, str]:
         """Node id -> site name."""
         return {node: self._names[node] for node in self._link.online()}
+
+    def enrolled(self) -> Collection[str]:
+        """All of them."""
+        return self._names.values()
 
 
 def load_studies(settings: ConsortiumSettings) -> list[Study]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from medfl.server.exchange import exchange
+from medfl.server.admission import Admission
+from medfl.server.exchange import Exchange
+from medfl.server.pace import Pace
 from medfl.server.reporter import Reporter
-from medfl.shared.errors import PASSING, ProtocolError
+from medfl.shared.errors import BUDGET, PASSING, Code, ProtocolError
 from medfl.shared.messages import UNKNOWN_STUDY, Failure, outcome
 
 log = logging.getLogger("medfl.server")
 
 NO_ANSWER = "no answer"
+LOST = "unavailable"
 MALFORMED = "malformed reply"
 
 
@@ -28,8 +31,8 @@ class Stages:
     grid: Grid
     reporter: Reporter
     stop: Event
-    deadline_s: float
-    forget: Callable[[int], None]  # called with the node to be offered the study again
+    pace: Pace
+    admission: Admission
 
     def run(
         self,
@@ -40,38 +43,60 @@ class Stages:
         outcomes: dict[str, str],
         *,
         take: Callable[[str, Message], str],
+        quorum: int = 0,
     ) -> None:
         """Send ``messages`` and let ``take(site, reply)`` look at each answer that is no failure, once for each site.
 
         ``outcomes`` gets a word for every site: what ``take`` returns, or what went wrong. A ProtocolError of ``take``
-        throws the answer away.
+        throws the answer away. Sites that were cut off are waited for while fewer than ``quorum`` have been taken, and
+        as many still may be; a site that was late is left out until it has answered another offer of the study.
         """
-        outcomes.update(dict.fromkeys((cohort[m.metadata.dst_node_id] for m in messages), NO_ANSWER))
+        sites = [cohort[message.metadata.dst_node_id] for message in messages]
+        outcomes.update(dict.fromkeys(sites, NO_ANSWER))
         done: list[str] = []
-        self.reporter.stage(number, name, done, list(outcomes))
-        for node, reply in self._answers(messages, cohort):
-            site = cohort[node]
-            if site in done:
+        taken = 0
+
+        def enough(may_come: int) -> bool:
+            return not taken < quorum <= taken + may_come
+
+        self.reporter.stage(number, name, done, sites)
+        exchange = Exchange(self.grid, self.pace, name, online=self.admission.online, stop=self.stop)
+        for reply in exchange.run(messages, enough=enough):
+            site = cohort.get(reply.metadata.src_node_id)
+            if site is None or site in done:
                 continue
-            done.append(site)
-            outcomes[site] = self._sort(node, site, reply, take)
-            self.reporter.stage(number, name, done, list(outcomes))
+            outcomes[site], final, good = self._sort(reply.metadata.src_node_id, site, reply, take)
+            taken += good
+            if final:
+                done.append(site)
+                self.reporter.stage(number, name, done, sites)
+        for node in exchange.late:
+            if cohort.get(node) not in done:
+                self.admission.forget(node)
 
-    def _answers(self, messages: Sequence[Message], cohort: Mapping[int, str]) -> Iterator[tuple[int, Message]]:
-        for reply in exchange(self.grid, messages, deadline_s=self.deadline_s, stop=self.stop):
-            if reply.metadata.src_node_id in cohort:
-                yield reply.metadata.src_node_id, reply
-
-    def _sort(self, node: int, site: str, reply: Message, take: Callable[[str, Message], str]) -> str:
+    def _sort(
+        self, node: int, site: str, reply: Message, take: Callable[[str, Message], str]
+    ) -> tuple[str, bool, bool]:
+        """The word about ``reply``, whether it is the site's last, and whether ``take`` has taken it."""
         if reply.has_error():
-            return "unavailable"
+            word = _nodes_word(reply)
+            return (LOST, False, False) if word is None else (word, True, False)
         try:
             if outcome(reply.content) != "failed":
-                return take(site, reply)
+                return take(site, reply), True, True
             failure = Failure.parse(reply.content)
         except ProtocolError as error:
             log.warning("a reply was thrown away: %s", error)
-            return MALFORMED
-        if failure.reason in PASSING | {UNKNOWN_STUDY}:
-            self.forget(node)
-        return f"{failure.code.value}: {failure.reason}" if failure.reason else failure.code.value
+            return MALFORMED, True, False
+        if failure.code is Code.REFUSED and failure.reason == BUDGET:
+            self.admission.has_spent(node)
+        elif failure.reason in PASSING | {UNKNOWN_STUDY}:
+            self.admission.forget(node)
+        return f"{failure.code.value}: {failure.reason}" if failure.reason else failure.code.value, True, False
+
+
+def _nodes_word(reply: Message) -> str | None:
+    """What a node says in place of its app, a code with a reason; None where the link has lost it."""
+    word = str(reply.error.reason or "")
+    code = word.partition(":")[0]
+    return word[:80] if code in set(Code) and word.isprintable() else None

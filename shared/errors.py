@@ -26,6 +26,9 @@ GPU_IN_USE = "GPU in use"
 PASSING = frozenset({OUTSIDE_HOURS, GPU_IN_USE})
 """Reasons of refusals that pass by themselves."""
 
+BUDGET = "budget"
+"""Reason of a refusal that does not pass: what a study costs would exceed what the site allows."""
+
 
 class MedFLError(Exception):
     """Base of all deliberate errors. ``str(error)`` is one line for the person at this machine.

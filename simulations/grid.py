@@ -7,7 +7,7 @@ outside a Flower process.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import medfl.shared.environment  # noqa: F401 - before flwr
@@ -34,6 +34,10 @@ class VirtualGrid(Grid):
     def online(self) -> Mapping[int, str]:
         """Node id -> site name."""
         return self._names
+
+    def enrolled(self) -> Collection[str]:
+        """All of them."""
+        return self._names.values()
 
     def get_node_ids(self) -> Iterable[int]:
         """All virtual nodes."""

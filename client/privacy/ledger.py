@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from medfl.shared.chain import Chain, Head, Role, Row
-from medfl.shared.errors import PolicyRefusal
+from medfl.shared.errors import BUDGET, PolicyRefusal
 from medfl.shared.files import write_whole
 from medfl.shared.privacy.accounting import SampledGaussian, check_delta, epsilon
 from medfl.shared.privacy.plan import TrainingPlan
@@ -167,7 +167,7 @@ class Ledger:
                 f"{plan.epsilon:g}, policy.max_epsilon_per_study {self._ceilings.epsilon_per_study:g}) and this site "
                 f"to {after.total:.3f} (policy.max_epsilon_total {self._ceilings.epsilon_total:g}): "
                 "this site takes no further part",
-                reason="budget",
+                reason=BUDGET,
             )
         self._chain.append({"kind": "charge", **asdict(charge)})
         left = self._fitting.get(charge.study, 0) - 1 if as_planned else 0
@@ -209,7 +209,7 @@ class Ledger:
                 f"epsilon {spent.study:.3f} is spent on this study and {spent.total:.3f} at this site, above "
                 f"policy.max_epsilon_per_study {self._ceilings.epsilon_per_study:g} or policy.max_epsilon_total "
                 f"{self._ceilings.epsilon_total:g}: the update stays here",
-                reason="budget",
+                reason=BUDGET,
             )
 
     def spent(self, study: str) -> Spent:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from threading import Event
 
@@ -46,6 +46,9 @@ class AllNodes:
 
     def online(self) -> Mapping[int, str]:
         return {node: hashlib.sha256(str(node).encode()).hexdigest() for node in self._grid.get_node_ids()}
+
+    def enrolled(self) -> Collection[str]:
+        return self.online().values()
 
 
 def main(folder: Path) -> None:

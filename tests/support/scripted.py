@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,9 @@ class ScriptedGrid(Grid):
 
     def online(self) -> Mapping[int, str]:
         return {node: name for node, name in self._names.items() if name not in self.offline}
+
+    def enrolled(self) -> Collection[str]:
+        return self._names.values()
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.online())
