@@ -79,16 +79,15 @@ class Admission:
         self._accepted.discard(node)
 
     def has_spent(self, node: int) -> None:
-        """Ask ``node`` no more: this study's price is beyond what it allows. (A restarted coordinator asks again.)"""
+        """Ask ``node`` no more: this study's price is beyond what it allows. A restarted coordinator asks again."""
         self._accepted.discard(node)
         self._spent.add(node)
         if name := self.online().get(node):
             self.refusals[name] = f"{Code.REFUSED.value}: {BUDGET}"
 
-    @property
-    def possible(self) -> int:
-        """Number of sites of the consortium that could still take part, now or later."""
-        return len(self._directory.enrolled()) - len(self._spent)
+    def may_still_be(self, needed: int) -> bool:
+        """Whether ``needed`` sites could still take part, now or later, after those that have spent their budget."""
+        return not self._spent or len(self._directory.enrolled()) - len(self._spent) >= needed
 
     def _offer(self, nodes: list[int], now: float) -> None:
         offer = StudyOffer(self._study.digest, self._study.canonical())

@@ -6,14 +6,16 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from medfl.server.convergence import Best
 from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.files import write_whole
 from medfl.shared.study import Study
@@ -23,6 +25,16 @@ log = logging.getLogger("medfl.server")
 
 _STATE = "strategy."
 _AVERAGE = "average"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a round told, except its scores, which are asked for once it is safe."""
+
+    outcomes: Mapping[str, str] = field(default_factory=dict)  # site -> a word
+    training: Mapping[str, float] = field(default_factory=dict)  # sums over all sites
+    received_bytes: int = 0
+    best: Best | None = None  # held-out score of the rounds before
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,8 @@ class Checkpoint:
     series: int | None = None
     average: Flat | None = None  # mean of the last rounds' models, where the study asks for one and it has begun
     answers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # what is remembered of each site
+    epoch: int | None = None  # of the roster, where sums are secure
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 class CheckpointFolder:
@@ -52,13 +66,15 @@ class CheckpointFolder:
         tensors = {"weights": checkpoint.weights} | {_STATE + name: a for name, a in checkpoint.strategy.items()}
         if checkpoint.average is not None:
             tensors[_AVERAGE] = checkpoint.average
-        about = {
+        about: dict[str, Any] = {
             "study": checkpoint.study,
             "round": checkpoint.round,
             "series": checkpoint.series,
             "answers": checkpoint.answers,
-            "digest": _digest(tensors),
+            "epoch": checkpoint.epoch,
+            "metrics": asdict(checkpoint.metrics),
         }
+        about["digest"] = _digest(tensors, about)
         content = save(tensors, metadata={"medfl": json.dumps(about)})
         if self._newest.exists():
             if self._damaged:
@@ -81,16 +97,18 @@ class CheckpointFolder:
                 return checkpoint
         return None
 
-    def mark_evaluated(self, round_number: int) -> None:
-        """Note durably that the scores of this round have been reported."""
-        write_whole(self._evaluated, json.dumps({"round": round_number}).encode())
+    def mark_evaluated(self, round_number: int, best: Best | None = None) -> None:
+        """Note durably that the scores of this round have been reported, and the best score with it."""
+        content = {"round": round_number, "best": None if best is None else asdict(best)}
+        write_whole(self._evaluated, json.dumps(content).encode())
 
-    def evaluated(self) -> int:
-        """The last round whose scores were reported; 0 where none was, or nobody knows."""
+    def evaluated(self) -> tuple[int, Best | None]:
+        """The last round whose scores were reported, and the best score; 0 where none was, or nobody knows."""
         try:
-            return int(json.loads(self._evaluated.read_bytes())["round"])
+            content = json.loads(self._evaluated.read_bytes())
+            return int(content["round"]), _best(content["best"])
         except (OSError, ValueError, KeyError, TypeError):
-            return 0
+            return 0, None
 
 
 def _read(path: Path) -> Checkpoint | None:
@@ -98,20 +116,35 @@ def _read(path: Path) -> Checkpoint | None:
         with safe_open(path, framework="numpy") as file:
             about = json.loads((file.metadata() or {})["medfl"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        if _digest(tensors) != about["digest"]:
+        if _digest(tensors, about) != about["digest"]:
             return None
         weights, average = tensors.pop("weights"), tensors.pop(_AVERAGE, None)
         state = {name.removeprefix(_STATE): array for name, array in tensors.items()}
-        answers = about.get("answers", {})
-        return Checkpoint(about["study"], about["round"], weights, state, about["series"], average, answers)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        told = about["metrics"]
+        return Checkpoint(
+            about["study"],
+            about["round"],
+            weights,
+            state,
+            about["series"],
+            average,
+            about["answers"],
+            about["epoch"],
+            Metrics(told["outcomes"], told["training"], told["received_bytes"], _best(told["best"])),
+        )
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError):
         return None
 
 
-def _digest(tensors: dict[str, NDArray[np.float32]]) -> str:
-    """SHA-256 over all tensors and their names."""
+def _best(content: Mapping[str, Any] | None) -> Best | None:
+    return None if content is None else Best(float(content["score"]), int(content["round"]))
+
+
+def _digest(tensors: Mapping[str, NDArray[np.float32]], about: Mapping[str, Any]) -> str:
+    """SHA-256 over all tensors, their names, and what is said about them."""
     names = [(name, weights_digest(array.ravel())) for name, array in sorted(tensors.items())]
-    return hashlib.sha256(repr(names).encode()).hexdigest()
+    said = json.dumps({key: value for key, value in about.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(f"{names!r}{said}".encode()).hexdigest()
 
 
 def save_model(path: Path, study: Study, layout: Layout, weights: Flat, *, round_number: int) -> None:

@@ -49,7 +49,7 @@ class ClearCollector:
             return TRAINED
 
         messages = configure(request_config(self._study.digest, number))
-        self._stages.run(number, "training", messages, cohort, collected.outcomes, take=take)
+        self._stages.run(number, "training", messages, cohort, collected.outcomes, take=take, quorum=quorum)
         collected.tally, collected.weight = add(tallies), total.weight
         if collected.trained >= quorum and single:
             # By name, so that no order of arrival shows; updates and not weights, because distances between nearly

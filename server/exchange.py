@@ -15,7 +15,12 @@ from medfl.server.pace import Pace
 _POLL_S = 0.05
 _RETURN_S = 20.0  # a site that was cut off is back in less, or is down
 _TIMES = 5  # so often a site is asked the same: what kills it every time is not asked for ever
-_OWN_WORDS = (2, 6)  # Flower's codes of an app that failed and of one that refused: a node's own; others are the link's
+_CUT_OFF = (4, 5)  # Flower's codes of a reply that stopped arriving, and of a node that left
+
+
+def cut_off(reply: Message) -> bool:
+    """Whether ``reply`` is the link's word that the site was cut off with the request in hand."""
+    return reply.has_error() and reply.error.code in _CUT_OFF
 
 
 @dataclass(slots=True)
@@ -25,7 +30,7 @@ class _Asked:
     message: Message
     began: float
     until: float
-    times: int = 1
+    times: int = 1  # it was sent
 
 
 class Exchange:
@@ -44,7 +49,9 @@ class Exchange:
         self._lost: list[_Asked] = []
         self.late: list[int] = []
 
-    def run(self, messages: Iterable[Message], *, enough: Callable[[int], bool] = lambda may_come: True) -> Iterator[Message]:
+    def run(
+        self, messages: Iterable[Message], *, enough: Callable[[int], bool] = lambda may_come: True
+    ) -> Iterator[Message]:
         """Send ``messages`` and yield each reply in order of arrival. A site that never answers yields nothing.
 
         A site that was lost yields an error, and its reply if it comes back in time. Such sites are waited for only
@@ -69,7 +76,7 @@ class Exchange:
 
     def _note(self, asked: _Asked, reply: Message, ends: float) -> None:
         now = time.monotonic()
-        if not (reply.has_error() and reply.error.code not in _OWN_WORDS):
+        if not cut_off(reply):
             self._pace.took(self._stage, asked.message.metadata.dst_node_id, now - asked.began)
         elif asked.times < _TIMES:
             asked.until = min(ends, max(asked.until, now + _RETURN_S))
@@ -98,8 +105,10 @@ class Exchange:
     def _send(self, requests: list[_Asked], ends: float) -> None:
         now = time.monotonic()
         for asked in requests:
-            allowed = min(self._pace.allows(self._stage, asked.message.metadata.dst_node_id), ends - now)
+            allowed = self._pace.allows(self._stage, asked.message.metadata.dst_node_id)
+            if asked.times > 1:
+                allowed = max(min(allowed, ends - now), _POLL_S)
             asked.began, asked.until = now, now + allowed
-            asked.message.metadata.ttl = max(allowed, _POLL_S)
+            asked.message.metadata.ttl = allowed
         identities = self._grid.push_messages([asked.message for asked in requests]) if requests else ()
         self._asked |= {identity: asked for identity, asked in zip(identities, requests, strict=False) if identity}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Protocol
 
-from medfl.shared.files import write_whole
+from medfl.shared.files import append_whole, write_whole
 from medfl.shared.study import Study
+
+log = logging.getLogger("medfl.server")
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,15 @@ class MetricsFile(Silent):
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._unwritten: list[str] = []  # rows that a full disk did not take yet
 
     def started(self, study: Study, next_round: int) -> None:
         """Drop rows of rounds that will be run again."""
         if self._path.exists():
             rows = self._path.read_text("utf-8").splitlines(keepends=True)
             kept = [row for row in rows if row.endswith("\n") and _round_of(row) < next_round]
-            write_whole(self._path, "".join(kept).encode(), mode=0o644)
+            if kept != rows:
+                write_whole(self._path, "".join(kept).encode(), mode=0o644)
 
     def finished_round(self, report: RoundReport) -> None:
         """Append one row."""
@@ -97,8 +102,12 @@ class MetricsFile(Silent):
             "site_scores": {site: dict(scores) for site, scores in report.site_scores.items()},
             "received_bytes": report.received_bytes,
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._unwritten.append(json.dumps(row) + "\n")
+        try:
+            append_whole(self._path, "".join(self._unwritten).encode())
+            self._unwritten.clear()
+        except OSError as error:
+            log.warning("%s cannot be written (%s): free space; its rows are kept until then", self._path, error)
 
 
 def _round_of(row: str) -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from threading import Event
+from typing import TypeVar
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
@@ -18,14 +21,16 @@ from flwr.serverapp import Grid
 
 from medfl.server.admission import Admission, Directory
 from medfl.server.answers import Answers
-from medfl.server.checkpoint import Checkpoint, CheckpointFolder
+from medfl.server.checkpoint import Checkpoint, CheckpointFolder, Metrics
 from medfl.server.clear import ClearCollector
 from medfl.server.cohort import CohortGrid
 from medfl.server.collector import TRAINED, Collected, Collector, Evaluated
+from medfl.server.convergence import Convergence
 from medfl.server.heads import Heads
+from medfl.server.pace import Pace
 from medfl.server.reporter import Reporter, RoundReport
 from medfl.server.secure import SecureCollector
-from medfl.server.stage import Stages
+from medfl.server.stage import LOST, NO_ANSWER, Stages
 from medfl.server.weight_sum import SecureParts
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.algorithms.travel import build_study_network, layouts
@@ -40,17 +45,22 @@ from medfl.strategies.rule import RuleStrategy
 from medfl.strategies.state import capture, restore
 
 log = logging.getLogger("medfl.server")
+T = TypeVar("T")
 
 _SETTLE_S = 30.0  # before the first round, sites that are still loading their images are awaited this long
-_VOID_ROUNDS = 5  # as many void rounds in a row end the study
+_RETURN_S = 10.0  # after a restart, those of the last round: a site dials again within half of that
+_VOID_ROUNDS = 5  # as many void rounds in a row, for what sites say and not for sites cut off, end the study
 _POLL_S = 0.1
+_DISK_S = 5.0  # between attempts to write to a full disk
 
 
 class Ending(StrEnum):
     """Why a study ended."""
 
     DONE = "done"
+    CONVERGED = "converged"
     STOPPED = "stopped"
+    BUDGET_SPENT = "the privacy budget of too many sites is spent"
     NO_QUORUM = "too few sites took part"
     VOID_ROUNDS = "too many rounds in a row without enough answers"
 
@@ -95,8 +105,12 @@ class Rounds:
         self._weights = self._layout.flatten(network.state_dict())
         self._round = 0
         self._answers = Answers()
+        self._expected: frozenset[str] = frozenset()  # after a restart: who is about to be back
         self._average: Flat | None = None  # of the last rounds' models, where the study asks for it
-        stages = Stages(grid, reporter, stop, study.rounds.deadline_s, self._admission.forget)
+        stages = Stages(grid, reporter, stop, Pace(study.rounds.deadline_s), self._admission)
+        self._convergence = Convergence(study.rounds.converged)
+        self._metrics = Metrics()  # of the last complete round
+        self._epoch = None if secure is None else secure.roster.epoch
         self._collector = _collector(study, stages, self._layout, secure)
         self._heads: Heads | None = None
         if not isinstance(study.privacy, NoPrivacy):
@@ -107,33 +121,43 @@ class Rounds:
     def run(self) -> Result:
         """Run to the study's end, going on from the latest checkpoint where there is one."""
         evaluated = self._resume()
-        study, void, since = self._study, 0, time.monotonic()
-        self._reporter.started(study, self._round + 1 if evaluated else self._round)
-        ending = Ending.DONE
-        while self._round < study.rounds.count or not evaluated:
-            cohort = self._gather(until=since + study.rounds.patience_s)
-            if self._stop.is_set():
-                ending = Ending.STOPPED
-                break
-            if not cohort:
-                ending = Ending.NO_QUORUM
-                break
-            if not evaluated:
-                self._evaluate_again(cohort)
-                evaluated = True
-                continue
-            if self._one_round(cohort):
-                void, since = 0, time.monotonic()
-                continue
-            if self._stop.is_set():
-                ending = Ending.STOPPED
-                break
-            void += 1
-            if void == _VOID_ROUNDS:
-                ending = Ending.VOID_ROUNDS
-                break
+        self._reporter.started(self._study, self._round + 1 if evaluated else self._round)
+        ending = self._run(evaluated)
         self._reporter.ended(ending.value)
         return Result(ending, self._round, self._model, self._layout)
+
+    def _run(self, evaluated: bool) -> Ending:
+        rounds, void, since = self._study.rounds, 0, time.monotonic()
+        while not self._convergence.reached and (self._round < rounds.count or not evaluated):
+            cohort = self._gather(until=since + rounds.patience_s)
+            if self._stop.is_set():
+                return Ending.STOPPED
+            if not self._admission.may_still_be(rounds.minimum_sites):
+                return Ending.BUDGET_SPENT
+            if not cohort:
+                return Ending.NO_QUORUM
+            if not evaluated:  # the last thing before a restart, or a full disk, was this round's checkpoint
+                evaluated = self._attempt(partial(self._report, time.monotonic(), cohort)) is not None
+                continue
+            began = time.monotonic()
+            collected = self._attempt(partial(self._one_round, cohort))
+            if collected is None:
+                since = time.monotonic()
+            elif collected.replies:
+                void, since = 0, time.monotonic()
+                evaluated = self._attempt(partial(self._report, began, cohort)) is not None
+            elif self._admission.may_still_be(rounds.minimum_sites) and not self._stop.is_set():
+                void += self._fault_of_sites(collected)
+                if void == _VOID_ROUNDS:
+                    return Ending.VOID_ROUNDS
+                if time.monotonic() > since + rounds.patience_s:
+                    return Ending.NO_QUORUM
+        return Ending.CONVERGED if self._convergence.reached else Ending.DONE
+
+    def _fault_of_sites(self, collected: Collected) -> bool:
+        """Whether a round is void for what sites have said, and would be although those that were cut off came back."""
+        away = sum(word in (NO_ANSWER, LOST) for word in collected.outcomes.values())
+        return collected.trained + away < self._study.rounds.minimum_sites
 
     def _resume(self) -> bool:
         """Take up the latest checkpoint; whether its round has been evaluated (True where there is none)."""
@@ -141,23 +165,37 @@ class Rounds:
             return True
         self._layout.check(checkpoint.weights)
         self._weights, self._round, self._average = checkpoint.weights, checkpoint.round, checkpoint.average
+        self._metrics = checkpoint.metrics
+        trained = {site for site, word in checkpoint.metrics.outcomes.items() if word == TRAINED}
+        self._expected = frozenset(trained & set(self._directory.enrolled()))
         restore(self._strategy, checkpoint.strategy)
         self._answers = Answers.of(checkpoint.answers)
         log.info("going on after round %d of study %s", self._round, self._study.name)
-        return self._checkpoints.evaluated() >= self._round
+        if checkpoint.epoch != self._epoch:
+            log.info("the roster has changed since: epoch %s was, %s is", checkpoint.epoch, self._epoch)
+        evaluated, best = self._checkpoints.evaluated()
+        known = evaluated == self._round
+        self._convergence = Convergence(self._study.rounds.converged, best if known else checkpoint.metrics.best)
+        if known:
+            self._convergence.look(self._round)
+        return evaluated >= self._round
 
     def _gather(self, *, until: float) -> dict[int, str]:
         """Wait for a quorum; the sites of the next round, empty when none came in time or the study is stopped."""
-        settled = time.monotonic() + (_SETTLE_S if self._round == 0 else 0.0)
+        now = time.monotonic()
+        settled, returned = now + (_SETTLE_S if self._round == 0 else 0.0), now + _RETURN_S
         needed = self._study.rounds.minimum_sites
-        while not self._stop.is_set():
+        while not self._stop.is_set() and self._admission.may_still_be(needed):
             self._admission.refresh()
             ready = self._admission.taking_part()
-            if len(ready) >= needed and (self._admission.awaited == 0 or time.monotonic() > settled):
+            now = time.monotonic()
+            back = self._expected <= set(ready.values()) or now > returned
+            if len(ready) >= needed and back and (self._admission.awaited == 0 or now > settled):
+                self._expected = frozenset()
                 return self._sample(ready)
             online = sorted(self._directory.online().values())
             self._reporter.waiting(online, sorted(ready.values()), needed, self._admission.refusals)
-            if time.monotonic() > until:
+            if now > until:
                 break
             self._stop.wait(_POLL_S)
         return {}
@@ -169,38 +207,64 @@ class Rounds:
         drawn = random.Random(f"{self._study.seed}/{self._round}")
         return {node: ready[node] for node in sorted(drawn.sample(sorted(ready), size))}
 
-    def _one_round(self, cohort: dict[int, str]) -> bool:
-        """Train, aggregate, make durable, evaluate; False when too few sites answered (nothing has changed then)."""
-        number, started = self._round + 1, time.monotonic()
+    def _attempt(self, step: Callable[[], T]) -> T | None:
+        """What ``step`` returns; None where the disk refused something in it, after a pause: it is to be done again."""
+        try:
+            return step()
+        except OSError as error:
+            log.error("the disk refuses (%s): free space; round %d goes on then", error, self._round + 1)
+            self._stop.wait(_DISK_S)
+            return None
+
+    def _one_round(self, cohort: dict[int, str]) -> Collected:
+        """Train, aggregate, make durable. Where too few sites answered there are no replies and nothing has changed."""
+        number = self._round + 1
         elsewhere: dict[str, str] = {}
         if self._heads is not None:
             cohort, elsewhere = self._heads.agree(number, cohort)
         collected = self._train(number, cohort)
         collected.outcomes = elsewhere | collected.outcomes
         if collected.trained < self._study.rounds.minimum_sites or not collected.replies:
+            collected.replies = []
             failed = ", ".join(f"{name}: {why}" for name, why in collected.outcomes.items() if why != TRAINED)
             log.warning("round %d is void: %d of %d sites trained (%s)", number, collected.trained, len(cohort), failed)
-            return False
+            return collected
         self._weights = self._aggregate(number, collected)
         self._round = number
         self._answers.note(number, collected)
         self._average = self._next_average(number)
-        if self._checkpoints is not None:
-            state = capture(self._strategy)
-            self._checkpoints.save(
-                Checkpoint(
-                    self._study.digest,
-                    number,
-                    self._weights,
-                    state,
-                    self._series,
-                    self._average,
-                    self._answers.state(),
-                )
-            )
-        self._collector.settled()
-        self._report(collected, started, cohort)
-        return True
+        self._metrics = Metrics(
+            collected.outcomes, dict(collected.tally), collected.received_bytes, self._convergence.best
+        )
+        self._keep()
+        return collected
+
+    def _keep(self) -> None:
+        """Make the round's state durable. A full disk is waited for: the round was paid for. Not when stopped."""
+        if self._checkpoints is None:
+            self._collector.settled()
+            return
+        state = capture(self._strategy)
+        checkpoint = Checkpoint(
+            self._study.digest,
+            self._round,
+            self._weights,
+            state,
+            self._series,
+            self._average,
+            self._answers.state(),
+            self._epoch,
+            self._metrics,
+        )
+        while True:
+            try:
+                self._checkpoints.save(checkpoint)
+                self._collector.settled()
+                return
+            except OSError as error:
+                log.error("the checkpoint of round %d cannot be written (%s): free space", self._round, error)
+                if self._stop.wait(_DISK_S):
+                    return
 
     def _train(self, number: int, cohort: dict[int, str]) -> Collected:
         view = CohortGrid(self._grid, cohort)
@@ -250,11 +314,8 @@ class Rounds:
             return self._weights
         return self._average + (self._weights - self._average) / np.float32(place)
 
-    def _evaluate_again(self, cohort: dict[int, str]) -> None:
-        """Score the round whose checkpoint is the last thing that was done before a restart."""
-        self._report(Collected(), time.monotonic(), cohort)
-
-    def _report(self, collected: Collected, started: float, cohort: dict[int, str]) -> None:
+    def _report(self, started: float, cohort: dict[int, str]) -> RoundReport:
+        """Let the cohort score the newest round, and tell."""
         number, rounds = self._round, self._study.rounds
         view = CohortGrid(self._grid, cohort)
 
@@ -267,15 +328,20 @@ class Rounds:
         report = RoundReport(
             round=number,
             seconds=time.monotonic() - started,
-            outcomes=collected.outcomes,
-            training=read(collected.tally),
+            outcomes=self._metrics.outcomes,
+            training=read(self._metrics.training),
             scores=read(evaluated.tally),
             site_scores={name: read(tally) for name, tally in evaluated.by_site.items()},
-            received_bytes=collected.received_bytes,
+            received_bytes=self._metrics.received_bytes,
         )
+        self._convergence.note(number, report.scores)
         self._reporter.finished_round(report)
         if self._checkpoints is not None:
-            self._checkpoints.mark_evaluated(number)
+            try:
+                self._checkpoints.mark_evaluated(number, self._convergence.best)
+            except OSError as error:  # a restart would score this round again, and lose nothing
+                log.warning("that round %d is scored cannot be written (%s): free space", number, error)
+        return report
 
 
 def _collector(study: Study, stages: Stages, layout: Layout, secure: SecureParts | None) -> Collector:

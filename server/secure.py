@@ -64,7 +64,7 @@ class SecureCollector:
         encoding = self._train_encoding(reference)
         config = request_config(self._study.digest, number, encoding=encoding.to_bytes())
         messages = [message for message in configure(config) if message.metadata.dst_node_id in counted]
-        self._stages.run(number, "training", messages, cohort, collected.outcomes, take=is_ready)
+        self._stages.run(number, "training", messages, cohort, collected.outcomes, take=is_ready, quorum=quorum)
         ready = {node: site for node, site in cohort.items() if collected.outcomes.get(site) == TRAINED}
         if len(ready) < max(quorum, self._parts.roster.minimum_cohort):
             collected.outcomes |= dict.fromkeys(ready.values(), "held back: too few sites")

@@ -11,10 +11,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from medfl.server.admission import Admission
-from medfl.server.exchange import Exchange
+from medfl.server.exchange import Exchange, cut_off
 from medfl.server.pace import Pace
 from medfl.server.reporter import Reporter
-from medfl.shared.errors import BUDGET, PASSING, Code, ProtocolError
+from medfl.shared.errors import BUDGET, Code, ProtocolError
 from medfl.shared.messages import UNKNOWN_STUDY, Failure, outcome
 
 log = logging.getLogger("medfl.server")
@@ -79,8 +79,12 @@ class Stages:
     ) -> tuple[str, bool, bool]:
         """The word about ``reply``, whether it is the site's last, and whether ``take`` has taken it."""
         if reply.has_error():
+            if cut_off(reply):
+                return LOST, False, False
             word = _nodes_word(reply)
-            return (LOST, False, False) if word is None else (word, True, False)
+            if word.startswith(Code.REFUSED):
+                self.admission.forget(node)
+            return word, True, False
         try:
             if outcome(reply.content) != "failed":
                 return take(site, reply), True, True
@@ -90,13 +94,12 @@ class Stages:
             return MALFORMED, True, False
         if failure.code is Code.REFUSED and failure.reason == BUDGET:
             self.admission.has_spent(node)
-        elif failure.reason in PASSING | {UNKNOWN_STUDY}:
+        elif failure.code is Code.REFUSED or failure.reason == UNKNOWN_STUDY:
             self.admission.forget(node)
         return f"{failure.code.value}: {failure.reason}" if failure.reason else failure.code.value, True, False
 
 
-def _nodes_word(reply: Message) -> str | None:
-    """What a node says in place of its app, a code with a reason; None where the link has lost it."""
+def _nodes_word(reply: Message) -> str:
+    """What a node says in place of its app, a code with a reason; of a request that has expired, that it is silent."""
     word = str(reply.error.reason or "")
-    code = word.partition(":")[0]
-    return word[:80] if code in set(Code) and word.isprintable() else None
+    return word[:80] if word.partition(":")[0] in set(Code) and word.isprintable() else NO_ANSWER

@@ -23,9 +23,6 @@ OUTSIDE_HOURS = "outside hours"
 GPU_IN_USE = "GPU in use"
 """Another one: something else runs on the site's training device."""
 
-PASSING = frozenset({OUTSIDE_HOURS, GPU_IN_USE})
-"""Reasons of refusals that pass by themselves."""
-
 BUDGET = "budget"
 """Reason of a refusal that does not pass: what a study costs would exceed what the site allows."""
 

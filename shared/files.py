@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def write_whole(path: Path, content: bytes, *, mode: int = PRIVATE_FILE) -> None
         OSError: the disk is full or read-only; ``path`` is then as it was.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _sweep(path)
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with open(descriptor, "wb") as file:
@@ -26,6 +28,31 @@ def write_whole(path: Path, content: bytes, *, mode: int = PRIVATE_FILE) -> None
         beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of their attempts at ``path``: of a model, each would be its size again."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and int(pid) != os.getpid() and not Path(f"/proc/{pid}").exists():
+            left.unlink(missing_ok=True)
+
+
+def append_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Append ``content`` to ``path``, all of it or nothing where the disk refuses; not synced.
+
+    Raises:
+        OSError: the disk is full or read-only; ``path`` is then as it was.
+    """
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, mode), "wb", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(content):
+                written += file.write(content[written:])
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -92,6 +92,13 @@ class Training(Settings):
         return self.learning_rate * (1 + cos(pi * (round_number - 1) / rounds)) / 2
 
 
+class Converged(Settings):
+    """When a study has converged: its held-out score has not grown for so many rounds."""
+
+    rounds: int = Field(ge=1, le=10_000)
+    gain: float = Field(default=0.001, ge=0, lt=1)  # less is no growth
+
+
 class Rounds(Settings):
     """How often, with how many sites, and how long a stage may take."""
 
@@ -102,6 +109,7 @@ class Rounds(Settings):
     patience_s: float = Field(default=86400.0, gt=0)  # how long to wait for a quorum to come online
     evaluate_every: int = Field(default=1, ge=1)
     average_last: int = Field(default=1, ge=1)  # the finished model is the mean of so many last rounds' models
+    converged: Converged | None = None  # end before the last round; absent: never
 
     @model_validator(mode="after")
     def _quorum_can_be_reached(self) -> Rounds:
@@ -160,6 +168,11 @@ class Study(Settings):
             raise ValueError(
                 "privacy mode client-level needs secure_aggregation.mode: msa1, because each site adds only a part of "
                 "the noise: switch it on, or use mode: dp-sgd"
+            )
+        if self.rounds.converged is not None and not isinstance(self.privacy, NoPrivacy):
+            raise ValueError(
+                "rounds.converged looks at held-out scores, and under differential privacy no score leaves a site: "
+                "leave it out"
             )
         self._check_head()
         check_size(self.model, channels=self.data.channels, size=self.data.preprocessing.size)

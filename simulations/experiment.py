@@ -265,7 +265,7 @@ class _Federated:
             attackers=attackers_of(work.settings, list(work.sites)),
         )
         result = federation.result
-        if result.ending is not Ending.DONE:
+        if result.ending not in (Ending.DONE, Ending.CONVERGED):
             raise TrainingError(
                 f"study {study.name} ended after round {result.round} of {study.rounds.count}: {result.ending.value}: "
                 "see the warnings before this line"

@@ -20,7 +20,7 @@ from medfl.simulations.config import Attacker, Failures
 
 Answer = Callable[[Message, Context], Message]
 
-_UNAVAILABLE = 5  # Flower's own code of a node that does not answer
+_EXPIRED = 3  # Flower's own code of a request whose time is over
 
 
 def misbehaving(app: ClientApp, failures: Failures, attackers: Mapping[str, Attacker], *, seed: int) -> Answer:
@@ -84,7 +84,7 @@ def _attacked(reply: Message, attacker: Attacker, seed: str) -> Message:
 
 
 def _silence(message: Message) -> Message:
-    return Message(Error(_UNAVAILABLE, "simulated"), reply_to=message)
+    return Message(Error(_EXPIRED, "simulated"), reply_to=message)
 
 
 def _uniform(text: str) -> float:

@@ -66,4 +66,4 @@ def work(options: argparse.Namespace) -> int:
             stack.enter_context(MetricsPort(gauges.registry, settings.metrics.port, host=settings.metrics.host))
             reporter = Several(reporter, gauges)
         endings = coordinate(settings, studies, reporter=reporter, stop=stop)
-    return 0 if all(ending in (Ending.DONE, Ending.STOPPED) for ending in endings) else 1
+    return 0 if all(ending in (Ending.DONE, Ending.CONVERGED, Ending.STOPPED) for ending in endings) else 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import classes_study, masks_study
 
-from medfl.server.checkpoint import Checkpoint, CheckpointFolder, save_model
+from medfl.server.checkpoint import Checkpoint, CheckpointFolder, Metrics, save_model
+from medfl.server.convergence import Best
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.study import Study
 
@@ -24,13 +26,16 @@ def checkpoint(number: int) -> Checkpoint:
         {"m_t": np.array([0.5], np.float32), "v_t": np.array([number], np.float32)},
         series=2**60 + number,
         average=np.array([number / 3], np.float32),
+        epoch=number + 1,
+        metrics=Metrics({"a": "trained"}, {"loss": 0.1 * number}, 40 * number, Best(1 / 3, number)),
     )
 
 
 def same(one: Checkpoint | None, other: Checkpoint) -> bool:
     return (
         one is not None
-        and (one.study, one.round, one.series) == (other.study, other.round, other.series)
+        and (one.study, one.round, one.series, one.epoch) == (other.study, other.round, other.series, other.epoch)
+        and one.metrics == other.metrics
         and one.average is not None
         and other.average is not None
         and one.average.tobytes() == other.average.tobytes()
@@ -81,7 +86,9 @@ def test_a_coordinator_killed_between_the_two_renames_goes_on_from_the_one_befor
     assert same(folder.load(STUDY), checkpoint(2))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "flip state", "empty", "other file", "no metadata", "list"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "flip", "flip state", "flip number", "empty", "other file", "no metadata", "list"]
+)
 def test_a_damaged_newest_is_told_and_the_one_before_is_used(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -98,6 +105,7 @@ def test_a_damaged_newest_is_told_and_the_one_before_is_used(
             "cut": content[:-3],
             "flip": content.replace(weights, bytes([weights[0] ^ 1]) + weights[1:]),
             "flip state": content.replace(momentum, bytes([momentum[0] ^ 1]) + momentum[1:]),
+            "flip number": content.replace(b'\\"received_bytes\\": 80', b'\\"received_bytes\\": 81'),
             "empty": b"",
             "other file": b"not a safetensors file at all",
             "no metadata": save({"weights": checkpoint(2).weights}),
@@ -158,3 +166,25 @@ def test_the_finished_model_names_its_study_and_round(tmp_path: Path) -> None:
         about = file.metadata()
     assert about["round"] == "4"
     assert Study.from_canonical(about["study"].encode(), digest=about["digest"]) == STUDY
+
+
+def test_what_kills_left_of_unfinished_checkpoints_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / f".checkpoint.safetensors.{dead.pid}.part"
+    left.write_bytes(b"half a checkpoint")
+    others = tmp_path / ".checkpoint.safetensors.1.part"  # of a process that lives
+    others.write_bytes(b"another's")
+    CheckpointFolder(tmp_path).save(checkpoint(1))
+    assert (left.exists(), others.exists()) == (False, True)
+
+
+def test_scores_are_marked_with_the_best_of_them(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    assert folder.evaluated() == (0, None)
+    folder.mark_evaluated(3)
+    assert folder.evaluated() == (3, None)
+    folder.mark_evaluated(4, Best(1 / 3, 2))
+    assert CheckpointFolder(tmp_path).evaluated() == (4, Best(1 / 3, 2))
+    (tmp_path / "evaluated.json").write_bytes(b"[]")
+    assert folder.evaluated() == (0, None)

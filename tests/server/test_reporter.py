@@ -121,3 +121,20 @@ def test_a_terminal_shows_round_loss_scores_and_time_left() -> None:
 
 def test_a_pipe_gets_log_lines() -> None:
     assert isinstance(reporter_for(Console(file=io.StringIO())), LogLines)
+
+
+def test_rows_that_a_full_disk_did_not_take_follow_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = MetricsFile(tmp_path / "m")
+    file.finished_round(report(1))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("medfl.server.reporter.append_whole", full)
+    file.finished_round(report(2))
+    assert rounds_in(tmp_path / "m") == [1]
+    monkeypatch.undo()
+    file.finished_round(report(3))
+    assert rounds_in(tmp_path / "m") == [1, 2, 3]

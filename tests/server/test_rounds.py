@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted import Answer, ScriptedGrid, ScriptedSite
+from scripted import CUT_OFF, Answer, ScriptedGrid, ScriptedSite
 from tiny import LOGISTIC_VALUES, classes_study
 
 import medfl.shared.environment  # noqa: F401 - before flwr
@@ -22,7 +22,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 from flwr.app import Message
 
 from medfl.server import rounds as rounds_module
-from medfl.server.checkpoint import CheckpointFolder
+from medfl.server.checkpoint import Checkpoint, CheckpointFolder
 from medfl.server.reporter import RoundReport, Silent
 from medfl.server.rounds import Ending, Result, Rounds
 from medfl.shared.algorithms.travel import build_study_network, layouts
@@ -390,3 +390,163 @@ def test_a_finished_study_is_not_run_again(tmp_path: Path) -> None:
     assert idle.asked == []
     assert (again.ending, again.round) == (Ending.DONE, study.rounds.count)
     assert np.array_equal(again.weights, first.weights)
+
+
+def scoring(*values: float) -> ScriptedSite:
+    """Trains, and has so many of ten right after each round; the last value stays."""
+    left = list(values)
+
+    class Scored(ScriptedSite):
+        def evaluate(self, request: ModelRequest) -> Answer:
+            right = left.pop(0) if len(left) > 1 else left[0]
+            half = {"confusion/no/no": right, "confusion/no/yes": 10 - right}
+            tally = {"loss": 1.0, "examples": 20.0, **half, "confusion/yes/yes": right, "confusion/yes/no": 10 - right}
+            return EvaluateReply(tally).record()
+
+    return Scored(1.0)
+
+
+CONVERGING = classes_study(rounds={"count": 9, "converged": {"rounds": 2, "gain": 0.01}})
+
+
+def test_a_study_ends_when_its_score_has_not_grown_for_as_many_rounds_as_it_says() -> None:
+    result = run(CONVERGING, ScriptedGrid({"a": scoring(5, 8, 8), "b": ScriptedSite(1.0)}))
+    assert (result.ending, result.round) == (Ending.CONVERGED, 4)
+
+
+@pytest.mark.parametrize("after", [2, 3, 4])
+def test_a_restarted_study_converges_in_the_same_round(tmp_path: Path, after: int) -> None:
+    stop = Event()
+    heard = Heard(on_round=lambda report: stop.set() if report.round == after else None)
+    sites = {"a": scoring(5, 8, 8), "b": ScriptedSite(1.0)}
+    run(CONVERGING, ScriptedGrid(sites), heard=heard, checkpoints=CheckpointFolder(tmp_path), stop=stop)
+    again = run(CONVERGING, ScriptedGrid(sites), checkpoints=CheckpointFolder(tmp_path))
+    assert (again.ending, again.round) == (Ending.CONVERGED, 4)
+
+
+def test_a_study_ends_when_the_budget_of_too_many_sites_is_spent_and_waits_for_nobody() -> None:
+    study = classes_study(rounds={"count": 9, "patience_s": 60})
+    spending = itertools.count()
+
+    def train(request: ModelRequest) -> Answer:
+        if next(spending) < 2:
+            return TrainReply(np.full_like(request.weights, 1.0), 1).record()
+        return Failure(Code.REFUSED, "budget").record()
+
+    began, poor = time.monotonic(), Broken(train)
+    result = run(study, ScriptedGrid({"a": ScriptedSite(1.0), "b": poor}))
+    assert (result.ending, result.round) == (Ending.BUDGET_SPENT, 2)
+    assert time.monotonic() - began < 10
+    assert poor.rounds == [1, 2, 3]
+
+
+def test_a_site_whose_budget_is_spent_is_not_asked_again_and_the_others_go_on() -> None:
+    study, heard = classes_study(rounds={"count": 3}), Heard()
+    poor = Broken(failing(Code.REFUSED, "budget"))
+    result = run(study, ScriptedGrid({"a": ScriptedSite(1.0), "b": ScriptedSite(1.0), "poor": poor}), heard=heard)
+    assert (result.ending, result.round) == (Ending.DONE, 3)
+    assert poor.rounds == [1]
+    assert [heard.outcomes(n).get("poor") for n in (1, 2, 3)] == ["refused: budget", None, None]
+
+
+def test_a_site_that_was_late_takes_part_again_once_it_has_answered_another_offer() -> None:
+    study, heard = classes_study(rounds={"count": 3, "deadline_s": 0.3}), Heard()
+
+    class Late(ScriptedSite):
+        def train(self, request: ModelRequest) -> Answer:
+            return None if request.round == 1 else super().train(request)
+
+    late = Late(1.0)
+    grid = ScriptedGrid({"a": ScriptedSite(1.0), "b": ScriptedSite(1.0), "late": late})
+    run(study, grid, heard=heard)
+    assert [heard.outcomes(n)["late"] for n in (1, 2, 3)] == ["no answer", "trained", "trained"]
+    assert [kind for name, kind in grid.asked if name == "late"].count(Kind.OFFER.value) == 2
+
+
+def test_a_site_that_is_killed_in_a_round_and_comes_back_is_in_that_round_where_it_is_needed() -> None:
+    study, heard = classes_study(rounds={"count": 1}), Heard()
+    kills = iter([CUT_OFF, CUT_OFF])
+    killed = Broken(lambda r: next(kills, TrainReply(np.full_like(r.weights, 3.0), 1).record()))
+    result = run(study, ScriptedGrid({"a": ScriptedSite(1.0), "killed": killed}), heard=heard)
+    assert heard.outcomes(1) == {"a": "trained", "killed": "trained"}
+    assert moved(study, result) == pytest.approx(2.0, rel=1e-6)
+
+
+def test_sites_that_are_cut_off_void_rounds_but_end_the_study_only_after_its_patience() -> None:
+    study, gone = classes_study(rounds={"deadline_s": 0.1, "patience_s": 1.5}), Broken(lambda r: CUT_OFF)
+    result = run(study, ScriptedGrid({"a": ScriptedSite(1.0), "b": gone}))
+    assert result.ending is Ending.NO_QUORUM
+    assert len(gone.rounds) > 5 * 5  # more than five void rounds, each asked five times
+
+
+def test_after_a_restart_the_sites_of_the_last_round_are_awaited_and_no_others(tmp_path: Path) -> None:
+    study, stop = classes_study(rounds={"count": 3}), Event()
+    names = ("a", "b", "c", "never")
+
+    def grid() -> ScriptedGrid:
+        made = ScriptedGrid({name: ScriptedSite(1.0) for name in names})
+        made.offline = {"never"}
+        return made
+
+    first = Heard(on_round=lambda report: stop.set())
+    run(study, grid(), heard=first, checkpoints=CheckpointFolder(tmp_path), stop=stop)
+    later = grid()
+    later.offline = {"c", "never"}
+    Thread(target=lambda: (time.sleep(0.5), later.offline.discard("c")), daemon=True).start()
+    began, heard = time.monotonic(), Heard()
+    run(study, later, heard=heard, checkpoints=CheckpointFolder(tmp_path))
+    assert sorted(heard.reports[0].outcomes) == ["a", "b", "c"]
+    assert time.monotonic() - began < 5
+
+
+def test_a_round_scored_after_a_restart_is_told_with_what_its_training_told(tmp_path: Path) -> None:
+    study, folder = classes_study(rounds={"count": 2}), CheckpointFolder(tmp_path)
+    heard, stop = Heard(), Event()
+    run(study, ScriptedGrid({"a": scoring(7), "b": ScriptedSite(1.0)}), heard=heard, checkpoints=folder, stop=stop)
+    (tmp_path / "evaluated.json").unlink()  # killed between the checkpoint and the scores
+    again = Heard()
+    run(study, ScriptedGrid({"a": scoring(7), "b": ScriptedSite(1.0)}), heard=again, checkpoints=folder)
+    told, retold = heard.reports[-1], again.reports[-1]
+    assert (retold.round, retold.outcomes, retold.scores) == (told.round, told.outcomes, told.scores)
+    assert retold.received_bytes == told.received_bytes > 0
+
+
+def test_a_full_disk_holds_the_study_up_and_costs_no_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rounds_module, "_DISK_S", 0.05)
+    study, folder, refusals = classes_study(rounds={"count": 3}), CheckpointFolder(tmp_path), itertools.count()
+    save = folder.save
+
+    def full(checkpoint: Checkpoint) -> None:
+        if checkpoint.round == 2 and next(refusals) < 3:
+            raise OSError(28, "No space left on device")
+        save(checkpoint)
+
+    monkeypatch.setattr(folder, "save", full)
+    site = ScriptedSite(1.0)
+    result = run(study, ScriptedGrid({"a": site, "b": ScriptedSite(1.0)}), checkpoints=folder)
+    assert (result.ending, result.round, site.rounds) == (Ending.DONE, 3, [1, 2, 3])
+    assert "the checkpoint of round 2 cannot be written" in caplog.text
+    assert "free space" in caplog.text
+
+
+def test_a_study_with_a_full_disk_can_be_stopped_and_goes_on_from_the_round_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, folder, stop = classes_study(rounds={"count": 3}), CheckpointFolder(tmp_path), Event()
+    save = folder.save
+
+    def full(checkpoint: Checkpoint) -> None:
+        if checkpoint.round == 2:
+            Thread(target=lambda: (time.sleep(0.1), stop.set()), daemon=True).start()
+            raise OSError(28, "No space left on device")
+        save(checkpoint)
+
+    monkeypatch.setattr(folder, "save", full)
+    sites = {"a": ScriptedSite(1.0), "b": ScriptedSite(1.0)}
+    assert run(study, ScriptedGrid(sites), checkpoints=folder, stop=stop).ending is Ending.STOPPED
+    assert CheckpointFolder(tmp_path).load(study).round == 1  # type: ignore[union-attr]
+    result = run(study, ScriptedGrid(sites), checkpoints=CheckpointFolder(tmp_path))
+    assert (result.ending, result.round) == (Ending.DONE, 3)
+    assert moved(study, result) == pytest.approx(3.0, rel=1e-6)

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from medfl.shared import files
-from medfl.shared.files import private_folder, write_whole
+from medfl.shared.files import append_whole, private_folder, write_whole
 
 
 def mode(path: Path) -> int:
@@ -65,3 +67,18 @@ def test_a_private_folder_where_a_file_is_cannot_be_made(tmp_path: Path) -> None
     (tmp_path / "a").write_bytes(b"")
     with pytest.raises(OSError, match="exists"):
         private_folder(tmp_path / "a")
+
+
+def test_what_is_appended_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    append_whole(path, b"one\n")
+    limited = (
+        "import resource, signal, sys; from pathlib import Path; from medfl.shared.files import append_whole\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "try: append_whole(Path(sys.argv[1]), b'2' * 30)\n"
+        "except OSError: sys.exit(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", limited, str(path)], check=False).returncode == 7
+    assert path.read_bytes() == b"one\n"
+    append_whole(path, b"two\n")
+    assert path.read_bytes() == b"one\ntwo\n"

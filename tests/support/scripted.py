@@ -11,14 +11,17 @@ import numpy as np
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from medfl.shared.messages import EvaluateReply, Kind, ModelRequest, OfferAccepted, TrainReply
 from medfl.shared.weights import Flat
 
-Answer = RecordDict | Sequence[RecordDict] | None
+Answer = RecordDict | Error | Sequence[RecordDict] | None
+
+CUT_OFF = Error(5, "")
+"""The link's word that a site was cut off with the request in hand."""
 
 
 class ScriptedSite:
@@ -95,7 +98,7 @@ class ScriptedGrid(Grid):
             self.times_to_live.append(message.metadata.ttl)
             answer = self._sites[name](message)
             late = getattr(self._sites[name], "late_s", 0.0)
-            contents = [answer] if isinstance(answer, RecordDict) else answer or []
+            contents = [answer] if isinstance(answer, RecordDict | Error) else answer or []
             replies += [(time.monotonic() + late, Message(content, reply_to=message)) for content in contents]
         order = {id(m): n for n, m in enumerate(self._arrange([message for _, message in replies]))}
         self._ready += sorted(replies, key=lambda pair: order[id(pair[1])])
