@@ -101,9 +101,7 @@ def words(grid: ScriptedGrid, needed: int, deadline_s: float = 5) -> tuple[list[
         return not len(answered) < needed <= len(answered) + may_come
 
     run = Exchange(grid, Pace(deadline_s), "training", online=grid.online, stop=Event())
-    for reply in run.run(
-        requests(grid), enough=lambda may_come: not len(answered) < needed <= len(answered) + may_come
-    ):
+    for reply in run.run(requests(grid), enough=enough):
         if reply.has_content():
             answered += names(grid, [reply])
     return answered, time.monotonic() - began
