@@ -109,7 +109,7 @@ class Rounds(Settings):
     patience_s: float = Field(default=86400.0, gt=0)  # how long to wait for a quorum to come online
     evaluate_every: int = Field(default=1, ge=1)
     average_last: int = Field(default=1, ge=1)  # the finished model is the mean of so many last rounds' models
-    converged: Converged | None = None  # end before the last round; absent: never
+    converged: Converged | None = later(None)  # end before the last round; absent: never
 
     @model_validator(mode="after")
     def _quorum_can_be_reached(self) -> Rounds:

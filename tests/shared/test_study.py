@@ -52,7 +52,6 @@ CHANGED: dict[tuple[Any, ...], Any] = {  # values that are words need another wo
     ("privacy", "mode"): None,
     ("strategy", "name"): None,
     ("rounds", "sites_per_round"): 7,
-    ("rounds", "converged"): {"rounds": 3},
 }
 
 
