@@ -19,6 +19,7 @@ from medfl.server.checkpoint import CheckpointFolder, save_model
 from medfl.server.config import ConsortiumSettings
 from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
+from medfl.server.negotiation import NegotiatingGrid
 from medfl.server.reporter import MetricsFile, Reporter, Several
 from medfl.server.rounds import Ending, Result, Rounds
 from medfl.server.secagg.store import FolderStore
@@ -145,7 +146,7 @@ def _run_study(
             def work(grid: Grid, context: Context) -> None:
                 rounds = Rounds(
                     study,
-                    grid,
+                    NegotiatingGrid(grid),
                     members,
                     checkpoints=CheckpointFolder(folder),
                     reporter=Several(MetricsFile(folder / "metrics.jsonl"), reporter),

@@ -26,8 +26,8 @@ from medfl.shared.metrics import Tally
 from medfl.shared.secagg.exchange import Phase, PhaseReply
 from medfl.shared.weights import Flat
 
-PROTOCOL = 1
-"""Version of these messages. A site answers requests of its own version and of the one before."""
+PROTOCOL = 2
+"""Version of these messages. A coordinator serves sites of its own version and of the one before."""
 
 TENSOR = "float32"
 """Key of the one flat tensor inside an ArrayRecord."""
@@ -36,6 +36,9 @@ UNKNOWN_STUDY = "unknown study"
 """Reason of the failure after which the coordinator offers its study again."""
 
 _COUNTED = "counted"
+
+_NEW = frozenset({_COUNTED})
+"""Fields of requests that the protocol before does not have; a site that speaks it does without."""
 
 _LONGEST_NAME = 200  # of a tally's entry: "confusion/", and two names of classes of at most 64 letters
 
@@ -313,6 +316,22 @@ class Failure:
 def outcome(content: RecordDict) -> str:
     """What kind of reply this is: accepted, trained, ready, evaluated, phase, failed."""
     return _value(_read_config(content, None), "outcome", str)
+
+
+def protocol_of(content: RecordDict) -> int | None:
+    """The version in which ``content`` says it is written, None where it says none."""
+    config = content.get("config")
+    version = config.get("protocol") if isinstance(config, ConfigRecord) else None
+    return version if isinstance(version, int) and not isinstance(version, bool) else None
+
+
+def written_as(content: RecordDict, version: int) -> RecordDict:
+    """A request of this protocol as a site reads it that speaks ``version``, which is this one or the one before."""
+    config = content.get("config")
+    if version == PROTOCOL or not isinstance(config, ConfigRecord):
+        return content
+    kept = {key: value for key, value in config.items() if key not in _NEW}
+    return RecordDict({**content, "config": ConfigRecord({**kept, "protocol": version})})
 
 
 def request_config(study: str, round_number: int, *, encoding: bytes = b"") -> ConfigRecord:
