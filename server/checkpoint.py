@@ -25,6 +25,7 @@ log = logging.getLogger("medfl.server")
 
 _STATE = "strategy."
 _AVERAGE = "average"
+_GOOD = "good."
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Checkpoint:
     answers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # what is remembered of each site
     epoch: int | None = None  # of the roster, where sums are secure
     metrics: Metrics = field(default_factory=Metrics)
+    watch: Mapping[str, Any] = field(default_factory=dict)  # of the safeguards: numbers, and the model to go back to
+    good: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class CheckpointFolder:
@@ -64,6 +67,7 @@ class CheckpointFolder:
     def save(self, checkpoint: Checkpoint) -> None:
         """Write durably; the last one becomes the previous one. Raises OSError when the disk refuses."""
         tensors = {"weights": checkpoint.weights} | {_STATE + name: a for name, a in checkpoint.strategy.items()}
+        tensors |= {_GOOD + name: array for name, array in checkpoint.good.items()}
         if checkpoint.average is not None:
             tensors[_AVERAGE] = checkpoint.average
         about: dict[str, Any] = {
@@ -73,6 +77,7 @@ class CheckpointFolder:
             "answers": checkpoint.answers,
             "epoch": checkpoint.epoch,
             "metrics": asdict(checkpoint.metrics),
+            "watch": checkpoint.watch,
         }
         about["digest"] = _digest(tensors, about)
         content = save(tensors, metadata={"medfl": json.dumps(about)})
@@ -119,18 +124,19 @@ def _read(path: Path) -> Checkpoint | None:
         if _digest(tensors, about) != about["digest"]:
             return None
         weights, average = tensors.pop("weights"), tensors.pop(_AVERAGE, None)
-        state = {name.removeprefix(_STATE): array for name, array in tensors.items()}
         told = about["metrics"]
         return Checkpoint(
-            about["study"],
-            about["round"],
-            weights,
-            state,
-            about["series"],
-            average,
-            about["answers"],
-            about["epoch"],
-            Metrics(told["outcomes"], told["training"], told["received_bytes"], _best(told["best"])),
+            study=about["study"],
+            round=about["round"],
+            weights=weights,
+            strategy={n.removeprefix(_STATE): array for n, array in tensors.items() if n.startswith(_STATE)},
+            series=about["series"],
+            average=average,
+            answers=about["answers"],
+            epoch=about["epoch"],
+            metrics=Metrics(told["outcomes"], told["training"], told["received_bytes"], _best(told["best"])),
+            watch=about.get("watch", {}),
+            good={n.removeprefix(_GOOD): array for n, array in tensors.items() if n.startswith(_GOOD)},
         )
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError):
         return None

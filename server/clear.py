@@ -8,6 +8,7 @@ from math import nan
 from flwr.app import Message
 
 from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_flower
+from medfl.server.safeguards import shortened
 from medfl.server.stage import Stages
 from medfl.server.summation import FixedPointSum
 from medfl.shared.algorithms.needs import demands_of
@@ -39,10 +40,11 @@ class ClearCollector:
         def take(site: str, reply: Message) -> str:
             trained = TrainReply.parse(reply.content)
             check_names(trained.tally, (LOSS, EXAMPLES))
-            total.add(trained.update, trained.examples)
+            update = shortened(trained.update, self._study.safeguards, length=weights.size, whose=f"site {site}")
+            total.add(update, trained.examples)
             if self._needs is Needs.SINGLE_UPDATES:
                 loss = read(trained.tally).get("loss", nan) if self._demands.losses else None
-                single[site] = as_flower(trained.update, trained.examples, loss=loss)
+                single[site] = as_flower(update, trained.examples, loss=loss)
             collected.received_bytes += trained.update.nbytes
             collected.weights[site] = trained.examples
             tallies.append(trained.tally)

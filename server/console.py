@@ -48,13 +48,14 @@ class LogLines:
         """One line."""
         trouble = [f"{site}: {result}" for site, result in report.outcomes.items() if result != "trained"]
         log.info(
-            "round %d/%d in %.1f s%s%s%s",
+            "round %d/%d in %.1f s%s%s%s%s",
             report.round,
             self._rounds,
             report.seconds,
             f", training loss {report.training['loss']:.4f}" if "loss" in report.training else "",
             "".join(f", {name} {value:.3f}" for name, value in [headline(report.scores) or ("", 0.0)] if name),
             f" ({'; '.join(trouble)})" if trouble else "",
+            f"; {report.note}" if report.note else "",
         )
 
     def ended(self, reason: str) -> None:
@@ -113,7 +114,11 @@ class LiveTable:
         loss = report.training.get("loss")
         self._overall = "  ".join(
             part
-            for part in (f"loss {loss:.4f}" if loss is not None else "", f"{found[0]} {found[1]:.3f}" if found else "")
+            for part in (
+                f"loss {loss:.4f}" if loss is not None else "",
+                f"{found[0]} {found[1]:.3f}" if found else "",
+                report.note,
+            )
             if part
         )
 

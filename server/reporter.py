@@ -27,6 +27,7 @@ class RoundReport:
     scores: Mapping[str, float] = field(default_factory=dict)  # held-out, over all sites
     site_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     received_bytes: int = 0
+    note: str = ""  # what the safeguards did
 
 
 class Reporter(Protocol):
@@ -101,7 +102,7 @@ class MetricsFile(Silent):
             "scores": dict(report.scores),
             "site_scores": {site: dict(scores) for site, scores in report.site_scores.items()},
             "received_bytes": report.received_bytes,
-        }
+        } | ({"note": report.note} if report.note else {})
         self._unwritten.append(json.dumps(row) + "\n")
         try:
             append_whole(self._path, "".join(self._unwritten).encode())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -29,6 +30,7 @@ from medfl.server.convergence import Convergence
 from medfl.server.heads import Heads
 from medfl.server.pace import Pace
 from medfl.server.reporter import Reporter, RoundReport
+from medfl.server.safeguards import Good, Watch
 from medfl.server.secure import SecureCollector
 from medfl.server.stage import LOST, NO_ANSWER, Stages
 from medfl.server.weight_sum import SecureParts
@@ -36,7 +38,7 @@ from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.messages import TENSOR, pack, request_config, tell_counted
-from medfl.shared.metrics import read
+from medfl.shared.metrics import headline, read
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout
@@ -106,6 +108,7 @@ class Rounds:
         self._round = 0
         self._answers = Answers()
         self._expected: frozenset[str] = frozenset()  # after a restart: who is about to be back
+        self._watch = Watch(study.safeguards)
         self._average: Flat | None = None  # of the last rounds' models, where the study asks for it
         stages = Stages(grid, reporter, stop, Pace(study.rounds.deadline_s), self._admission)
         self._convergence = Convergence(study.rounds.converged)
@@ -170,6 +173,7 @@ class Rounds:
         self._expected = frozenset(trained & set(self._directory.enrolled()))
         restore(self._strategy, checkpoint.strategy)
         self._answers = Answers.of(checkpoint.answers)
+        self._watch.restore(checkpoint.watch, checkpoint.good)
         log.info("going on after round %d of study %s", self._round, self._study.name)
         if checkpoint.epoch != self._epoch:
             log.info("the roster has changed since: epoch %s was, %s is", checkpoint.epoch, self._epoch)
@@ -244,17 +248,18 @@ class Rounds:
         if self._checkpoints is None:
             self._collector.settled()
             return
-        state = capture(self._strategy)
         checkpoint = Checkpoint(
-            self._study.digest,
-            self._round,
-            self._weights,
-            state,
-            self._series,
-            self._average,
-            self._answers.state(),
-            self._epoch,
-            self._metrics,
+            study=self._study.digest,
+            round=self._round,
+            weights=self._weights,
+            strategy=capture(self._strategy),
+            series=self._series,
+            average=self._average,
+            answers=self._answers.state(),
+            epoch=self._epoch,
+            metrics=self._metrics,
+            watch=self._watch.state(),
+            good=self._watch.arrays(),
         )
         while True:
             try:
@@ -265,6 +270,22 @@ class Rounds:
                 log.error("the checkpoint of round %d cannot be written (%s): free space", self._round, error)
                 if self._stop.wait(_DISK_S):
                     return
+
+    def _judge(self, scores: Mapping[str, float]) -> str:
+        """Take the model back where its score fell; in words what was done, empty for nothing."""
+        found = headline(scores)
+        if self._study.safeguards.max_fall is None or found is None:
+            return ""
+        name, score = found
+        if not self._watch.fell(score):
+            self._watch.good = Good(self._weights, capture(self._strategy), copy.deepcopy(self._answers))
+            return ""
+        good = self._watch.good
+        assert good is not None  # noqa: S101 - nothing falls before something stood
+        self._weights, self._answers = good.weights, copy.deepcopy(good.answers)
+        restore(self._strategy, good.strategy)
+        self._keep()
+        return f"taken back: {name} {score:.3f} after {self._watch.best:.3f}"
 
     def _train(self, number: int, cohort: dict[int, str]) -> Collected:
         view = CohortGrid(self._grid, cohort)
@@ -293,7 +314,7 @@ class Rounds:
         if collected.relative:
             weights = self._weights + weights
         self._layout.check(weights)
-        return weights
+        return self._watch.step(self._weights, weights)
 
     @property
     def _model(self) -> Flat:
@@ -325,14 +346,16 @@ class Rounds:
         evaluated = Evaluated()
         if number % rounds.evaluate_every == 0 or number == rounds.count:
             evaluated = self._collector.evaluate(number, self._model, cohort, configure)
+        scores = read(evaluated.tally)
         report = RoundReport(
             round=number,
             seconds=time.monotonic() - started,
             outcomes=self._metrics.outcomes,
             training=read(self._metrics.training),
-            scores=read(evaluated.tally),
+            scores=scores,
             site_scores={name: read(tally) for name, tally in evaluated.by_site.items()},
             received_bytes=self._metrics.received_bytes,
+            note=self._judge(scores),
         )
         self._convergence.note(number, report.scores)
         self._reporter.finished_round(report)

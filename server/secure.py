@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from flwr.app import Message
 
 from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_flower
+from medfl.server.safeguards import shortened
 from medfl.server.secagg.finish import finish
 from medfl.server.secagg.outcome import SecureSum, SumPlan, SumVoid
 from medfl.server.secagg.round import SecureRound
@@ -150,10 +151,11 @@ class SecureCollector:
                 why = total.refusals.get(self._ids.get(site, 0))
                 collected.outcomes[site] = f"left the secure sum: {why}" if why else "left the secure sum"
         collected.outcomes |= dict.fromkeys(survivors, TRAINED)
+        mean = shortened(total.mean, self._study.safeguards, length=weights.size, whose="all sites together")
         if self._demands.takes_updates:
-            collected.replies, collected.relative = [as_flower(total.mean, total.weight)], True
+            collected.replies, collected.relative = [as_flower(mean, total.weight)], True
         else:
-            collected.replies = [as_flower(weights + total.mean, total.weight)]
+            collected.replies = [as_flower(weights + mean, total.weight)]
         collected.tally, collected.weight = dict(total.scalars), total.weight
         collected.received_bytes = len(survivors) * total.mean.size * int(self._ring) // 8
         values = len(total.survivors) * total.mean.size

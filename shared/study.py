@@ -18,13 +18,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from medfl.shared.algorithms.needs import misfit
+from medfl.shared.algorithms.needs import demands_of, misfit
 from medfl.shared.algorithms.settings import FedAvgSettings, FedBNSettings, PersonalLayersSettings, StrategySettings
 from medfl.shared.config import Settings, later
 from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import ProtocolError
 from medfl.shared.metrics import Scoring
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy, PrivacySettings
+from medfl.shared.safeguards import Safeguards, unguarded
 from medfl.shared.zoo import ModelSpec, ModelTask, UNetSpec, check_size, tasks_of
 
 MAX_STUDY_BYTES = 256 * 1024
@@ -148,6 +149,7 @@ class Study(Settings):
     privacy: PrivacySettings  # no default: "mode: none" must be written
     secure_aggregation: SecureAggregation  # no default either
     strategy: StrategySettings = FedAvgSettings()
+    safeguards: Safeguards = later(Safeguards())
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
@@ -191,6 +193,14 @@ class Study(Settings):
             private=not isinstance(self.privacy, NoPrivacy),
             norm=norm,
             sites=self.rounds.minimum_sites,
+        )
+        wrong = wrong or unguarded(
+            self.safeguards,
+            private=not isinstance(self.privacy, NoPrivacy),
+            secure=self.secure_aggregation.mode != "none",
+            average_last=self.rounds.average_last,
+            evaluate_every=self.rounds.evaluate_every,
+            settles=demands_of(self.strategy).settles,
         )
         if wrong is not None:
             raise ValueError(wrong)
