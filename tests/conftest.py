@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 
 import medfl.shared.environment  # noqa: F401 - before flwr, whichever test comes first
 
+_ONE_AT_A_TIME = {"e2e", "federation", "pacs"}
+
 settings.register_profile(
     "medfl",
     deadline=None,
@@ -19,6 +21,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("medfl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start processes, or talk over sockets with deadlines, run first and one after the other."""
+    alone = [item for item in items if set(item.path.parts) & _ONE_AT_A_TIME or item.get_closest_marker("e2e")]
+    for item in alone:
+        item.add_marker(pytest.mark.xdist_group("processes"))
+    items[:] = alone + [item for item in items if item not in set(alone)]
 
 
 @pytest.fixture(autouse=True)
