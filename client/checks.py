@@ -13,10 +13,17 @@ from rich.console import Console
 from medfl.client.config import SiteSettings
 from medfl.client.data.contact_sheet import write_contact_sheet
 from medfl.client.node import check as check_reach
-from medfl.client.runtime import build_participant, load_data, node_settings, site_device
+from medfl.client.runtime import (
+    build_participant,
+    coordinator_address,
+    load_data,
+    node_settings,
+    site_device,
+    site_rosters,
+)
 from medfl.shared.certificates import WARN_DAYS, SiteFiles, check_certificate, common_name, load_certificate
 from medfl.shared.config import load_settings
-from medfl.shared.errors import ConfigError
+from medfl.shared.errors import ConfigError, PolicyRefusal
 from medfl.shared.keys import load_node_key, read_private
 from medfl.shared.loading import LoadingBar
 from medfl.shared.study import Study
@@ -39,14 +46,26 @@ def check_site(settings: SiteSettings, *, study_file: Path | None, console: Cons
     if days < WARN_DAYS:
         console.print("[yellow]the certificate expires soon: ask the coordinator for a new one[/yellow]")
     console.print(f"device: {site_device(settings)}")
-    if settings.secure_aggregation is not None:
-        build_participant(settings)
-        console.print("roster: confirmed here, and it knows this site's key")
+    _check_roster(settings, console)
     console.print(f"approved studies: {len(settings.policy.studies)}")
     if study_file is not None:
         _check_study(settings, load_settings(study_file, Study), console)
     check_reach(node_settings(settings))
-    console.print(f"coordinator {settings.coordinator}: reached, and it knows this site")
+    console.print(f"coordinator {coordinator_address(settings)}: reached, and it knows this site")
+
+
+def _check_roster(settings: SiteSettings, console: Console) -> None:
+    rosters = site_rosters(settings)
+    build_participant(settings)
+    newest, force = rosters.newest(), rosters.in_force()
+    if rosters.removed():
+        raise PolicyRefusal("this site is no longer in the consortium's roster under its key: call the coordinator")
+    if force is not None:
+        console.print(f"roster: epoch {force.epoch}, {len(force.sites)} sites, confirmed here")
+    if newest is not None and newest != force:
+        console.print(
+            f"[yellow]roster: epoch {newest.epoch} waits for you: medfl-client --site FILE roster confirm[/yellow]"
+        )
 
 
 def _check_study(settings: SiteSettings, study: Study, console: Console) -> None:

@@ -6,11 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from medfl.client.commands import audit, keys, node, roster
+from medfl.client.commands import audit, enroll, join, node, roster
 from medfl.shared.command import commands_of, parser, run
 
 _EXAMPLES = """\
-  medfl-client keys /etc/medfl/keys --name north     keys and request.json
+  medfl-client --site site.yaml enroll --name north  keys and request.json
+  medfl-client --site site.yaml join invitation.json
   medfl-client --site site.yaml --check --study study.json
   medfl-client --site site.yaml
   medfl-client --site site.yaml roster confirm
@@ -19,10 +20,7 @@ _EXAMPLES = """\
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``medfl-client``; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["keys"]:
-        return run("medfl-client", lambda: keys.work(keys.parse(given[1:])))
-    options = _parser().parse_args(given)
+    options = _parser().parse_args(arguments)
     return run("medfl-client", lambda: int(options.work(options)))
 
 
@@ -35,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--site", type=Path, required=True, metavar="FILE", help="the site, as YAML (any file name)")
     node.add(made)
     commands = commands_of(made)
-    for command in (roster, audit):
+    for command in (enroll, join, roster, audit):
         command.add(commands)
     return made
 

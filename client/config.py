@@ -10,6 +10,7 @@ from pydantic import Field, StrictBool
 from medfl.client.data.settings import DataSettings
 from medfl.client.policy import Policy
 from medfl.shared.config import LocalPath, LocalPort, Settings, load_settings
+from medfl.shared.consortium import ADDRESS
 from medfl.shared.study import Name
 
 
@@ -23,9 +24,8 @@ class GpuSettings(Settings):
 
 
 class SecureAggregationSettings(Settings):
-    """What this site needs for secure sums. Its minimum cohort is the policy's."""
+    """The site's own rules for secure sums. Its minimum cohort is the policy's, its roster the consortium's."""
 
-    roster: LocalPath  # as the coordinator sent it; confirm it with medfl-client roster confirm
     allow_shrunk_repeat: StrictBool = False  # after a void sum: again with fewer sites, retrained
 
 
@@ -33,12 +33,12 @@ class SiteSettings(Settings):
     """``site.yaml``."""
 
     site: Name
-    coordinator: str = Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")  # host:port
-    keys: LocalPath  # the folder that medfl-client keys made, with the two certificates that came back
+    coordinator: str | None = Field(default=None, pattern=ADDRESS)  # absent: where the signed roster says
+    keys: LocalPath  # made by medfl-client enroll, completed by join
     state: LocalPath
     data: DataSettings
     policy: Policy = Policy()  # absent: nothing is allowed
-    secure_aggregation: SecureAggregationSettings | None = None
+    secure_aggregation: SecureAggregationSettings = SecureAggregationSettings()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, le=1024)  # of the CPU; absent: as PyTorch chooses
     gpu: GpuSettings | None = None

@@ -20,20 +20,21 @@ from medfl.client.data.tensors import SiteData
 from medfl.client.fleet import FleetSettings
 from medfl.client.node import NodeSettings, Notice
 from medfl.client.participant import Participant
+from medfl.client.pin import joined, load_pin
 from medfl.client.policy import Policy
 from medfl.client.records import FolderRecords
-from medfl.client.secagg.confirmed_roster import ConfirmedRoster
-from medfl.client.secagg.enrolment import Enrolment, Rules
+from medfl.client.rosters import SiteRosters
+from medfl.client.secagg.enrolment import Rules
 from medfl.client.secagg.journal import Journal
+from medfl.client.secagg.live_enrolment import LiveEnrolments
 from medfl.client.secagg.session import SecureSite
 from medfl.client.site import Site
 from medfl.client.transport import TransportSettings
 from medfl.client.workbench import Workbench
 from medfl.shared.certificates import SiteFiles
 from medfl.shared.errors import ConfigError, PolicyRefusal
-from medfl.shared.keys import load_site_key
+from medfl.shared.keys import load_site_key, public_line, read_public_key
 from medfl.shared.messages import Kind
-from medfl.shared.secagg.roster import load_roster
 from medfl.shared.study import Study
 
 log = logging.getLogger("medfl.site")
@@ -43,7 +44,10 @@ def node_settings(settings: SiteSettings) -> NodeSettings:
     """How the node reaches its coordinator."""
     files = SiteFiles(settings.keys)
     transport = TransportSettings(
-        coordinator=settings.coordinator, authority=files.authority, certificate=files.certificate, key=files.key
+        coordinator=coordinator_address(settings),
+        authority=files.authority,
+        certificate=files.certificate,
+        key=files.key,
     )
     return NodeSettings(FleetSettings(transport, files.node_key), settings.state)
 
@@ -87,22 +91,17 @@ def build_site(settings: SiteSettings) -> Site:
 
 
 def build_participant(settings: SiteSettings) -> Participant | None:
-    """The site's part in secure sums, or None where it has no roster.
+    """The site's part in secure sums, or None where it has not joined a consortium.
 
     Raises:
-        ConfigError, PolicyRefusal, DataError: the roster is malformed, nobody here has confirmed it, it lacks this
-            site's key, or the journal cannot be used.
+        ConfigError, DataError: a key or the journal cannot be used.
     """
-    if settings.secure_aggregation is None:
+    if not joined(settings.keys):
         return None
-    roster = load_roster(settings.secure_aggregation.roster)
-    confirmed_rosters(settings).check(roster)
-    member = next((member for member in roster.members if member.name == settings.site), None)
-    if member is None:
-        raise ConfigError(f"{settings.secure_aggregation.roster}: lacks site {settings.site}: ask for the current one")
     rules = Rules(settings.policy.minimum_cohort, settings.secure_aggregation.allow_shrunk_repeat)
-    enrolment = Enrolment(member.id, load_site_key(SiteFiles(settings.keys).site_key), roster, rules)
-    return Participant(SecureSite(enrolment, Journal(settings.state / "secagg")))
+    key = load_site_key(SiteFiles(settings.keys).site_key)
+    enrolments = LiveEnrolments(site_rosters(settings), settings.site, key, rules)
+    return Participant(SecureSite(enrolments, Journal(settings.state / "secagg")))
 
 
 @contextmanager
@@ -118,13 +117,12 @@ def open_audit(
     """
     audit = Audit(audit_file(settings.state), on_row=on_row)
     try:
-        secure = settings.secure_aggregation
-        roster = None if secure is None else load_roster(secure.roster)
+        force = site_rosters(settings).in_force() if joined(settings.keys) else None
         audit.started(
             release=importlib.metadata.version("medfl"),
             configuration=hashlib.sha256(site_file.read_bytes()).hexdigest(),
-            roster="" if roster is None else roster.digest.hex(),
-            epoch=None if roster is None else roster.epoch,
+            roster="" if force is None else force.roster.digest.hex(),
+            epoch=None if force is None else force.epoch,
         )
         log.info("audit log: row %d has the hash %s", audit.head.rows, audit.head.digest)
         yield audit
@@ -134,9 +132,28 @@ def open_audit(
         audit.close()
 
 
-def confirmed_rosters(settings: SiteSettings) -> ConfirmedRoster:
-    """The keys this site's administrator has confirmed."""
-    return ConfirmedRoster(settings.state / "roster")
+def site_rosters(settings: SiteSettings) -> SiteRosters:
+    """The rosters that the coordinator has signed, and the keys this site's administrator has confirmed.
+
+    Raises:
+        ConfigError: this site has not joined, or has lost its public site key.
+    """
+    path = SiteFiles(settings.keys).site_public_key
+    try:
+        key = public_line(read_public_key(path.read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): restore the keys from their backup") from None
+    return SiteRosters(settings.state / "roster", load_pin(settings.keys), site=settings.site, key=key)
+
+
+def coordinator_address(settings: SiteSettings) -> str:
+    """Where to dial: site.yaml's word, else the newest signed roster's. Raises ConfigError when neither says."""
+    if settings.coordinator is not None:
+        return settings.coordinator
+    newest = site_rosters(settings).newest()
+    if newest is None:
+        raise ConfigError("coordinator: is missing, and no roster says where to dial: join the consortium first")
+    return newest.coordinator
 
 
 def load_data(

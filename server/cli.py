@@ -6,12 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from medfl.server.commands import init, serve
+from medfl.server.commands import approve, init, renew, revoke, serve
 from medfl.shared.command import commands_of, parser, run
 
 _EXAMPLES = """\
-  medfl-server init consortium --host fl.example.org \\
-               --request north.json south.json west.json
+  medfl-server init consortium --host fl.example.org
+  medfl-server --config consortium/consortium.yaml approve north.json
   medfl-server --config consortium/consortium.yaml --check
   medfl-server --config consortium/consortium.yaml"""
 
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add(made)
     commands = commands_of(made)
-    for command in (init,):
+    for command in (init, approve, revoke, renew):
         command.add(commands)
     return made
 

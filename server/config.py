@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from medfl.shared.config import LocalPath, LocalPort, Settings, load_settings
 from medfl.shared.errors import ConfigError
@@ -29,11 +29,14 @@ class TlsFiles(Settings):
     key: LocalPath
 
 
-class Member(Settings):
-    """A site of the consortium."""
+class TrustFiles(Settings):
+    """What decides who belongs to the consortium; the two keys must be readable by their owner only."""
 
-    name: Name
-    node_key: LocalPath  # its node.key.pub
+    signing_key: LocalPath  # signs rosters and studies; its public half lies beside it, with .pub
+    authority_key: LocalPath  # signs certificates; needed to approve, revoke and renew, and may lie offline otherwise
+    roster: LocalPath  # folder of signed rosters, one file an epoch
+    certificates: LocalPath  # folder of the sites' certificates, as issued
+    revoked: LocalPath  # list of certificates that are no longer accepted
 
 
 class ConsortiumSettings(Settings):
@@ -42,21 +45,13 @@ class ConsortiumSettings(Settings):
     consortium: Name
     listen: Listen = Listen()
     tls: TlsFiles
+    trust: TrustFiles
     state: LocalPath
-    sites: tuple[Member, ...] = Field(min_length=1, max_length=1000)
-    roster: LocalPath | None = None  # for secure aggregation: every site's id, name and site key
     studies: tuple[LocalPath, ...] = ()  # study files, run one after the other
     runs: LocalPath  # a folder for each study: model, metrics, checkpoints, logs
     health: LocalPort | None = None  # the gRPC health service, for Kubernetes and load balancers
     metrics: LocalPort | None = None  # Prometheus
     when_done: Literal["exit", "stay"] = "exit"  # stay: keep serving sites after the last study
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> ConsortiumSettings:
-        names = [site.name for site in self.sites]
-        if len(set(names)) != len(names):
-            raise ValueError("sites must have names that differ from each other")
-        return self
 
 
 def consortium_file(given: Path | None) -> Path:

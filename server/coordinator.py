@@ -21,14 +21,15 @@ from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
 from medfl.server.negotiation import NegotiatingGrid
 from medfl.server.reporter import MetricsFile, Reporter, Several
+from medfl.server.rosters import RosterFolder
 from medfl.server.rounds import Ending, Result, Rounds
 from medfl.server.secagg.store import FolderStore
 from medfl.server.weight_sum import SecureParts
 from medfl.shared.config import load_settings
+from medfl.shared.consortium import Membership
 from medfl.shared.errors import ConfigError
 from medfl.shared.files import write_whole
 from medfl.shared.logs import quiet_libraries
-from medfl.shared.secagg.roster import Roster, load_roster
 from medfl.shared.study import Study
 from medfl.shared.supervision import Supervision
 from medfl.strategies.build import needs_of
@@ -37,19 +38,19 @@ log = logging.getLogger("medfl.server")
 
 
 class Members:
-    """Who of the roster is connected."""
+    """Who of the roster is connected, while the roster changes."""
 
-    def __init__(self, link: Link, names: Mapping[str, int]) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._names = {node: name for name, node in names.items()}
 
     def online(self) -> Mapping[int, str]:
         """Node id -> site name."""
-        return {node: self._names[node] for node in self._link.online()}
+        names = {node: name for name, node in self._link.sites.items()}
+        return {node: names[node] for node in self._link.online() if node in names}
 
     def enrolled(self) -> Collection[str]:
         """All of them."""
-        return self._names.values()
+        return self._link.sites.keys()
 
 
 def load_studies(settings: ConsortiumSettings) -> list[Study]:
@@ -59,33 +60,16 @@ def load_studies(settings: ConsortiumSettings) -> list[Study]:
         ConfigError: a study is wrong, or could never run in this consortium.
     """
     studies = []
+    sites = len(RosterFolder.of(settings).newest().sites)
     for path in settings.studies:
         study = load_settings(path, Study)
         needs_of(study)
-        if study.rounds.minimum_sites > len(settings.sites):
+        if study.rounds.minimum_sites > sites:
             raise ConfigError(
-                f"{path}: rounds.minimum_sites: is {study.rounds.minimum_sites}, and the consortium has "
-                f"{len(settings.sites)} sites"
+                f"{path}: rounds.minimum_sites: is {study.rounds.minimum_sites}, and the consortium has {sites} sites"
             )
-        if study.secure_aggregation.mode != "none":
-            read_secure_roster(settings)
         studies.append(study)
     return studies
-
-
-def read_secure_roster(settings: ConsortiumSettings) -> Roster:
-    """The roster for secure sums.
-
-    Raises:
-        ConfigError: none is named, it is malformed, or it lacks a site of the consortium.
-    """
-    if settings.roster is None:
-        raise ConfigError("a study asks for secure aggregation, which needs a roster: name its file under roster:")
-    roster = load_roster(settings.roster)
-    names = {member.name for member in roster.members}
-    if lacking := [site.name for site in settings.sites if site.name not in names]:
-        raise ConfigError(f"{settings.roster}: lacks site {lacking[0]}: add it with a new epoch")
-    return roster
 
 
 def link_settings(settings: ConsortiumSettings) -> LinkSettings:
@@ -101,15 +85,9 @@ def link_settings(settings: ConsortiumSettings) -> LinkSettings:
     )
 
 
-def read_roster(settings: ConsortiumSettings) -> dict[str, bytes]:
-    """Site name -> public node key. Raises ConfigError when a file cannot be read."""
-    roster = {}
-    for site in settings.sites:
-        try:
-            roster[site.name] = site.node_key.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{site.node_key}: cannot be read ({error.strerror}): it is site {site.name}'s") from None
-    return roster
+def node_keys(membership: Membership) -> dict[str, str]:
+    """Site name -> public node key."""
+    return {site.name: site.node_key for site in membership.sites}
 
 
 def coordinate(settings: ConsortiumSettings, studies: list[Study], *, reporter: Reporter, stop: Event) -> list[Ending]:
@@ -117,7 +95,8 @@ def coordinate(settings: ConsortiumSettings, studies: list[Study], *, reporter: 
     endings = []
     with Link(link_settings(settings)) as link, Supervision(link.alive) as systemd:
         quiet_libraries()  # again: Flower sets up its logger when it is imported
-        members = Members(link, link.enrol(read_roster(settings)))
+        link.enrol(node_keys(RosterFolder.of(settings).newest()))
+        members = Members(link)
         systemd.ready()
         for study in studies:
             if stop.is_set():
@@ -172,7 +151,9 @@ def _secure_parts(settings: ConsortiumSettings, study: Study, folder: Path) -> S
     if study.secure_aggregation.mode == "none":
         return None
     return SecureParts(
-        read_secure_roster(settings), FolderStore(settings.state / "secagg"), folder / "sum-of-weights.json"
+        RosterFolder.of(settings).newest().roster,
+        FolderStore(settings.state / "secagg"),
+        folder / "sum-of-weights.json",
     )
 
 

@@ -1,68 +1,86 @@
-"""``medfl-server init``: from the sites' requests to a folder whose configuration only lacks a study."""
+"""``medfl-server init``: authority, certificate, signing key, an empty roster, and a configuration that starts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import TypeAdapter, ValidationError
 
-from medfl.shared.enrolment import Request, found_consortium, read_request
+from medfl.shared.certificates import create_authority, issue_server_certificate, revocation_list
+from medfl.shared.consortium import Membership, consortium_fingerprint
 from medfl.shared.errors import ConfigError
-from medfl.shared.files import write_whole
-from medfl.shared.keys import read_public_key
-from medfl.shared.secagg.roster import Member, Roster, make_roster, roster_text
+from medfl.shared.files import private_folder, write_whole
+from medfl.shared.keys import PUBLIC_FILE, write_new
+from medfl.shared.signing import create_signing_key, load_signing_key
 from medfl.shared.study import Name
 
 _CONFIG = """\
+# medfl-server --config consortium.yaml; relative paths count from this file's folder.
 consortium: {name}
-listen: {{host: 0.0.0.0, port: {port}}}
+listen: {{host: {listen}, port: {port}}}
 tls: {{authority: authority.pem, certificate: coordinator.pem, key: coordinator.key}}
+trust:
+  signing_key: signing.key      # signs rosters and studies
+  authority_key: authority.key  # signs certificates; may lie on a medium that is only there for approve and revoke
+  roster: roster                # one signed file an epoch
+  certificates: certificates
+  revoked: revoked.pem
 state: state
 runs: runs
-roster: roster.yaml
 studies: []  # for example [study.yaml]
-sites:
-{sites}"""
-
-_SITE = "  - {{name: {name}, node_key: sites/{name}/node.key.pub}}\n"
+when_done: stay  # keep serving sites after the last study; or exit
+"""
 
 
-def first_roster(consortium: str, requests: Sequence[Request]) -> Roster:
-    """Epoch 1: every requesting site under the next free id, with its site key. Raises ConfigError on doubles."""
-    members = []
-    for number, request in enumerate(requests, 1):
-        key = read_public_key(request.site_key)
-        if not isinstance(key, Ed25519PublicKey):
-            raise ConfigError(f"site {request.site} sent no Ed25519 site key: make the request with medfl-client keys")
-        members.append(Member(number, request.site, key.public_bytes_raw()))
-    return make_roster(consortium, 1, members)
+def found(
+    folder: Path,
+    *,
+    hosts: Sequence[str],
+    port: int,
+    listen: str = "0.0.0.0",  # noqa: S104 - hospitals dial in from outside; TLS and client certificates guard it
+    name: str | None = None,
+    minimum_cohort: int | None = None,
+    passphrase: bytes | None = None,
+) -> str:
+    """Make a consortium in ``folder``; returns its fingerprint.
 
-
-def found(folder: Path, requests: Sequence[Path], *, hosts: Sequence[str], port: int) -> Iterator[str]:
-    """Make everything and yield, line by line, what was made and what to do next.
+    The first of ``hosts`` is what sites dial; the certificate is for all of them.
 
     Raises:
-        ConfigError: a request is malformed, or ``folder`` holds a consortium already or cannot name one.
+        ConfigError: ``folder`` holds a consortium already, cannot name one, or a host is malformed.
     """
-    name = folder.resolve().name.lower()
+    name = folder.resolve().name.lower() if name is None else name
     try:
         TypeAdapter(Name).validate_python(name)
     except ValidationError:
-        raise ConfigError(
-            f"{folder}: the folder's name becomes the consortium's: use letters, digits and any of . _ - only"
-        ) from None
-    read = [read_request(path) for path in requests]
-    found_consortium(folder, read, hosts=hosts)
-    sites = "".join(_SITE.format(name=request.site) for request in read)
-    config = _CONFIG.format(name=name, port=port, sites=sites)
-    write_whole(folder / "consortium.yaml", config.encode(), mode=0o644)
-    write_whole(folder / "roster.yaml", roster_text(first_roster(name, read)).encode(), mode=0o644)
-    yield f"{folder}/consortium.yaml and the authority are made. Keep authority.key offline."
-    for request in read:
-        yield f"site {request.site}: compare by telephone, then send it roster.yaml and the .pem files of"
-        yield f"{folder}/sites/{request.site}:"
-        for what, value in request.fingerprints.items():
-            yield f"  {what}  {value}"
-    yield f"next: name a study in {folder}/consortium.yaml, then medfl-server --config {folder}/consortium.yaml --check"
+        raise ConfigError(f"'{name[:80]}' cannot name a consortium: use lower-case letters, digits and . _ -") from None
+    try:
+        first = Membership(
+            consortium=name,
+            epoch=1,
+            floor=1,
+            coordinator=address(hosts[0], port),
+            minimum_cohort=minimum_cohort,
+            next_id=1,
+        )
+    except ValidationError:
+        raise ConfigError(f"host '{hosts[0][:80]}' port {port} is not an address that sites can dial") from None
+    if (folder / "consortium.yaml").exists():
+        raise ConfigError(f"{folder}: holds a consortium already: choose another folder")
+    private_folder(folder)
+    authority = create_authority(folder, name=f"MedFL consortium {name}", passphrase=passphrase)
+    issue_server_certificate(authority, folder, hosts, passphrase=passphrase)
+    public = create_signing_key(folder, consortium=name, passphrase=passphrase)
+    write_whole(folder / "revoked.pem", revocation_list(authority, ()), mode=PUBLIC_FILE)
+    write_new(folder / "roster" / "1.json", first.signed(load_signing_key(folder)).to_bytes(), mode=PUBLIC_FILE)
+    private_folder(folder / "certificates")
+    # Last: a folder with a configuration is a whole one.
+    config = _CONFIG.format(name=name, listen=listen, port=port)
+    write_whole(folder / "consortium.yaml", config.encode(), mode=PUBLIC_FILE)
+    return consortium_fingerprint(authority.certificate, public)
+
+
+def address(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -163,6 +163,11 @@ class Link:
         self._sites = {site: self._sites[site] for site in keys}
         return dict(self._sites)
 
+    @property
+    def sites(self) -> Mapping[str, int]:
+        """Site name -> node id, of the sites enrolled now."""
+        return dict(self._sites)
+
     def online(self) -> set[int]:
         """Ids of the enrolled nodes that have been heard of within two heartbeats."""
         online = {node.node_id for node in self._state.get_node_info(statuses=["online"])}

@@ -1,7 +1,8 @@
 """The consortium's own certificate authority, and the TLS certificates of its coordinator and sites.
 
 One private authority is all that anyone trusts: a public authority's certificate opens nothing here. The common name
-of a client certificate is the site's name. Files of a first consortium, as :func:`create_consortium` lays them out::
+of a client certificate is the site's name. Files of a consortium made in one place, for tests and trials
+(:func:`create_consortium`; hospitals make their keys themselves, :mod:`medfl.shared.enrolment`)::
 
     authority.pem  authority.key        the authority; its key belongs offline
     coordinator.pem  coordinator.key    the server's certificate
@@ -14,7 +15,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from medfl.shared.errors import ConfigError
 from medfl.shared.files import write_whole
-from medfl.shared.keys import PUBLIC_FILE, create_node_key, create_site_key, read_private, write_new
+from medfl.shared.keys import PUBLIC_FILE, create_node_key, create_site_key, encryption, read_private, write_new
+from medfl.shared.passphrase import passphrase as the_passphrase
 
 AUTHORITY_DAYS, LEAF_DAYS = 3650, 397
 WARN_DAYS = 30
 """A certificate with fewer days left is worth a warning."""
+
+_CLOCKS_DIFFER = datetime.timedelta(hours=1)  # certificates are valid from this long before they are made
 
 _SITE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -114,7 +118,9 @@ def create_consortium(
     return Consortium(folder / "authority.pem", folder / "coordinator.pem", folder / "coordinator.key", files)
 
 
-def create_authority(folder: Path, *, name: str = "MedFL consortium", days: float = AUTHORITY_DAYS) -> Authority:
+def create_authority(
+    folder: Path, *, name: str = "MedFL consortium", days: float = AUTHORITY_DAYS, passphrase: bytes | None = None
+) -> Authority:
     """Make a new authority in ``folder``: ``authority.pem``, ``authority.key`` (0600). Raises ConfigError if there."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -122,34 +128,78 @@ def create_authority(folder: Path, *, name: str = "MedFL consortium", days: floa
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
     certificate = builder.sign(key, hashes.SHA384())
-    write_new(folder / "authority.key", _private_bytes(key))
-    write_whole(folder / "authority.pem", _pem(certificate), mode=PUBLIC_FILE)
+    write_new(folder / "authority.key", private_bytes(key, passphrase))
+    write_whole(folder / "authority.pem", certificate_pem(certificate), mode=PUBLIC_FILE)
     return Authority(certificate, key)
 
 
 def load_authority(folder: Path) -> Authority:
     """Read what :func:`create_authority` wrote. Raises ConfigError when unreadable or not an authority."""
-    path = folder / "authority.key"
-    try:
-        key = serialization.load_pem_private_key(read_private(path), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ConfigError(f"{path}: is not an unencrypted private key in PEM format") from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{path}: is not an EC private key")
-    return Authority(load_certificate(folder / "authority.pem"), key)
+    return read_authority(folder / "authority.pem", folder / "authority.key")
+
+
+def read_authority(certificate: Path, key: Path) -> Authority:
+    """The authority whose two files these are. Raises ConfigError when unreadable or not a pair."""
+    authority = Authority(load_certificate(certificate), load_tls_key(key))
+    if authority.certificate.public_key() != authority.key.public_key():
+        raise ConfigError(f"{key}: does not belong to the authority in {certificate}")
+    return authority
 
 
 def issue_server_certificate(
-    authority: Authority, folder: Path, hosts: Sequence[str], *, days: float = LEAF_DAYS
+    authority: Authority,
+    folder: Path,
+    hosts: Sequence[str],
+    *,
+    days: float = LEAF_DAYS,
+    passphrase: bytes | None = None,
 ) -> None:
     """Write ``coordinator.pem`` and ``coordinator.key`` for ``hosts``: DNS names or IP addresses that sites dial."""
-    alternative = _alternative_names(hosts)
     key = ec.generate_private_key(ec.SECP384R1())
+    certificate = server_certificate(authority, key.public_key(), hosts, days=days)
+    write_new(folder / "coordinator.key", private_bytes(key, passphrase))
+    write_whole(folder / "coordinator.pem", certificate, mode=PUBLIC_FILE)
+
+
+def server_certificate(
+    authority: Authority, public_key: ec.EllipticCurvePublicKey, hosts: Sequence[str], *, days: float = LEAF_DAYS
+) -> bytes:
+    """The PEM certificate of a coordinator that sites dial as ``hosts``. Raises ConfigError for a malformed host."""
+    alternative = _alternative_names(hosts)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "MedFL coordinator")])
-    builder = _leaf(authority, subject, key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH, days)
-    certificate = builder.add_extension(alternative, critical=False).sign(authority.key, hashes.SHA384())
-    write_new(folder / "coordinator.key", _private_bytes(key))
-    write_whole(folder / "coordinator.pem", _pem(certificate), mode=PUBLIC_FILE)
+    builder = _leaf(authority, subject, public_key, ExtendedKeyUsageOID.SERVER_AUTH, days)
+    return certificate_pem(builder.add_extension(alternative, critical=False).sign(authority.key, hashes.SHA384()))
+
+
+def hosts_of(certificate: x509.Certificate) -> list[str]:
+    """DNS names and addresses that a server's certificate is for."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def revocation_list(authority: Authority, serials: Iterable[int]) -> bytes:
+    """A PEM list of certificates that are no longer accepted, for as long as the authority lives."""
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(authority.certificate.subject)
+        .last_update(now - _CLOCKS_DIFFER)
+        .next_update(authority.certificate.not_valid_after_utc)
+    )
+    for serial in sorted(set(serials)):
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now - _CLOCKS_DIFFER).build()
+        builder = builder.add_revoked_certificate(entry)
+    return builder.sign(authority.key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM)
+
+
+def revoked_serials(path: Path) -> set[int]:
+    """Serial numbers in the list that :func:`revocation_list` made. Raises ConfigError when it cannot be read."""
+    try:
+        return {entry.serial_number for entry in x509.load_pem_x509_crl(path.read_bytes())}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise ConfigError(f"{path}: is not a list of revoked certificates in PEM format") from None
 
 
 def issue_client_certificate(
@@ -163,7 +213,7 @@ def issue_client_certificate(
     check_site_name(site)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])
     builder = _leaf(authority, subject, public_key, ExtendedKeyUsageOID.CLIENT_AUTH, days)
-    return _pem(builder.sign(authority.key, hashes.SHA384()))
+    return certificate_pem(builder.sign(authority.key, hashes.SHA384()))
 
 
 def create_site_files(authority: Authority, folder: Path, site: str, *, days: float = LEAF_DAYS) -> SiteFiles:
@@ -171,9 +221,9 @@ def create_site_files(authority: Authority, folder: Path, site: str, *, days: fl
     files = SiteFiles(folder)
     key = ec.generate_private_key(ec.SECP384R1())
     certificate = issue_client_certificate(authority, site, key.public_key(), days=days)
-    write_new(files.key, _private_bytes(key))
+    write_new(files.key, private_bytes(key))
     write_whole(files.certificate, certificate, mode=PUBLIC_FILE)
-    write_whole(files.authority, _pem(authority.certificate), mode=PUBLIC_FILE)
+    write_whole(files.authority, certificate_pem(authority.certificate), mode=PUBLIC_FILE)
     create_node_key(files.node_key, comment=site)
     create_site_key(files.site_key, comment=site)
     return files
@@ -188,11 +238,47 @@ def check_site_name(site: str) -> None:
 def load_certificate(path: Path) -> x509.Certificate:
     """Read one PEM certificate. Raises ConfigError when missing or malformed."""
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        return parse_certificate(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parse_certificate(pem: bytes, name: str) -> x509.Certificate:
+    """Parse one PEM certificate; ``name`` begins the error. Raises ConfigError when malformed."""
+    try:
+        return x509.load_pem_x509_certificate(pem)
     except ValueError:
-        raise ConfigError(f"{path}: is not a certificate in PEM format") from None
+        raise ConfigError(f"{name}: is not a certificate in PEM format") from None
+
+
+def signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether ``authority`` issued ``certificate``."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def load_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a private key in PEM form, of a certificate or of the authority.
+
+    Raises:
+        ConfigError: missing, readable by others, not an EC key, or its passphrase is wrong.
+    """
+    content = read_private(path)
+    try:
+        try:
+            key = serialization.load_pem_private_key(content, None)
+        except TypeError:  # it has a passphrase
+            key = serialization.load_pem_private_key(content, the_passphrase())
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ConfigError(
+            f"{path}: is not a private key in PEM format, or does not open with this passphrase"
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{path}: is not an EC private key")
+    return key
 
 
 def common_name(certificate: x509.Certificate) -> str:
@@ -222,12 +308,13 @@ def check_certificate(path: Path, *, authority: Path, now: datetime.datetime | N
             day = certificate.not_valid_after_utc.date()
             raise ConfigError(f"{file}: the certificate expired on {day}: have a new one issued by the coordinator")
         if certificate.not_valid_before_utc > now:
-            day = certificate.not_valid_before_utc.date()
-            raise ConfigError(f"{file}: the certificate is valid from {day} only: check this machine's clock")
-    try:
-        certificate.verify_directly_issued_by(load_certificate(authority))
-    except (ValueError, TypeError, InvalidSignature):
-        raise ConfigError(f"{path}: is not signed by the authority in {authority}: have it issued again") from None
+            minutes = -(-(certificate.not_valid_before_utc - now).total_seconds() // 60)
+            raise ConfigError(
+                f"{file}: the certificate is not valid yet: this machine's clock is {minutes:.0f} minutes or more "
+                "behind; set it by NTP"
+            )
+    if not signed_by(certificate, load_certificate(authority)):
+        raise ConfigError(f"{path}: is not signed by the authority in {authority}: have it issued again")
     return days_left(certificate, now=now)
 
 
@@ -251,7 +338,7 @@ def _builder(
     subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, days: float
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
-    start = now - datetime.timedelta(hours=1)  # hospitals' clocks differ
+    start = now - _CLOCKS_DIFFER
     end = now + datetime.timedelta(days=days)
     return (
         x509.CertificateBuilder()
@@ -296,11 +383,11 @@ def _general_name(host: str) -> x509.GeneralName:
         raise ConfigError(f"host '{host[:80]}' is neither an address nor a DNS name") from None
 
 
-def _pem(certificate: x509.Certificate) -> bytes:
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    """``certificate`` as a PEM file."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def _private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+def private_bytes(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None = None) -> bytes:
+    """``key`` as a PEM file, which OpenSSL reads too."""
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption(passphrase))

@@ -88,6 +88,9 @@ def run(prog: str, work: Callable[[], int]) -> int:
         for line in str(error).splitlines():
             print(f"{prog}: {line}", file=sys.stderr)
         return error.exit_status
+    except EOFError:
+        print(f"{prog}: there is nobody to answer: give the answer as an option, see --help", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -21,14 +21,16 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from medfl.client.secagg.confirmed_roster import ConfirmedRoster
-from medfl.server.founding import first_roster
-from medfl.shared.certificates import SiteFiles
+from medfl.client.config import load_site
+from medfl.client.joining import join, read_invitation
+from medfl.client.runtime import site_rosters
+from medfl.server.config import load_consortium
+from medfl.server.enrolling import Registrar
+from medfl.server.founding import found
 from medfl.shared.config import load_settings, parse_settings
-from medfl.shared.enrolment import found_consortium, make_request
+from medfl.shared.enrolment import make_keys
 from medfl.shared.errors import MedFLError
 from medfl.shared.files import private_folder
-from medfl.shared.secagg.roster import roster_text
 from medfl.shared.study import Study
 from medfl.simulations.phantoms import SCANNERS, write_hospital
 from medfl.simulations.processes import Processes
@@ -91,44 +93,36 @@ def run_folder(places: Places, study: Study) -> Path:
 
 def set_up(places: Places, study: Study) -> int:
     """Enrol all hospitals as their administrators would, write every configuration; returns the coordinator's port."""
-    requests = [make_request(places.hospital(name) / "keys", name) for name in places.names]
-    found_consortium(places.coordinator, requests, hosts=["127.0.0.1", "localhost"])
-    roster = first_roster("demo", requests)
-    (places.coordinator / "roster.yaml").write_text(roster_text(roster), "utf-8")
     port = free_port()
+    consortium = found(places.coordinator, hosts=["127.0.0.1", "localhost"], port=port, listen="127.0.0.1", name="demo")
     (places.coordinator / "study.json").write_bytes(study.canonical())  # JSON is YAML
-    sites = "".join(f"  - {{name: {name}, node_key: sites/{name}/node.key.pub}}\n" for name in places.names)
-    (places.coordinator / "consortium.yaml").write_text(
-        "consortium: demo\n"
-        f"listen: {{host: 127.0.0.1, port: {port}}}\n"
-        "tls: {authority: authority.pem, certificate: coordinator.pem, key: coordinator.key}\n"
-        "state: state\nruns: runs\nroster: roster.yaml\nstudies: [study.json]\n"
-        f"sites:\n{sites}",
-        "utf-8",
-    )
+    config = places.coordinator / "consortium.yaml"
+    text = config.read_text("utf-8").replace("studies: []", "studies: [study.json]")
+    config.write_text(text.replace("when_done: stay", "when_done: exit"), "utf-8")
     for name in places.names:
-        home, files = places.hospital(name), SiteFiles(places.coordinator / "sites" / name)
-        for certificate in (files.authority, files.certificate):
-            shutil.copy(certificate, home / "keys")
-        shutil.copy(places.coordinator / "roster.yaml", home)
-        ConfirmedRoster(home / "state" / "roster").confirm(
-            roster
-        )  # medfl-client roster confirm, after a telephone call
+        home = private_folder(places.hospital(name))
         (home / "site.yaml").write_text(
             f"site: {name}\n"
-            f"coordinator: 127.0.0.1:{port}\n"
             "keys: keys\nstate: state\nthreads: 1\n"
             "data:\n"
             "  source: dicom\n"
             "  folder: dicom\n"
             "  split: {validation: 0.25, test: 0, min_patients: 8}\n"
-            "secure_aggregation: {roster: roster.yaml}\n"
             "policy:\n"
             f'  studies: ["{study.digest}"]\n'
             "  allow_no_privacy: true\n"
             f"  require_secure_aggregation: {str(study.secure_aggregation.mode != 'none').lower()}\n",
             "utf-8",
         )
+    requests = [make_keys(places.hospital(name) / "keys", name) for name in places.names]
+    registrar = Registrar(load_consortium(config))
+    with registrar.alone():
+        invitations = {outcome.site: outcome.invitation for outcome in registrar.approve(requests)}
+    for name in places.names:
+        settings = load_site(places.hospital(name) / "site.yaml")
+        invitation, membership = read_invitation(invitations[name], settings)
+        join(invitation, membership, settings, fingerprint=consortium)  # after a telephone call
+        site_rosters(settings).confirm(membership)  # after a call to each of the others
     return port
 
 

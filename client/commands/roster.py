@@ -1,4 +1,4 @@
-"""``medfl-client --site site.yaml roster confirm``: the other hospitals' keys, compared by their administrators."""
+"""``medfl-client --site site.yaml roster``: the other hospitals' keys, compared by their administrators."""
 
 from __future__ import annotations
 
@@ -9,50 +9,75 @@ from medfl.shared.command import add_command, add_group
 
 if TYPE_CHECKING:
     from medfl.client.config import SiteSettings
+    from medfl.client.rosters import SiteRosters
     from medfl.shared.command import Commands
-    from medfl.shared.secagg.roster import Roster
+    from medfl.shared.consortium import Membership
+
+_EXAMPLE = "  medfl-client --site site.yaml roster confirm"
 
 
 def add(commands: Commands) -> None:
-    """Declare ``roster confirm``."""
+    """Declare ``roster show`` and ``roster confirm``."""
     inner = add_group(commands, "roster", "the hospitals of the consortium and their keys")
-    add_command(inner, "confirm", "show the roster's keys and confirm them after a telephone call", _confirm)
+    add_command(inner, "show", "the newest roster, and what of it is confirmed here", _show)
+    summary = "compare the roster's new keys with those hospitals, and confirm them"
+    made = add_command(inner, "confirm", summary, _confirm, examples=_EXAMPLE)
+    made.add_argument("--fingerprint", metavar="SHA256:...", help="the roster's, compared elsewhere: nothing is asked")
+
+
+def _show(options: argparse.Namespace) -> int:
+    from medfl.client.config import load_site
+    from medfl.client.runtime import site_rosters
+
+    rosters = site_rosters(load_site(options.site))
+    newest, force = rosters.newest(), rosters.in_force()
+    if newest is None:
+        print("no roster has come yet")
+        return 0
+    _print(newest, rosters)
+    print("in force: " + ("none" if force is None else f"epoch {force.epoch}"))
+    return 0
 
 
 def _confirm(options: argparse.Namespace) -> int:
-    from contextlib import closing
-
-    from medfl.client.audit import Audit, audit_file
     from medfl.client.config import load_site
-    from medfl.client.runtime import confirmed_rosters
-    from medfl.shared.errors import ConfigError
-    from medfl.shared.secagg.roster import load_roster
+    from medfl.client.runtime import site_rosters
 
     settings = load_site(options.site)
-    if settings.secure_aggregation is None:
-        raise ConfigError(f"{options.site}: secure_aggregation: is missing: name the roster's file there")
-    roster = load_roster(settings.secure_aggregation.roster)
-    with closing(Audit(audit_file(settings.state))) as audit:
-        status = _compare(settings, roster)
-        if status == 0:
-            confirmed_rosters(settings).confirm(roster)
-            audit.roster_confirmed(roster=roster.digest.hex(), epoch=roster.epoch, members=len(roster.members))
-            print("confirmed")
-    return status
+    return confirm(settings, site_rosters(settings), fingerprint=options.fingerprint)
 
 
-def _compare(settings: SiteSettings, roster: Roster) -> int:
-    """Show the roster's keys and ask whether they are right; returns the exit status."""
-    from medfl.client.runtime import confirmed_rosters
+def confirm(settings: SiteSettings, rosters: SiteRosters, *, fingerprint: str | None) -> int:
+    """Show the newest roster and have its new keys confirmed, by a person or by its fingerprint; the exit status.
 
-    new = confirmed_rosters(settings).unconfirmed(roster)
-    print(f"roster of {roster.consortium}, epoch {roster.epoch}, {len(roster.members)} sites, {len(new)} new here:")
-    for member in roster.members:
-        print(f"  {'new  ' if member in new else '     '}{member.name:20} {member.fingerprint}")
-    if new:
+    Raises:
+        ConfigError: none has come. PolicyRefusal: ``fingerprint`` is another roster's.
+    """
+    from medfl.client.joining import note_confirmation
+    from medfl.shared.errors import ConfigError, PolicyRefusal
+
+    newest = rosters.newest()
+    if newest is None:
+        raise ConfigError("no roster has come yet: join the consortium first")
+    _print(newest, rosters)
+    others = [site for site in rosters.unconfirmed() if site.name != settings.site]
+    if fingerprint is not None and fingerprint != newest.fingerprint:
+        raise PolicyRefusal("the roster has another fingerprint than the one given: nothing was confirmed")
+    if others and fingerprint is None:
         print("Compare each new fingerprint with that hospital, by telephone and not by way of the coordinator:")
         print("a key that belongs to nobody could uncover this site's updates.")
         if input("type yes when all are right: ").strip() != "yes":
-            print("nothing was confirmed")
+            print("nothing was confirmed; later: medfl-client --site FILE roster confirm")
             return 3
+    rosters.confirm(newest)
+    note_confirmation(settings, newest)
+    print("confirmed: a running node uses it from now on")
     return 0
+
+
+def _print(newest: Membership, rosters: SiteRosters) -> None:
+    new = {site.name for site in rosters.unconfirmed()}
+    print(f"roster of {newest.consortium}, epoch {newest.epoch}, {len(newest.sites)} sites, {len(new)} new here:")
+    for site in newest.sites:
+        print(f"  {'new  ' if site.name in new else '     '}{site.name:20} {site.fingerprint}")
+    print(f"fingerprint of this roster, the same at every hospital:\n  {newest.fingerprint}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from medfl.client.secagg.contribution import Contribution
-from medfl.client.secagg.enrolment import Enrolment
+from medfl.client.secagg.enrolment import Enrolment, other_roster
 from medfl.client.secagg.journal import History
 from medfl.shared.errors import PolicyRefusal, ProtocolError
 from medfl.shared.secagg.announcement import Announcement, Purpose
@@ -55,10 +55,7 @@ def advertise_keys(
 def _check_cohort(announcement: Announcement, enrolment: Enrolment) -> None:
     roster, cohort = enrolment.roster, announcement.cohort
     if announcement.roster != roster.digest:
-        raise ProtocolError(
-            f"the coordinator uses another roster than epoch {roster.epoch} confirmed here: confirm the current one",
-            reason=Reason.BAD_ROSTER,
-        )
+        raise other_roster(f"epoch {roster.epoch}")
     if enrolment.site not in cohort or any(site not in roster.by_id for site in cohort):
         raise ProtocolError("the cohort lacks this site or has one outside the roster", reason=Reason.BAD_COHORT)
     if len(cohort) < enrolment.minimum_cohort:

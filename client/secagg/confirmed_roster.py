@@ -52,8 +52,10 @@ class ConfirmedRoster:
         confirmed = self._read().members
         return tuple(member for member in roster.members if member not in confirmed)
 
-    def check(self, roster: Roster) -> None:
+    def check(self, roster: Roster, *, floor: int | None = None) -> None:
         """Return when every member of ``roster`` is confirmed. A site that has left needs no confirmation.
+
+        ``floor``: the oldest epoch that still counts; absent, the one confirmed last.
 
         Raises:
             PolicyRefusal: another consortium, an older epoch, a member that nobody here has confirmed, or a smallest
@@ -66,7 +68,7 @@ class ConfirmedRoster:
                 "the other hospitals, then confirm it",
                 reason=Reason.UNCONFIRMED_ROSTER,
             )
-        if roster.epoch < before.epoch:
+        if roster.epoch < (before.epoch if floor is None else floor):
             raise _older(roster, before)
         if new := self.unconfirmed(roster):
             names = ", ".join(f"{member.name} {member.fingerprint}" for member in new)

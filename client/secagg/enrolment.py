@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from medfl.shared.errors import ConfigError
+from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.secagg.limits import SMALLEST_COHORT
+from medfl.shared.secagg.reasons import Reason
 from medfl.shared.secagg.roster import Roster
 
 
@@ -41,3 +43,37 @@ class Enrolment:
     def minimum_cohort(self) -> int:
         """Fewer sites than this are never summed with this one."""
         return max(SMALLEST_COHORT, self.roster.minimum_cohort, self.rules.minimum_cohort)
+
+    def under(self, digest: bytes, *, finishing: bool = False) -> Enrolment:
+        """Itself, for its own roster: a consortium that never changes, as a simulated one."""
+        if digest != self.roster.digest:
+            raise other_roster(f"epoch {self.roster.epoch}")
+        return self
+
+
+class Enrolments(Protocol):
+    """The site's enrolment under each roster that it accepts now."""
+
+    @property
+    def minimum_cohort(self) -> int:
+        """Fewer sites than this are never summed with this one, under any of them."""
+        ...
+
+    def under(self, digest: bytes, *, finishing: bool = False) -> Enrolment:
+        """The enrolment under the roster that ``digest`` names.
+
+        ``finishing``: a sum whose survivors are being fixed is finished also under a roster that was accepted when it
+        began: to break it off would leave some sites with an update that counts as summed.
+
+        Raises:
+            ProtocolError, PolicyRefusal: the roster is unknown here, superseded, or not confirmed.
+        """
+        ...
+
+
+def other_roster(here: str) -> ProtocolError:
+    """The coordinator names a roster that is not one of those accepted here."""
+    return ProtocolError(
+        f"the coordinator uses another roster than {here} accepted here: see medfl-client ... roster confirm",
+        reason=Reason.BAD_ROSTER,
+    )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from threading import Lock
 
 from medfl.client.secagg.advertise_keys import Advertised, advertise_keys
 from medfl.client.secagg.confirm_survivors import confirm_survivors, sign_confirmation
 from medfl.client.secagg.contribution import Contribution
-from medfl.client.secagg.enrolment import Enrolment
+from medfl.client.secagg.enrolment import Enrolment, Enrolments
 from medfl.client.secagg.journal import Journal
 from medfl.client.secagg.masked_input import masked_input
 from medfl.client.secagg.open_round import OpenRound
@@ -36,23 +37,28 @@ _Key = tuple[bytes, Purpose]  # study, purpose: of each, one sum at a time
 class SecureSite:
     """Answers the coordinator's requests in any order they come; only the right order gets answers."""
 
-    def __init__(self, enrolment: Enrolment, journal: Journal, *, threads: int | None = None) -> None:
-        self._enrolment = enrolment
+    def __init__(self, enrolments: Enrolments, journal: Journal, *, threads: int | None = None) -> None:
+        self._enrolments = enrolments
         self._journal = journal
         self._threads = usable_threads() if threads is None else threads
         self._held: dict[_Key, Contribution] = {}
+        self._least: dict[_Key, int] = {}  # sites, which the noise in what is held may count on
+        self._told = 0
         self._open: dict[_Key, tuple[bytes, _State]] = {}  # with the context
         self._lock = Lock()
 
     @property
     def smallest_sum(self) -> int:
         """Least number of sites, this one included, whose sum this site helps to open."""
-        return self._enrolment.minimum_cohort
+        self._told = self._enrolments.minimum_cohort
+        return self._told
 
     def hold(self, contribution: Contribution) -> None:
         """Keep ``contribution`` for the sums of its study and purpose, in place of the one before."""
         with self._lock:
-            self._held[contribution.study, contribution.purpose] = contribution
+            key = contribution.study, contribution.purpose
+            self._held[key] = contribution
+            self._least[key] = max(self._told, self._enrolments.minimum_cohort)
 
     def study_of(self, phase: Phase, request: PhaseRequest) -> bytes | None:
         """The study that ``request`` says or belongs to; None where no such sum is open here."""
@@ -104,9 +110,10 @@ class SecureSite:
                 "a sum was announced for which nothing is held here: this site restarted, or was not asked to train",
                 reason=Reason.NOTHING_HELD,
             )
-        epoch = self._enrolment.roster.epoch
+        enrolment = self._enrolment(key, announcement)
+        epoch = enrolment.roster.epoch
         history = self._journal.history(announcement, epoch=epoch)
-        state = advertise_keys(announcement, held, self._enrolment, history)
+        state = advertise_keys(announcement, held, enrolment, history)
         self._journal.begin(announcement, weight=held.weight, epoch=epoch)
         self._open[key] = (state.context, state)
         return PhaseReply(state.advert.to_bytes())
@@ -115,7 +122,8 @@ class SecureSite:
         key, state = self._state(request.context)
         if not isinstance(state, Advertised):
             raise _out_of_order()
-        after, message = share_keys(state, request, self._enrolment)
+        enrolment = self._enrolment(key, state.announcement)
+        after, message = share_keys(state, request, enrolment)
         self._open[key] = (request.context, after)
         return PhaseReply(message.to_bytes())
 
@@ -124,7 +132,8 @@ class SecureSite:
         if not isinstance(state, Shared):
             raise _out_of_order()
         permit(key[0])
-        masked, reply = masked_input(state, request, self._enrolment, threads=self._threads)
+        enrolment = self._enrolment(key, state.before.announcement)
+        masked, reply = masked_input(state, request, enrolment, threads=self._threads)
         after = OpenRound(masked)
         self._open[key] = (request.context, after)  # before the disk: no second masking under the same keys
         self._journal.keep(masked.announcement, after.to_bytes())
@@ -134,14 +143,15 @@ class SecureSite:
         key, state = self._state(request.context)
         if not isinstance(state, OpenRound):
             raise _out_of_order()
+        enrolment = self._enrolment(key, state.masked.announcement, finishing=True)
         if (before := state.confirmed) is not None:
             if before.survivors != request.survivors:
                 raise ProtocolError(
                     "another list of survivors was signed here: one sum of this round is all there is",
                     reason=Reason.BAD_SURVIVORS,
                 )
-            return PhaseReply(sign_confirmation(before, self._enrolment).to_bytes())
-        confirmed, message = confirm_survivors(state.masked, request, self._enrolment)
+            return PhaseReply(sign_confirmation(before, enrolment).to_bytes())
+        confirmed, message = confirm_survivors(state.masked, request, enrolment)
         after = OpenRound(state.masked, confirmed.survivors)
         self._journal.consume(
             state.masked.announcement,
@@ -158,12 +168,19 @@ class SecureSite:
             raise _out_of_order()
         if state.reveal is not None:
             return PhaseReply(state.reveal)
-        reveal = unmask(confirmed, request, self._enrolment).to_bytes()
+        enrolment = self._enrolment(key, state.masked.announcement, finishing=True)
+        reveal = unmask(confirmed, request, enrolment).to_bytes()
         after = state.revealed(reveal)
         self._journal.keep(state.masked.announcement, after.to_bytes())
         self._open[key] = (request.context, after)
         log.info("a masked sum over %d sites is complete", len(confirmed.survivors))
         return PhaseReply(reveal)
+
+    def _enrolment(self, key: _Key, announcement: Announcement, *, finishing: bool = False) -> Enrolment:
+        """The enrolment under the announced roster, which may since have come to ask for fewer sites."""
+        found = self._enrolments.under(announcement.roster, finishing=finishing)
+        least = max(found.rules.minimum_cohort, self._least.get(key, 0))
+        return replace(found, rules=replace(found.rules, minimum_cohort=least))
 
     def _state(self, context: bytes) -> tuple[_Key, _State]:
         """Key and state of the open sum of ``context``, from the journal where this process has just started."""
@@ -175,8 +192,7 @@ class SecureSite:
             raise _out_of_order()
         restored = OpenRound.from_bytes(kept)
         announcement = restored.masked.announcement
-        if announcement.roster != self._enrolment.roster.digest:
-            raise ProtocolError("the roster has changed since this sum began", reason=Reason.BAD_ROSTER)
+        self._enrolments.under(announcement.roster, finishing=True)
         key = announcement.study, announcement.purpose
         self._open[key] = (context, restored)
         return key, restored

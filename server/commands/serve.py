@@ -23,13 +23,14 @@ def work(options: argparse.Namespace) -> int:
 
     from medfl.server.config import consortium_file, load_consortium
     from medfl.server.console import reporter_for
-    from medfl.server.coordinator import coordinate, load_studies, read_roster
+    from medfl.server.coordinator import coordinate, load_studies
     from medfl.server.reporter import Several
+    from medfl.server.rosters import RosterFolder
     from medfl.server.rounds import Ending
     from medfl.shared.certificates import WARN_DAYS, check_certificate
     from medfl.shared.command import on_termination
     from medfl.shared.errors import ConfigError
-    from medfl.shared.keys import node_public_key, read_private
+    from medfl.shared.keys import read_private
     from medfl.shared.logs import set_up_logs
 
     set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose, file=options.log_file)
@@ -38,12 +39,12 @@ def work(options: argparse.Namespace) -> int:
     studies = load_studies(settings)
     days = check_certificate(settings.tls.certificate, authority=settings.tls.authority)
     read_private(settings.tls.key)
-    for key in read_roster(settings).values():
-        node_public_key(key)
+    membership = RosterFolder.of(settings).newest()
     if options.check:
-        print(f"consortium {settings.consortium}: {len(settings.sites)} sites, certificate valid for {days:.0f} days")
+        print(f"consortium {settings.consortium}: roster epoch {membership.epoch}, {len(membership.sites)} sites")
+        print(f"certificate valid for {days:.0f} days")
         if days < WARN_DAYS:
-            print("the certificate expires soon: renew it")
+            print("the certificate expires soon: medfl-server renew")
         for study in studies:
             print(f"study {study.name}: {study.digest}")
         return 0

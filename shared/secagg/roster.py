@@ -6,16 +6,12 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import AfterValidator, Field
 
-from medfl.shared.config import Settings, load_settings
 from medfl.shared.errors import ConfigError, ProtocolError
-from medfl.shared.keys import fingerprint, public_line, read_public_key
+from medfl.shared.keys import fingerprint
 from medfl.shared.secagg.hashing import ids_to_bytes, tagged_hash
 from medfl.shared.secagg.limits import LARGEST_COHORT, SMALLEST_COHORT, default_minimum_cohort
 from medfl.shared.secagg.reasons import Reason
@@ -100,54 +96,3 @@ def make_roster(consortium: str, epoch: int, members: Iterable[Member], *, minim
     if not SMALLEST_COHORT <= minimum <= LARGEST_COHORT:
         raise ConfigError(f"roster: minimum_cohort must lie between {SMALLEST_COHORT} and {LARGEST_COHORT}")
     return Roster(consortium, epoch, minimum, ordered)
-
-
-def _site_key(line: str) -> bytes:
-    try:
-        key = read_public_key(line)
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(key, Ed25519PublicKey):
-        raise ValueError("is not an Ed25519 key: give the one line of the site's site.key.pub")
-    return key.public_bytes_raw()
-
-
-class _SiteEntry(Settings):
-    id: int = Field(ge=1, le=LARGEST_ID)
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    key: Annotated[str, AfterValidator(lambda line: (_site_key(line), line)[1])]
-
-
-class _RosterFile(Settings):
-    consortium: str = Field(min_length=1, max_length=200)
-    epoch: int = Field(ge=1, lt=2**32)
-    minimum_cohort: int | None = Field(default=None, ge=SMALLEST_COHORT, le=LARGEST_COHORT)
-    sites: tuple[_SiteEntry, ...] = Field(min_length=1, max_length=10_000)
-
-
-def load_roster(path: Path) -> Roster:
-    """Read a roster file (YAML): ``consortium``, ``epoch``, optional ``minimum_cohort``, ``sites`` of id, name, key.
-
-    Raises:
-        ConfigError: one line per problem, with its place in the file.
-    """
-    file = load_settings(path, _RosterFile)
-    members = [Member(entry.id, entry.name, _site_key(entry.key)) for entry in file.sites]
-    try:
-        return make_roster(file.consortium, file.epoch, members, minimum_cohort=file.minimum_cohort)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def roster_text(roster: Roster) -> str:
-    """``roster`` as the text of a roster file, which :func:`load_roster` reads back to an equal roster."""
-    lines = [f"consortium: {_quoted(roster.consortium)}", f"epoch: {roster.epoch}"]
-    lines += [f"minimum_cohort: {roster.minimum_cohort}", "sites:"]
-    for member in roster.members:
-        key = public_line(Ed25519PublicKey.from_public_bytes(member.key))
-        lines += [f"  - id: {member.id}", f"    name: {_quoted(member.name)}", f"    key: {key}"]
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

@@ -6,8 +6,8 @@ import csv
 import datetime
 import hashlib
 import io
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +21,10 @@ from waiting import wait_for
 from medfl.client.audit import Answer, Audit, Content, Form, Passage, Price
 from medfl.client.audit_report import Report, as_csv, as_html, inspected, totals, verified
 from medfl.client.cli import main
+from medfl.client.config import load_site
+from medfl.client.runtime import site_rosters
 from medfl.shared import chain as chains
 from medfl.shared.errors import ConfigError, PolicyRefusal
-from medfl.shared.secagg.roster import load_roster
 
 LUNGS, HEARTS = "1" * 64, "2" * 64
 
@@ -278,21 +279,17 @@ def test_a_confirmed_roster_is_in_the_log(
     home: Path, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found_consortium_folder(home)
-    with (home / "site.yaml").open("a") as file:
-        file.write("secure_aggregation: {roster: fl/roster.yaml}\n")
+    shutil.copytree(home / "north" / "state" / "roster", home / "state" / "roster")
+    roster = site_rosters(load_site(home / "site.yaml")).newest()
+    assert roster is not None
+    (home / "state" / "roster" / "roster.json").unlink()
+    rows = len(inspected(path).rows)
     confirm = ["--site", str(home / "site.yaml"), "roster", "confirm"]
     answers = iter(["no", "yes"])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
     assert main(confirm) == 3
-    assert len(inspected(path).rows) == 7
+    assert len(inspected(path).rows) == rows
     assert main(confirm) == 0
-    row = inspected(path).rows[7]
-    roster = load_roster(home / "fl" / "roster.yaml")
-    assert (row["event"], row["epoch"], row["members"]) == ("roster confirmed", 1, 3)
-    assert row["roster"] == roster.digest.hex()
-
-    running = Audit(path)
-    assert main(confirm) == 2  # a running node's log is its own; nothing was asked
-    assert "stop the other process" in capsys.readouterr().err
-    running.close()
-    assert json.loads(path.read_bytes().splitlines()[-1]) == row
+    row = inspected(path).rows[rows]
+    assert (row["event"], row["epoch"], row["members"]) == ("roster confirmed", 2, 3)
+    assert row["roster"] == roster.roster.digest.hex()

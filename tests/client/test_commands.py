@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import stat
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from consortium import found_consortium_folder, write_pictures
+from cryptography.hazmat.primitives import serialization
 from tiny import masks_study
 
 from medfl.client import checks
@@ -19,8 +19,10 @@ from medfl.client.node import Notice
 from medfl.client.policy import Policy
 from medfl.client.runtime import build_site, gate_of, node_settings, site_device
 from medfl.shared.config import load_settings, parse_settings
+from medfl.shared.enrolment import read_request
 from medfl.shared.errors import ConfigError, NetworkError, PolicyRefusal
 from medfl.shared.messages import Kind
+from medfl.shared.passphrase import passphrase
 
 STUDY = masks_study(data={"preprocessing": {"normalise": "scale_255", "size": [8, 8]}})
 
@@ -112,26 +114,59 @@ def test_no_error_names_a_patient_or_a_patients_file(home: Path, capsys: pytest.
     assert "p3.png" not in out + err
 
 
-def test_keys_are_made_for_the_owner_only_and_never_over_others(
+def enroll(folder: Path, *more: str) -> int:
+    return main(["--site", str(folder / "site.yaml"), "enroll", *more])
+
+
+def test_enrolling_writes_a_site_file_keys_for_the_owner_only_and_a_public_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "keys"
-    assert main(["keys", str(folder), "--name", "north"]) == 0
-    assert capsys.readouterr().out.count("SHA256:") == 2
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert enroll(tmp_path, "--name", "north", "--coordinator", "fl.example.org:9443") == 0
+    out = capsys.readouterr().out
+    request = read_request(tmp_path / "keys" / "request.json")
+    assert request.fingerprint in out
+    assert "[x] 2." in out
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "keys").iterdir()}
     assert {name for name, mode in modes.items() if mode & 0o077} == {"request.json", "node.key.pub", "site.key.pub"}
-    request = (folder / "request.json").read_text()
-    assert "PRIVATE" not in request
-    assert json.loads(request)["site"] == "north"
-    before = (folder / "node.key").read_bytes()
-    assert main(["keys", str(folder), "--name", "north"]) == 2
-    assert (folder / "node.key").read_bytes() == before
+    assert "PRIVATE" not in (tmp_path / "keys" / "request.json").read_text()
+    settings = load_settings(tmp_path / "site.yaml", SiteSettings)
+    assert (settings.site, settings.coordinator) == ("north", "fl.example.org:9443")
+    assert settings.policy == Policy()
 
 
-@pytest.mark.parametrize("name", ["", "Not A Name", "../north", "a" * 70])
-def test_a_malformed_site_name_is_refused_before_any_key_is_made(tmp_path: Path, name: str) -> None:
-    assert main(["keys", str(tmp_path / "keys"), "--name", name]) == 2
-    assert not (tmp_path / "keys").exists()
+def test_enrolling_again_keeps_the_keys_and_makes_what_a_killed_command_did_not(tmp_path: Path) -> None:
+    assert enroll(tmp_path, "--name", "north") == 0
+    before = {name: (tmp_path / "keys" / name).read_bytes() for name in ("node.key", "site.key")}
+    (tmp_path / "keys" / "client.key").unlink()
+    (tmp_path / "keys" / "request.json").unlink()
+    assert enroll(tmp_path) == 0
+    assert before == {name: (tmp_path / "keys" / name).read_bytes() for name in before}
+    assert read_request(tmp_path / "keys" / "request.json").site == "north"
+    assert enroll(tmp_path, "--name", "south") == 2
+
+
+def test_keys_made_with_a_passphrase_open_only_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passphrase.cache_clear()
+    secret = tmp_path / "secret"
+    secret.write_text("correct horse\n")
+    secret.chmod(0o600)
+    monkeypatch.setenv("MEDFL_PASSPHRASE_FILE", str(secret))
+    assert enroll(tmp_path, "--name", "north", "--passphrase") == 0
+    for name in ("client.key", "node.key", "site.key"):
+        content = (tmp_path / "keys" / name).read_bytes()
+        openssh = b"OPENSSH" in content
+        with pytest.raises(TypeError):
+            (serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key)(content, None)
+    passphrase.cache_clear()
+    secret.write_text("wrong")
+    assert enroll(tmp_path) == 2
+    passphrase.cache_clear()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--name", "Not A Name"], ["--name", "../north"], ["--name", "a" * 70]])
+def test_without_a_site_file_and_a_sound_name_no_key_is_made(tmp_path: Path, arguments: list[str]) -> None:
+    assert enroll(tmp_path, *arguments) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 MINIMAL = "site: a\ncoordinator: {}\nkeys: k\nstate: s\ndata: {{source: dicom, folder: d}}\n"

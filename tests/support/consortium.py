@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from medfl.client.config import SiteSettings
+from medfl.client.joining import join
+from medfl.client.runtime import site_rosters
+from medfl.server.config import load_consortium
+from medfl.server.enrolling import Registrar
 from medfl.server.founding import found
 from medfl.shared.certificates import SiteFiles
-from medfl.shared.enrolment import make_request
+from medfl.shared.enrolment import Invitation, make_keys, make_request
 from medfl.shared.study import Study
 
 SITES = ("north", "south", "west")
 
 
-def found_consortium_folder(root: Path, *, sites: Sequence[str] = SITES) -> list[str]:
-    """``root/fl`` is the coordinator's folder, ``root/NAME/keys`` each site's; returns what the command says."""
-    for name in sites:
-        make_request(root / name / "keys", name)
-    requests = [root / name / "keys" / "request.json" for name in sites]
-    said = list(found(root / "fl", requests, hosts=["127.0.0.1"], port=9443))
-    for name in sites:
-        files = SiteFiles(root / "fl" / "sites" / name)
-        for certificate in (files.authority, files.certificate):
-            shutil.copy(certificate, root / name / "keys")
-    return said
+def found_consortium_folder(root: Path, *, sites: Sequence[str] = SITES) -> str:
+    """``root/fl`` is the coordinator's folder, ``root/NAME`` each site's: enrolled, joined, all keys confirmed.
+
+    Returns the consortium's fingerprint.
+    """
+    fingerprint = found(root / "fl", hosts=["127.0.0.1"], port=9443)
+    requests = [make_keys(root / name / "keys", name) for name in sites]
+    registrar = Registrar(load_consortium(root / "fl" / "consortium.yaml"))
+    for outcome in registrar.approve(requests):
+        invitation = Invitation.read(outcome.invitation)
+        site = site_settings(root, outcome.site)
+        membership = invitation.check(make_request(SiteFiles(site.keys), outcome.site))
+        join(invitation, membership, site, fingerprint=fingerprint)
+        site_rosters(site).confirm(membership)
+    return fingerprint
+
+
+def site_settings(root: Path, name: str) -> SiteSettings:
+    """Where a site of ``root`` keeps what."""
+    home = root / name
+    data = {"source": "table", "file": str(home / "pictures" / "sites.csv")}
+    return SiteSettings.model_validate({"site": name, "keys": home / "keys", "state": home / "state", "data": data})
 
 
 def with_study(root: Path, study: Study) -> Path:
