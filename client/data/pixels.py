@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 from medfl.client.data.case import Quarantine
 from medfl.client.data.decoder import decompress
 from medfl.client.data.guard import reading
+
+_GREY = frozenset({"MONOCHROME1", "MONOCHROME2"})
 
 
 def open_dataset(path: Path) -> pydicom.FileDataset:
@@ -61,17 +65,85 @@ def decode(dataset: pydicom.Dataset) -> NDArray[Any]:
     Raises:
         Quarantine: no pixels, fewer or more bytes than the header says, or a syntax no installed decoder reads.
     """
+    with _checked(dataset):
+        return np.asarray(pixel_array(dataset))
+
+
+def stored_frames(dataset: pydicom.Dataset) -> NDArray[np.integer[Any]]:
+    """Stored values of grey frames, (frame, row, column), with the sign that the header says; read-only.
+
+    Bits above those stored must be zero, the sign's continuation, or those of a padding value. pydicom cuts them off
+    unseen, and with them goes the only sign of bytes in the wrong order.
+
+    Raises:
+        Quarantine: as :func:`decode`; colour; or bits set that the header does not describe.
+    """
+    if int(dataset.get("SamplesPerPixel") or 1) != 1 or dataset.get("PhotometricInterpretation") not in _GREY:
+        raise Quarantine("colour volume")
+    with _checked(dataset):
+        allocated, bits = int(dataset.BitsAllocated), int(dataset.BitsStored)
+        shape = (int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns))
+        if allocated not in {8, 16, 32} or "PixelData" not in dataset or _is_encapsulated(dataset):
+            return np.asarray(pixel_array(dataset)).reshape(shape)
+        signed = int(dataset.PixelRepresentation) == 1
+        raw = np.frombuffer(dataset.PixelData, f"<u{allocated // 8}", math.prod(shape)).reshape(shape)
+        if bits == allocated:
+            return raw.view(f"<i{allocated // 8}") if signed else raw
+        return _within_bits(raw, bits, signed, padding_range(dataset))
+
+
+def padding_range(dataset: pydicom.Dataset) -> tuple[int, int] | None:
+    """Smallest and largest stored value that pad the image (PS3.3 C.7.5.1.1.2), whatever sign they are written with."""
+    value, limit = dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")
+    if not isinstance(value, int):
+        return None
+    size = 2 ** int(dataset.BitsAllocated)
+    lowest = -size // 2 if int(dataset.get("PixelRepresentation") or 0) == 1 else 0
+    ends = [(end - lowest) % size + lowest for end in (value, limit if isinstance(limit, int) else value)]
+    return min(ends), max(ends)
+
+
+def _within_bits(
+    raw: NDArray[np.unsignedinteger[Any]], bits: int, signed: bool, padding: tuple[int, int] | None
+) -> NDArray[np.integer[Any]]:
+    """``raw`` with its sign, where every value fits into ``bits``, or is padding."""
+    if int(raw.max(initial=0)) < 2 ** (bits - 1):
+        return raw.view(raw.dtype.str.replace("u", "i")) if signed else raw
+    if not signed:
+        values, fits = raw, raw < 2**bits
+    else:
+        values = raw.view(raw.dtype.str.replace("u", "i"))
+        half = 2 ** (bits - 1)
+        fits = (values >= -half) & (values < half)
+        if not fits.all() and int(raw.max()) < 2**bits:  # the sign is the highest stored bit only
+            return np.asarray((values ^ half) - half)
+    if padding is not None and not fits.all():
+        fits |= (values >= padding[0]) & (values <= padding[1])
+    if not fits.all():
+        raise Quarantine("pixel bits that the header does not describe")
+    return values
+
+
+@contextmanager
+def _checked(dataset: pydicom.Dataset) -> Iterator[None]:
+    """Reading pixels of ``dataset``, once its header is known to describe them."""
     if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise Quarantine("no pixels")
     with reading("unreadable pixels"):
+        if "PixelData" in dataset and int(dataset.get("HighBit") or 0) + 1 != int(dataset.BitsStored):
+            raise Quarantine("pixel bits in an unusual place")
         _length_is_right(dataset)
-        return np.asarray(pixel_array(dataset))
+        yield
+
+
+def _is_encapsulated(dataset: pydicom.Dataset) -> bool:
+    syntax = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
+    return syntax is not None and bool(syntax.is_encapsulated)
 
 
 def _length_is_right(dataset: pydicom.Dataset) -> None:
     """Refuse native pixels of a wrong length: pydicom only warns when there are too many."""
-    syntax = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
-    if syntax is None or syntax.is_encapsulated or "PixelData" not in dataset:
+    if _is_encapsulated(dataset) or "PixelData" not in dataset:
         return
     expected = get_expected_length(dataset)
     have = len(dataset.PixelData)

@@ -87,7 +87,9 @@ def _open(
 
 
 def _voxels(seg: hd.seg.Segmentation, numbers: list[int], volume: hd.Volume) -> NDArray[np.bool_]:
+    fractional = str(seg.get("SegmentationType")) == "FRACTIONAL"
     with reading("unreadable segmentation"):
-        segments = seg.get_volume(segment_numbers=numbers, dtype=np.float32)
-    union = segments.with_array(np.asarray((segments.array >= 0.5).any(axis=-1)), channels=None)
+        segments = seg.get_volume(segment_numbers=numbers, dtype=np.float32 if fractional else np.uint8)
+    chosen = segments.array >= 0.5 if fractional else segments.array
+    union = segments.with_array(np.asarray(chosen.any(axis=-1)), channels=None)
     return place(union, volume)

@@ -175,7 +175,7 @@ def test_nothing_of_a_header_reaches_logs_report_or_objects(
         data = load(tmp_path)
     seen = caplog.text + "".join(capsys.readouterr()) + repr(data.report) + "\n".join(data.report.lines())
     assert secret not in seen
-    assert data.report.quarantined == {"unreadable pixels": 1}
+    assert data.report.quarantined == {"pixel data of a wrong length": 1}
 
 
 def test_ages_are_bands_and_patients_are_counted_once(tmp_path: Path) -> None:

@@ -165,6 +165,10 @@ def other_size(slices: Slices) -> None:
 
 
 def no_rescale(slices: Slices) -> None:
+    del slices[4].RescaleSlope, slices[4].RescaleIntercept
+
+
+def half_a_rescale(slices: Slices) -> None:
     del slices[4].RescaleSlope
 
 
@@ -197,9 +201,10 @@ def no_pixels(slices: Slices) -> None:
         (other_spacing, "mixed series"),
         (other_size, "mixed series"),
         (no_rescale, "CT without rescale to Hounsfield units"),
+        (half_a_rescale, "rescale that is not complete"),
         (other_unit, "CT in other units than Hounsfield"),
-        (truncated, "unreadable pixels"),
-        (no_pixels, "unreadable pixels"),
+        (truncated, "pixel data of a wrong length"),
+        (no_pixels, "no pixels"),
     ],
 )
 def test_a_spoilt_series_is_left_out_with_its_reason(spoil: Callable[[Slices], None], reason: str) -> None:
