@@ -6,6 +6,7 @@ absence proves nothing, so the contact sheet is for a person's eyes.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pydicom
@@ -13,7 +14,12 @@ import pydicom
 from medfl.client.data.case import Quarantine
 
 _TEXT_IS_USUAL = frozenset({"US", "XA", "RF", "ES", "XC", "OT", "SC", "DOC", "ECG", "GM", "SM", "OP"})
-_SHOWS_FACE = frozenset({"HEAD", "BRAIN", "FACE", "SKULL", "HEADNECK", "NECK", "SINUS", "ORBIT", "IAC", "JAW", "EYE"})
+_SHOWS_FACE = re.compile(
+    r"head|brain|face|facial|skull|neck|sinus|orbit|iac\b|jaw|\beyes?\b|cerebr|cranio|cranium|neuro|sch.?del|kopf|"
+    r"cr[aâ]ne|cerveau|cabeza|craneo|testa|encefal",
+    re.IGNORECASE,
+)
+"""Names of the body part or the protocol of scans that show a face. Too many are asked about rather than too few."""
 
 
 def admit(dataset: pydicom.Dataset) -> frozenset[str]:
@@ -34,15 +40,23 @@ def admit(dataset: pydicom.Dataset) -> frozenset[str]:
     risky = modality in _TEXT_IS_USUAL or kind & {"SECONDARY", "SCREEN SAVE"} or dataset.get("ConversionType")
     if risky and str(dataset.get("BurnedInAnnotation") or "").upper() != "NO":
         review.add("burned-in text possible")
-    body_part = "".join(c for c in str(dataset.get("BodyPartExamined") or "").upper() if c.isalpha())
     defaced = str(dataset.get("RecognizableVisualFeatures") or "").upper() == "NO"
-    if modality in {"CT", "MR", "PT"} and body_part in _SHOWS_FACE and not defaced:
+    if modality in {"CT", "MR", "PT"} and not defaced and _SHOWS_FACE.search(_anatomy(dataset)):
         review.add("a face may be recognisable")
     if _overlay_groups(dataset):
         review.add("overlay planes (not used)")
     if str(dataset.get("LossyImageCompression") or "") == "01":
         review.add("lossy compression")
     return frozenset(review)
+
+
+def _anatomy(dataset: pydicom.Dataset) -> str:
+    """What the header says of the body part; where it says nothing, the names of protocol, series and study."""
+    region = dataset.get("AnatomicRegionSequence") or []
+    words = [str(dataset.get("BodyPartExamined") or ""), *(str(item.get("CodeMeaning") or "") for item in region)]
+    if not any(words):
+        words = [str(dataset.get(name) or "") for name in ("ProtocolName", "SeriesDescription", "StudyDescription")]
+    return " ".join(words)
 
 
 def _overlay_in_pixels(dataset: pydicom.Dataset) -> bool:

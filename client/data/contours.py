@@ -13,67 +13,73 @@ from numpy.typing import NDArray
 from skimage.draw import polygon2mask
 
 from medfl.client.data.case import Quarantine
+from medfl.client.data.guard import reading
 from medfl.client.data.pixels import open_dataset
 from medfl.shared.data_spec import DataSpec
 
-_AREA = {"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"}
+_EXCLUSIVE = "CLOSEDPLANAR_XOR"
+_AREA = {"CLOSED_PLANAR", _EXCLUSIVE}
 
 
 def read_contours(
-    path: Path, volume: hd.Volume, instances: Sequence[str], spec: DataSpec, aliases: Mapping[str, str]
+    path: Path, volume: hd.Volume, instances: Mapping[str, int], spec: DataSpec, aliases: Mapping[str, str]
 ) -> tuple[dict[int, NDArray[np.bool_]], Counter[str]]:
     """Voxels of each class in one RTSTRUCT, and names of regions that are no class.
 
-    Contours are polygons in patient mm (PS3.3 C.8.8.6); a voxel is inside when its centre is. Polygons of one region in
-    one slice are combined by exclusive or, which makes holes. rt-utils is wrong on pixels that are not square.
+    Contours are polygons in patient mm (PS3.3 C.8.8.6); a voxel is inside when its centre is. A polygon inside another
+    of the same region and slice is a hole. ``instances`` says in which slice of ``volume`` each image lies
+    (-1: in all). rt-utils is wrong on pixels that are not square.
 
     Raises:
-        Quarantine: unreadable, drawn on other images, a contour between slices or outside the volume.
+        Quarantine: unreadable, drawn on other images, a contour between slices or outside the volume, contours of one
+            region that cross each other, or a region of the study that has no area.
     """
     dataset = open_dataset(path)
-    try:
+    with reading("unreadable structure set"):
         regions = {int(item.ROINumber): item for item in dataset.StructureSetROISequence}
         drawn = {int(item.ReferencedROINumber): item for item in dataset.ROIContourSequence}
-    except (AttributeError, TypeError, ValueError):
-        raise Quarantine("unreadable structure set") from None
+        if len(regions) < len(dataset.StructureSetROISequence) or len(drawn) < len(dataset.ROIContourSequence):
+            raise Quarantine("two regions of one number")
     out: dict[int, NDArray[np.bool_]] = {}
     unmatched: Counter[str] = Counter()
     for number, region in regions.items():
-        name = str(region.get("ROIName") or "")
+        name = str(region.get("ROIName") or "").strip()
         label = spec.class_of(aliases.get(name, name))
         if label is None:
             unmatched[name] += 1
             continue
-        contours = list(drawn[number].get("ContourSequence") or []) if number in drawn else []
-        _drawn_here(region, contours, volume, set(instances))
-        mask = out.setdefault(label, np.zeros(volume.spatial_shape, bool))
-        mask |= _fill(contours, volume)
+        with reading("unreadable structure set"):
+            contours = list(drawn[number].get("ContourSequence") or []) if number in drawn else []
+            areas = [contour for contour in contours if str(contour.get("ContourGeometricType")) in _AREA]
+            if not areas:
+                raise Quarantine("region without a closed contour")
+            _drawn_here(region, contours, volume, instances)
+            mask = out.setdefault(label, np.zeros(volume.spatial_shape, bool))
+            mask |= _fill(areas, volume, instances)
     return out, unmatched
 
 
+def _named(contour: pydicom.Dataset) -> set[str]:
+    return {str(image.get("ReferencedSOPInstanceUID")).strip() for image in contour.get("ContourImageSequence") or []}
+
+
 def _drawn_here(
-    region: pydicom.Dataset, contours: Sequence[pydicom.Dataset], volume: hd.Volume, instances: set[str]
+    region: pydicom.Dataset, contours: Sequence[pydicom.Dataset], volume: hd.Volume, instances: Mapping[str, int]
 ) -> None:
-    """The region shares the volume's frame of reference, or else every contour names one of its slices."""
-    if str(region.get("ReferencedFrameOfReferenceUID") or "") == volume.frame_of_reference_uid:
-        return
-    named = [
-        {str(image.get("ReferencedSOPInstanceUID")) for image in contour.get("ContourImageSequence") or []}
-        for contour in contours
-    ]
-    if not named or not all(uids and uids <= instances for uids in named):
+    """Every image that a contour names is here; and the frame of reference is shared, or every contour names one."""
+    named = [_named(contour) for contour in contours]
+    frame = str(region.get("ReferencedFrameOfReferenceUID") or "").strip()
+    if frame != volume.frame_of_reference_uid and not all(uids and uids <= set(instances) for uids in named):
         raise Quarantine("label in another frame of reference")
+    if not set().union(*named) <= set(instances):
+        raise Quarantine("label was made on slices that are missing")
 
 
-def _fill(contours: Sequence[pydicom.Dataset], volume: hd.Volume) -> NDArray[np.bool_]:
+def _fill(contours: Sequence[pydicom.Dataset], volume: hd.Volume, instances: Mapping[str, int]) -> NDArray[np.bool_]:
     mask = np.zeros(volume.spatial_shape, bool)
+    outlines: dict[int, list[NDArray[np.bool_]]] = {}
     for contour in contours:
-        if str(contour.get("ContourGeometricType")) not in _AREA:
-            continue
-        try:
-            points = np.array([float(v) for v in contour.ContourData]).reshape(-1, 3)
-        except (AttributeError, TypeError, ValueError):
-            raise Quarantine("unreadable structure set") from None
+        points = np.array([float(v) for v in contour.ContourData]).reshape(-1, 3)
         if len(points) < 3 or not np.isfinite(points).all():
             raise Quarantine("unreadable structure set")
         indices = volume.map_reference_to_indices(points, round_output=False)
@@ -85,5 +91,22 @@ def _fill(contours: Sequence[pydicom.Dataset], volume: hd.Volume) -> NDArray[np.
         low, high = indices[:, 1:].min(axis=0), indices[:, 1:].max(axis=0)
         if not 0 <= at < len(mask) or (low < -1).any() or high[0] > rows or high[1] > columns:
             raise Quarantine("label reaches outside the image")
-        mask[at] ^= polygon2mask(mask.shape[1:], indices[:, 1:3])  # type: ignore[no-untyped-call]
+        if any(instances[uid] not in {at, -1} for uid in _named(contour)):
+            raise Quarantine("contour that lies in another slice than it names")
+        inside = polygon2mask(mask.shape[1:], indices[:, 1:3])  # type: ignore[no-untyped-call]
+        if str(contour.ContourGeometricType) != _EXCLUSIVE:
+            for other in outlines.setdefault(at, []):
+                _refuse_crossing(inside, other)
+            outlines[at].append(inside)
+        mask[at] ^= inside
     return mask
+
+
+def _refuse_crossing(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> None:
+    """Exclusive or makes a hole of a polygon inside another. Of two that cross, or are the same, nobody can tell.
+
+    Polygons that share an edge may share the voxels along it.
+    """
+    both, smaller, larger = (int(n) for n in ((one & other).sum(), *sorted((one.sum(), other.sum()))))
+    if both > max(0.05 * smaller, 2) and (both < 0.95 * smaller or both > 0.95 * larger):
+        raise Quarantine("contours of one region that cross each other")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Literal
 from medfl.client.data.case import Findings, Quarantine
 from medfl.client.data.dicom_cases import ImageCase, LabelFiles, SeriesCase, Stack
 from medfl.client.data.headers import Header, Progress, Reader, scan
-from medfl.client.data.memo import FileMemo
+from medfl.client.data.memo import FileMemo, content_digest
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import DicomSettings, DicomwebSettings, DimseSettings, NiftiLabels, TableLabels
 from medfl.client.data.tables import classes_of, read_rows
@@ -82,9 +82,9 @@ def find_dicom(
     if not archive.images:
         kind = " or ".join(sorted(modality.value for modality in _modalities(spec)))
         raise DataError(f"{folder}: no {kind} image among {len(headers)} DICOM files that can be used (data.folder)")
-    finder = _Finder(settings, spec, archive, _Labels(settings, spec, task, key))
+    finder = _Finder(settings, spec, archive, _Labels(settings, folder, spec, task, key, archive))
     if spec.modality in PLANAR:
-        candidates: Iterable[list[list[Header]]] = ([[h]] for series in archive.images.values() for h in series)
+        candidates: Iterable[list[list[Header]]] = _by_instance(archive.images.values())
     elif spec.series:
         candidates = _by_study(archive.images.values())
     else:
@@ -109,13 +109,13 @@ def _modalities(spec: DataSpec) -> frozenset[Modality]:
 def _sort(headers: list[Header], spec: DataSpec, findings: Findings) -> _Archive:
     wanted = {uid for modality in _modalities(spec) for uid in (VOLUMES.get(modality) or PLANAR[modality])}
     archive = _Archive()
-    seen: set[str] = set()
+    seen: dict[str, Header] = {}
     for header in headers:
         is_label = header.sop_class in SEGMENTATIONS or header.sop_class == STRUCTURE_SET
         if not is_label and header.sop_class not in wanted:
             findings.quarantined["SOP class that the study does not use"] += 1
-        elif header.sop_instance in seen and is_label:
-            findings.quarantined["same label twice"] += 1
+        elif header.sop_instance in seen and _same_content(header, seen[header.sop_instance]):
+            findings.quarantined["copy of another file"] += 1
         elif not is_label:
             archive.images[header.series].append(header)
         else:
@@ -124,12 +124,27 @@ def _sort(headers: list[Header], spec: DataSpec, findings: Findings) -> _Archive
                 findings.quarantined["label that names no series"] += 1
             for uid in header.referenced_series:
                 archive.labels[uid].append(header)
-        seen.add(header.sop_instance)
+        seen.setdefault(header.sop_instance, header)
     findings.series = len(archive.images)
     findings.studies = len({series[0].study for series in archive.images.values()})
     if orphans := sum(len(found) for uid, found in archive.labels.items() if uid not in archive.images):
         findings.quarantined["label without image"] += orphans
     return archive
+
+
+def _same_content(one: Header, other: Header) -> bool:
+    try:
+        return content_digest(one.path) == content_digest(other.path)
+    except Quarantine:
+        return False
+
+
+def _by_instance(series: Iterable[list[Header]]) -> list[list[list[Header]]]:
+    """Single images; those that claim to be the same one stay together, and are refused."""
+    instances: dict[str, list[Header]] = defaultdict(list)
+    for header in (header for headers in series for header in headers):
+        instances[header.sop_instance].append(header)
+    return [[found] for found in instances.values()]
 
 
 def _by_study(series: Iterable[list[Header]]) -> list[list[list[Header]]]:
@@ -142,10 +157,16 @@ def _by_study(series: Iterable[list[Header]]) -> list[list[list[Header]]]:
 class _Labels:
     """Labels that lie outside of DICOM: classes from a table, masks from NIfTI files."""
 
-    def __init__(self, settings: AnyDicom, spec: DataSpec, task: Task, key: SiteKey) -> None:
+    def __init__(
+        self, settings: AnyDicom, folder: Path, spec: DataSpec, task: Task, key: SiteKey, archive: _Archive
+    ) -> None:
         self._settings = settings.labels
         self._classes: dict[str, set[str]] = defaultdict(set)
-        self._spec, self._aliases = spec, settings.aliases
+        self._spec, self._aliases, self._key, self._folder = spec, settings.aliases, key, folder
+        issuers: dict[str, set[str]] = defaultdict(set)
+        for header in (header for series in archive.images.values() for header in series if header.issuer):
+            issuers[header.patient].add(header.issuer)
+        self._ambiguous = {patient for patient, found in issuers.items() if len(found) > 1}
         if isinstance(self._settings, TableLabels):
             if task == "segmentation":
                 raise ConfigError("data.labels: kind: table gives classes of whole images; a segmentation needs masks")
@@ -156,7 +177,7 @@ class _Labels:
                     raise DataError(f"{self._settings.file}: has no column {column!r} (data.labels)")
             for row in rows:
                 value = (row.get(name) or "").strip()
-                self._classes[key.pseudonym(value)].add((row.get(self._settings.label_column) or "").strip())
+                self._classes[self._known(value)].add((row.get(self._settings.label_column) or "").strip())
         self._masks: dict[str, Path] = {}
         if isinstance(self._settings, NiftiLabels):
             if not self._settings.folder.is_dir():
@@ -164,38 +185,49 @@ class _Labels:
             for path in sorted(self._settings.folder.iterdir()):
                 stem = path.name.removesuffix(".gz").removesuffix(".nii")
                 if stem != path.name:
-                    self._masks[key.pseudonym(stem)] = path
-        self._key = key
+                    self._masks[self._known(stem)] = path
 
-    def of(self, header: Header) -> LabelFiles | None:
-        """The label of the case whose first file is ``header``; None where labels are DICOM objects."""
+    def of(self, headers: Sequence[Header]) -> LabelFiles | None:
+        """The label of the case whose first series is ``headers``; None where labels are DICOM objects."""
         match self._settings:
             case TableLabels():
-                found = self._classes.get(self._name(header), set()) - {""}
+                found = set().union(*(self._classes.get(name, set()) for name in self._names(headers))) - {""}
                 if not found:
                     raise Quarantine("no label")
                 if len(found) > 1:
                     raise Quarantine("two different labels in the table")
                 return LabelFiles(classes=classes_of(found.pop(), self._spec, self._aliases))
             case NiftiLabels():
-                path = self._masks.get(self._name(header))
-                if path is None:
+                paths = {self._masks[name] for name in self._names(headers) if name in self._masks}
+                if not paths:
                     raise Quarantine("no label")
-                return LabelFiles(nifti=path)
+                if len(paths) > 1:
+                    raise Quarantine("several files for one channel or mask")
+                return LabelFiles(nifti=paths.pop())
             case _:
                 return None
 
-    def _name(self, header: Header) -> str:
+    def _known(self, name: str) -> str:
+        """How what the administrator wrote is remembered: never an identifier as it is."""
+        assert isinstance(self._settings, TableLabels | NiftiLabels)  # noqa: S101 - the caller has matched it
+        return name.replace("\\", "/") if self._settings.key == "file" else self._key.pseudonym(name)
+
+    def _names(self, headers: Sequence[Header]) -> set[str]:
+        """Names under which a label of these files may be remembered."""
         assert isinstance(self._settings, TableLabels | NiftiLabels)  # noqa: S101 - the caller has matched it
         match self._settings.key:
             case "patient":
-                return header.patient  # already a pseudonym
+                if headers[0].patient in self._ambiguous:
+                    raise Quarantine("one patient identifier of several issuers")
+                return {headers[0].patient}  # already a pseudonym
             case "study":
-                return self._key.pseudonym(header.study)
+                return {self._key.pseudonym(headers[0].study)}
             case "series":
-                return self._key.pseudonym(header.series)
+                return {self._key.pseudonym(headers[0].series)}
             case "instance":
-                return self._key.pseudonym(header.sop_instance)
+                return {self._key.pseudonym(header.sop_instance) for header in headers}
+            case "file":
+                return {header.path.relative_to(self._folder).as_posix() for header in headers}
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +247,13 @@ class _Finder:
         """
         stacks = self._channels(group) if self.spec.series else group
         first = stacks[0][0]
-        if any((h.patient, h.study) != (first.patient, first.study) for stack in stacks for h in stack):
+        if any(_owner(header) != _owner(first) for stack in stacks for header in stack):
             raise Quarantine("mixed series")
+        if self.spec.modality in PLANAR and len(stacks[0]) > 1:
+            raise Quarantine("same instance twice")
         if any(len({h.frame_of_reference for h in stack}) > 1 for stack in stacks):
             raise Quarantine("mixed series")
-        label = self.labels.of(first) or self._objects(stacks)
+        label = self.labels.of(stacks[0]) or self._objects(stacks)
         attributes = dict(first.attributes)
         if self.spec.modality in PLANAR:
             return ImageCase(first.patient, self.spec, first.path, label, self.settings.aliases, attributes)
@@ -249,6 +283,10 @@ class _Finder:
             tuple(label.path for label in objects if label.sop_class in SEGMENTATIONS),
             tuple(label.path for label in objects if label.sop_class == STRUCTURE_SET),
         )
+
+
+def _owner(header: Header) -> tuple[str, str, str]:
+    return header.patient, header.issuer, header.study
 
 
 def _modality(header: Header) -> Modality:

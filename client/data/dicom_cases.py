@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import highdicom as hd
@@ -17,7 +18,7 @@ from medfl.client.data.labels import label_image, label_volume
 from medfl.client.data.nifti import read_mask_on
 from medfl.client.data.pixels import open_series
 from medfl.client.data.planar import read_planar
-from medfl.client.data.volumes import read_volume
+from medfl.client.data.volumes import read_volume, slice_of_each
 from medfl.shared.data_spec import DataSpec, Modality
 
 
@@ -70,15 +71,17 @@ class SeriesCase:
         """Decode, check, order and orient the volumes and bring the labels onto their grid."""
         review: set[str] = set()
         volumes: list[hd.Volume] = []
-        instances: list[str] = []
+        instances: dict[str, int] = {}
         for stack in self.stacks:
             datasets = open_series(stack.files)
             for dataset in datasets:
                 review |= admit(dataset)
-            if not volumes:
-                instances = [str(dataset.SOPInstanceUID) for dataset in datasets]
             volumes.append(read_volume(datasets, stack.modality))
+            if not instances:
+                instances = slice_of_each(datasets, volumes[0])
         grid = volumes[0]
+        if self.spec.dimensions == 3 and len(grid.array) == 1:
+            raise Quarantine("one slice where a volume is expected")
         mask: NDArray[np.uint8] | None = None
         unmatched: tuple[str, ...] = ()
         if self.label.nifti is not None:
@@ -156,6 +159,6 @@ def _pixel_spacing(dataset: object) -> tuple[float, float] | None:
             row, column = (float(value) for value in getattr(dataset, keyword))
         except (AttributeError, TypeError, ValueError):
             continue
-        if row > 0 and column > 0:
+        if 0 < row < inf and 0 < column < inf:
             return row, column
     return None

@@ -20,8 +20,9 @@ Progress = Callable[[str, int, int], None]
 
 _UIDS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"]
 _FIELDS = [
-    *_UIDS, "Modality", "PatientID", "PatientSex", "PatientAge", "Manufacturer", "ManufacturerModelName", "KVP",
-    "MagneticFieldStrength", "SeriesDescription", "ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence",
+    *_UIDS, "Modality", "PatientID", "IssuerOfPatientID", "PatientSex", "PatientAge", "Manufacturer",
+    "ManufacturerModelName", "KVP", "MagneticFieldStrength", "SeriesDescription", "ReferencedSeriesSequence",
+    "ReferencedFrameOfReferenceSequence",
 ]  # fmt: skip
 
 
@@ -37,9 +38,13 @@ class Header:
     frame_of_reference: str = field(repr=False)
     modality: str
     patient: str  # pseudonym
+    issuer: str = field(repr=False)  # pseudonym of who gave the patient's identifier; empty where nobody says
     channel: str  # which of the study's channels the series is; empty where none
     referenced_series: frozenset[str] = field(repr=False)  # of label objects
     attributes: tuple[tuple[str, str], ...]
+
+
+HEADER_FIELDS = tuple(Header.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,8 @@ class Reader:
         with reading("unreadable DICOM file"):
             dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_FIELDS)
             meta = dataset.file_meta
-            patient = str(dataset.get("PatientID") or "").strip()
-            uids = [str(dataset.get(name) or meta.get(f"MediaStorage{name}") or "") for name in _UIDS]
+            patient, issuer = (_text(dataset.get(name)) for name in ("PatientID", "IssuerOfPatientID"))
+            uids = [_text(dataset.get(name) or meta.get(f"MediaStorage{name}")) for name in _UIDS]
             channel = self._channel(str(dataset.get("SeriesDescription") or ""))
             attributes = tuple(sorted(_attributes(dataset).items()))
             referenced = frozenset(_referenced_series(dataset))
@@ -69,9 +74,19 @@ class Reader:
         if not all(uids[:4]):
             raise Quarantine("no DICOM unique identifiers")
         sop_class, instance, study, series, frame = uids
-        pseudonym = self.key.pseudonym(patient)
         return Header(
-            path, sop_class, instance, study, series, frame, modality, pseudonym, channel, referenced, attributes
+            path,
+            sop_class,
+            instance,
+            study,
+            series,
+            frame,
+            modality,
+            self.key.pseudonym(patient),
+            self.key.pseudonym(issuer) if issuer else "",
+            channel,
+            referenced,
+            attributes,
         )
 
     def _channel(self, description: str) -> str:
@@ -86,14 +101,9 @@ def scan(
     findings: Findings,
     progress: Progress | None = None,
 ) -> list[Header]:
-    """Headers of all DICOM files under ``folder``, in the order of names. DICOMDIR and links are not followed."""
-    paths = sorted(
-        Path(root, name)
-        for root, _, names in os.walk(folder)
-        for name in names
-        if name.upper() != "DICOMDIR" and not name.startswith(".")
-    )
+    """Headers of all DICOM files under ``folder``, in the order of names. DICOMDIR and linked folders are left out."""
     headers = []
+    paths = _files(folder, findings)
     for done, path in enumerate(paths):
         if progress and done % 50 == 0:
             progress("reading headers", done, len(paths))
@@ -107,6 +117,25 @@ def scan(
         else:
             headers.append(header)
     return headers
+
+
+def _files(folder: Path, findings: Findings) -> list[Path]:
+    """Regular files to any depth: opening a pipe would wait for ever."""
+
+    def cannot(error: OSError) -> None:
+        findings.quarantined["folder that cannot be read"] += 1
+
+    return sorted(
+        path
+        for root, _, names in os.walk(folder, onerror=cannot)
+        for name in names
+        if name.upper() != "DICOMDIR" and not name.startswith(".") and (path := Path(root, name)).is_file()
+    )
+
+
+def _text(value: object) -> str:
+    """``value`` without the padding that some writers leave around identifiers."""
+    return str(value or "").strip(" \0\t\r\n")
 
 
 def _attributes(dataset: Any) -> dict[str, str]:
@@ -137,8 +166,8 @@ def age_band(years: int) -> str:
 def _referenced_series(dataset: Any) -> Iterator[str]:
     """Series that a SEG or RTSTRUCT says it belongs to (PS3.3 C.8.20.2, C.8.8.5)."""
     for item in dataset.get("ReferencedSeriesSequence") or []:
-        yield str(item.SeriesInstanceUID)
+        yield _text(item.SeriesInstanceUID)
     for frame in dataset.get("ReferencedFrameOfReferenceSequence") or []:
         for study in frame.get("RTReferencedStudySequence") or []:
             for series in study.get("RTReferencedSeriesSequence") or []:
-                yield str(series.SeriesInstanceUID)
+                yield _text(series.SeriesInstanceUID)

@@ -53,7 +53,8 @@ class Job:
         try:
             with reading("unreadable case"):  # headers are parsed as they are looked at: anything may raise
                 example = self.case.read()
-            images, masks = preprocess(example, self.spec, held_out=self.held_out)
+            with reading("case that cannot be preprocessed"):
+                images, masks = preprocess(example, self.spec, held_out=self.held_out)
         except Quarantine as reason:
             return str(reason)
         return Block(

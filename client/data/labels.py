@@ -23,11 +23,13 @@ def label_volume(
     segmentations: Sequence[Path],
     structure_sets: Sequence[Path],
     volume: hd.Volume,
-    instances: Sequence[str],
+    instances: Mapping[str, int],
     spec: DataSpec,
     aliases: Mapping[str, str],
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Class of every voxel of ``volume`` (see :func:`combine`). ``instances`` are the SOP instances of its slices."""
+    """Class of every voxel of ``volume`` (see :func:`combine`). ``instances`` says in which of its slices
+    each SOP instance lies, -1 for one that is all of them.
+    """
     objects = [read_segments(path, volume, instances, spec, aliases) for path in segmentations]
     objects += [read_contours(path, volume, instances, spec, aliases) for path in structure_sets]
     return combine(objects, volume.spatial_shape)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from medfl.client.data.cache import EncryptedCache
 from medfl.client.data.case import Case, Findings
-from medfl.client.data.headers import Progress
+from medfl.client.data.headers import HEADER_FIELDS, Progress
 from medfl.client.data.ingest import Block, Job, blocks
 from medfl.client.data.memo import FileMemo
 from medfl.client.data.report import DataReport, Range
@@ -61,30 +63,25 @@ def load_site_data(
     cases = find_cases(settings, spec, task, key, findings, progress, memo)
     if not cases:
         raise DataError(f"no case has an image and a label that can be used{_because(findings)}")
-    parts = split_patients({case.patient for case in cases}, key, settings.split)
-    numbers = {patient: number for number, patient in enumerate(sorted(parts))}
-    kept: dict[Split, list[tuple[Tensor, Tensor, int]]] = defaultdict(list)
-    statistics = _Statistics(len(spec.classes))
-    jobs = [Job(case, spec, parts[case.patient] is not Split.TRAIN) for case in cases]
-    for done, (case, block) in enumerate(zip(cases, blocks(jobs, settings.workers, cache, memo), strict=True)):
-        if progress:
-            progress("reading images", done, len(cases))
-        if isinstance(block, str):
-            findings.quarantined[block] += 1
-            continue
-        labels = block.masks if block.masks is not None else _class_labels(block.label, spec, len(block.images))
-        kept[parts[case.patient]].append((block.images, labels, numbers[case.patient]))
-        statistics.add(block, labels, case)
-        findings.unmatched.update(block.unmatched)
-        findings.review.update(block.review)
+    read = partial(_Reading.of, spec=spec, settings=settings, key=key, cache=cache, memo=memo, progress=progress)
+    found = read(cases)
+    if any(not found.kept[part] for part in _wanted(settings)) and found.lost:
+        # The few patients of a small site's held-out part cannot be read: others take their place.
+        usable = read([case for case in cases if case.patient not in found.lost])
+        usable.quarantined += found.of_the_lost
+        found = usable
     if cache is not None and memo is not None:
         memo.save()
         cache.evict()
-    counts = {part: len(kept[part]) for part in Split}
-    if progress:
-        progress("reading images", len(cases), len(cases))
-    splits = {part: _tensor_set(kept[part], spec, task, torch.device(device)) for part in Split}
-    _refuse_empty(splits, settings, findings)
+    findings.quarantined += found.quarantined
+    findings.unmatched += found.unmatched
+    findings.review += found.review
+    statistics = found.statistics
+    counts = {part: len(found.kept[part]) for part in Split}
+    splits = {part: _tensor_set(found.kept[part], spec, task, torch.device(device)) for part in Split}
+    for part in _wanted(settings):
+        if not len(splits[part]):
+            raise DataError(f"no case is left for the {part.value} part{_because(findings)}")
     report = DataReport(
         patients=len(statistics.patients),
         studies=findings.studies,
@@ -101,7 +98,7 @@ def load_site_data(
         subgroups=statistics.subgroups(),
         seconds=time.monotonic() - started,
     )
-    return SiteData(splits, report, tuple(sorted(parts)))
+    return SiteData(splits, report, found.pseudonyms)
 
 
 def without_opted_out(data: SiteData, settings: DataSettings, key: SiteKey) -> SiteData:
@@ -162,7 +159,8 @@ def _open_cache(
     if folder is None or not settings.cache.enabled:
         return None, None
     cache = EncryptedCache.open(folder, key, int(settings.cache.gigabytes * 1e9))
-    context = json.dumps([version("medfl"), version("pydicom"), getattr(settings, "series", {})], sort_keys=True)
+    versions = [version("medfl"), version("pydicom")]
+    context = json.dumps([versions, HEADER_FIELDS, getattr(settings, "series", {})], sort_keys=True)
     return cache, FileMemo.load(cache, context)
 
 
@@ -207,16 +205,69 @@ def _tensor_set(
     return TensorSet(images, empty, torch.empty(0, dtype=torch.int64, device=device))
 
 
-def _refuse_empty(splits: Mapping[Split, TensorSet], settings: DataSettings, findings: Findings) -> None:
+def _wanted(settings: DataSettings) -> list[Split]:
+    """Parts that must not be empty."""
     shares = {Split.TRAIN: 1.0, Split.VALIDATION: settings.split.validation, Split.TEST: settings.split.test}
-    for part, share in shares.items():
-        if share > 0 and not len(splits[part]):
-            raise DataError(f"no case is left for the {part.value} part{_because(findings)}")
+    return [part for part, share in shares.items() if share > 0]
 
 
 def _because(findings: Findings) -> str:
     reasons = ", ".join(f"{reason} ({count})" for reason, count in findings.quarantined.most_common(5))
     return f": left out: {reasons}" if reasons else ""
+
+
+@dataclass(slots=True)
+class _Reading:
+    """Cases that were read, by the part of their patient, and what was seen on the way."""
+
+    pseudonyms: tuple[str, ...]  # by the patient's number
+    statistics: _Statistics
+    kept: dict[Split, list[tuple[Tensor, Tensor, int]]] = field(default_factory=lambda: defaultdict(list))
+    quarantined: Counter[str] = field(default_factory=Counter)
+    unmatched: Counter[str] = field(default_factory=Counter)
+    review: Counter[str] = field(default_factory=Counter)
+    lost: set[str] = field(default_factory=set)  # patients without any case that can be read
+    of_the_lost: Counter[str] = field(default_factory=Counter)  # why
+
+    @classmethod
+    def of(
+        cls,
+        cases: Sequence[Case],
+        *,
+        spec: DataSpec,
+        settings: DataSettings,
+        key: SiteKey,
+        cache: EncryptedCache | None,
+        memo: FileMemo | None,
+        progress: Progress | None,
+    ) -> _Reading:
+        """Split the patients of ``cases`` and read all of them.
+
+        Raises:
+            DataError: too few patients.
+        """
+        parts = split_patients({case.patient for case in cases}, key, settings.split)
+        out = cls(tuple(sorted(parts)), _Statistics(len(spec.classes)))
+        numbers = {patient: number for number, patient in enumerate(out.pseudonyms)}
+        jobs = [Job(case, spec, parts[case.patient] is not Split.TRAIN) for case in cases]
+        reasons: list[tuple[str, str]] = []
+        for done, (case, block) in enumerate(zip(cases, blocks(jobs, settings.workers, cache, memo), strict=True)):
+            if progress:
+                progress("reading images", done, len(cases))
+            if isinstance(block, str):
+                reasons.append((case.patient, block))
+                continue
+            labels = block.masks if block.masks is not None else _class_labels(block.label, spec, len(block.images))
+            out.kept[parts[case.patient]].append((block.images, labels, numbers[case.patient]))
+            out.statistics.add(block, labels, case)
+            out.unmatched.update(block.unmatched)
+            out.review.update(block.review)
+        if progress:
+            progress("reading images", len(cases), len(cases))
+        out.quarantined.update(reason for _, reason in reasons)
+        out.lost = set(parts) - out.statistics.patients
+        out.of_the_lost.update(reason for patient, reason in reasons if patient in out.lost)
+        return out
 
 
 class _Statistics:

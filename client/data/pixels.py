@@ -32,6 +32,9 @@ def open_dataset(path: Path) -> pydicom.FileDataset:
         for keyword in ("SOPClassUID", "SOPInstanceUID"):  # PS3.10 7.1: the meta group says the same
             if not dataset.get(keyword) and f"MediaStorage{keyword}" in dataset.file_meta:
                 setattr(dataset, keyword, dataset.file_meta[f"MediaStorage{keyword}"].value)
+        for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):  # some are padded with spaces
+            if (uid := dataset.get(keyword)) and uid != uid.strip():
+                setattr(dataset, keyword, uid.strip())
         if dataset.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian:
             _to_little_endian(dataset)
     return dataset

@@ -9,7 +9,9 @@ from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.guard import reading
-from medfl.client.data.pixels import decode
+from medfl.client.data.pixels import decode, padding_range, stored_frames
+
+_COLOURS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"})  # what decoding makes RGB of
 
 
 def read_planar(dataset: pydicom.Dataset, channels: int) -> NDArray[np.float32]:
@@ -23,19 +25,24 @@ def read_planar(dataset: pydicom.Dataset, channels: int) -> NDArray[np.float32]:
     if int(dataset.get("NumberOfFrames") or 1) != 1:
         raise Quarantine("several frames where one image is expected")
     samples = int(dataset.get("SamplesPerPixel") or 1)
-    stored = decode(dataset)
     if samples == 3:
-        return _colour(stored, dataset, channels)
+        return _colour(decode(dataset), dataset, channels)
     photometric = str(dataset.get("PhotometricInterpretation") or "")
     if samples != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
         raise Quarantine("unknown colour space")
     if channels != 1:
         raise Quarantine(f"grey image, but the study has {channels} channels")
+    (stored,) = stored_frames(dataset)
     grey = _displayed(stored, dataset)
-    return np.ascontiguousarray(255 - grey if photometric == "MONOCHROME1" else grey, np.float32)[None]
+    shown = np.ascontiguousarray(255 - grey if photometric == "MONOCHROME1" else grey, np.float32)
+    if (padding := padding_range(dataset)) is not None:
+        shown[(stored >= padding[0]) & (stored <= padding[1])] = 0  # shown black, whatever white means
+    return shown[None]
 
 
 def _colour(stored: NDArray[np.generic], dataset: pydicom.Dataset, channels: int) -> NDArray[np.float32]:
+    if dataset.get("PhotometricInterpretation") not in _COLOURS:
+        raise Quarantine("unknown colour space")
     if channels == 1 and (stored == stored[..., :1]).all():  # grey stored as colour, as ultrasound often is
         stored = stored[..., :1]
     if stored.shape[-1] != channels:
@@ -54,6 +61,8 @@ def _displayed(stored: NDArray[np.generic], dataset: pydicom.Dataset) -> NDArray
         values = apply_modality_lut(stored, dataset)
         shown = np.asarray(apply_voi_lut(values, dataset), np.float32)
         table = dataset.get("VOILUTSequence")
+    if not table and (values_table := dataset.get("ModalityLUTSequence")):
+        table = values_table
     if table:
         low, high = 0.0, float(2 ** int(table[0].LUTDescriptor[2]) - 1)
     if not high > low:

@@ -29,10 +29,12 @@ def read_segments(
             ``instances`` (so that a series of which the first or last slice was lost is noticed).
     """
     seg, chosen, unmatched = _open(path, spec, aliases)
-    frame = seg.get("FrameOfReferenceUID")
-    if frame is None or frame != volume.frame_of_reference_uid:
+    frame = str(seg.get("FrameOfReferenceUID") or "").strip()
+    if not frame or frame != volume.frame_of_reference_uid:
         raise Quarantine("label in another frame of reference")
-    if not _sources(seg) <= set(instances):
+    with reading("unreadable segmentation"):
+        sources = _sources(seg)
+    if not sources <= set(instances):
         raise Quarantine("label was made on slices that are missing")
     return {label: _voxels(seg, numbers, volume) for label, numbers in chosen.items()}, unmatched
 
@@ -59,12 +61,16 @@ def read_planar_segments(
 
 
 def _sources(seg: hd.seg.Segmentation) -> set[str]:
-    """Instances that the object says it was made on (PS3.3 C.12.4)."""
-    return {
-        str(item.ReferencedSOPInstanceUID)
+    """Instances that the object, or one of its frames, says it was made on (PS3.3 C.12.4, C.7.6.16.2.6)."""
+    named = [
+        item
         for series in seg.get("ReferencedSeriesSequence") or []
         for item in series.get("ReferencedInstanceSequence") or []
-    }
+    ]
+    for frame in [*(seg.get("PerFrameFunctionalGroupsSequence") or []), *seg.SharedFunctionalGroupsSequence]:
+        for derivation in frame.get("DerivationImageSequence") or []:
+            named += derivation.get("SourceImageSequence") or []
+    return {str(item.ReferencedSOPInstanceUID).strip() for item in named}
 
 
 def _open(

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from medfl.shared.config import LocalPath, Settings
 
-Key = Literal["patient", "study", "series", "instance"]
+Key = Literal["patient", "study", "series", "instance", "file"]  # file: its name under ``folder``
 
 
 class SplitSettings(Settings):

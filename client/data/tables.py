@@ -158,9 +158,12 @@ def read_rows(path: Path) -> tuple[list[dict[str, str | None]], list[str]]:
     first = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text), delimiter=";" if first.count(";") > first.count(",") else ",")
     try:
+        reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
         rows = list(reader)
     except csv.Error:
         raise DataError(f"{path}: the table is not valid CSV (line {reader.line_num})") from None
     if not rows:
         raise DataError(f"{path}: the table has no rows")
-    return rows, [name.strip() for name in reader.fieldnames or []]
+    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+        raise DataError(f"{path}: has two columns {twice[0]!r}")
+    return rows, columns

@@ -57,6 +57,15 @@ def read_volume(datasets: Sequence[pydicom.Dataset], modality: Modality) -> hd.V
         return hd.Volume(array, affine, coordinate_system="PATIENT", frame_of_reference_uid=frame)
 
 
+def slice_of_each(datasets: Sequence[pydicom.Dataset], volume: hd.Volume) -> dict[str, int]:
+    """Index along ``volume`` of each SOP instance it was read from; -1 for one file that is the whole volume."""
+    if len(datasets) == 1:
+        return {str(datasets[0].SOPInstanceUID): -1}
+    positions = np.array([[float(v) for v in dataset.ImagePositionPatient] for dataset in datasets])
+    indices = volume.map_reference_to_indices(positions, round_output=True)[:, 0]
+    return {str(d.SOPInstanceUID): int(index) for d, index in zip(datasets, indices, strict=True)}
+
+
 def _one_scan(datasets: Sequence[pydicom.Dataset]) -> None:
     for keyword in ("PatientID", "IssuerOfPatientID", "SOPClassUID", "FrameOfReferenceUID", "Rows", "Columns"):
         if len({str(dataset.get(keyword) or "").strip() for dataset in datasets}) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from skimage.draw import polygon2mask
 from medfl.client.data.case import Quarantine
 from medfl.client.data.contours import read_contours
 from medfl.client.data.labels import combine, label_volume
-from medfl.client.data.volumes import read_volume
+from medfl.client.data.volumes import read_volume, slice_of_each
 from medfl.shared.data_spec import DataSpec, Modality
 
 
@@ -23,7 +24,7 @@ def upright(slices: list[pydicom.FileDataset], path: Path, study: DataSpec | Non
     """The mask of one label file, slices from feet to head."""
     volume = read_volume(slices, Modality.CT)
     paths = ([path], []) if pydicom.dcmread(path).Modality == "SEG" else ([], [path])
-    instances = [dataset.SOPInstanceUID for dataset in slices]
+    instances = slice_of_each(slices, volume)
     mask, _ = label_volume(*paths, volume, instances, study or spec(), {})
     return np.asarray(volume.with_array(mask).to_patient_orientation("HPL").array)
 
@@ -154,6 +155,86 @@ def test_a_contour_inside_another_is_a_hole(tmp_path: Path) -> None:
     assert np.array_equal(upright(slices, path)[2], disc(8.03) & ~disc(3.03))
 
 
+def test_a_region_in_two_places_of_a_slice_is_both(tmp_path: Path) -> None:
+    slices = ct()
+    aside = np.array([5 * COLUMN_MM, 0, 0])
+    (path,) = save(
+        [structure_set(slices, {"Lesion": [circle(slices, 2, 2.03) - aside, circle(slices, 2, 2.03) + aside]})],
+        tmp_path,
+    )
+    middle = disc(2.03)
+    assert np.array_equal(upright(slices, path)[2], np.roll(middle, -5, 1) | np.roll(middle, 5, 1))
+
+
+def cross(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
+    polygons = [circle(slices, 2, 5.03), circle(slices, 2, 5.03) + np.array([4.0, 0, 0])]
+    return structure_set(slices, {"Lesion": polygons})
+
+
+def twice(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
+    return structure_set(slices, {"Lesion": [circle(slices, 2, 5.03)] * 2})
+
+
+def never_drawn(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
+    return structure_set(slices, {"Lesion": []})
+
+
+def a_point(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
+    drawing = structure_set(slices, {"Lesion": [circle(slices, 2, 5.03)[:1]]})
+    drawing.ROIContourSequence[0].ContourSequence[0].ContourGeometricType = "POINT"
+    return drawing
+
+
+def names(slices: list[pydicom.FileDataset], instance: str) -> pydicom.Dataset:
+    drawing = structure_set(slices, {"Lesion": [circle(slices, 2, 5.03)]})
+    image = pydicom.Dataset()
+    image.ReferencedSOPClassUID, image.ReferencedSOPInstanceUID = slices[0].SOPClassUID, instance
+    drawing.ROIContourSequence[0].ContourSequence[0].ContourImageSequence = [image]
+    return drawing
+
+
+@pytest.mark.parametrize(
+    ("draw", "reason"),
+    [
+        (cross, "contours of one region that cross each other"),
+        (twice, "contours of one region that cross each other"),
+        (never_drawn, "region without a closed contour"),
+        (a_point, "region without a closed contour"),
+        (lambda slices: names(slices, generate_uid()), "label was made on slices that are missing"),
+        (lambda slices: names(slices, slices[3].SOPInstanceUID), "contour that lies in another slice than it names"),
+    ],
+)
+def test_contours_that_nobody_can_be_sure_of_are_refused(
+    draw: Callable[[list[pydicom.FileDataset]], pydicom.Dataset], reason: str, tmp_path: Path
+) -> None:
+    slices = ct()
+    (path,) = save([draw(slices)], tmp_path)
+    with pytest.raises(Quarantine) as caught:
+        upright(slices, path)
+    assert str(caught.value) == reason
+
+
+def test_contours_that_are_exclusive_cancel_where_they_cross(tmp_path: Path) -> None:
+    slices = ct()
+    drawing = cross(slices)
+    for contour in drawing.ROIContourSequence[0].ContourSequence:
+        contour.ContourGeometricType = "CLOSEDPLANAR_XOR"
+    (path,) = save([drawing], tmp_path)
+    mask = upright(slices, path)[2]
+    assert mask.any()
+    assert not mask[15, 17]  # inside both
+
+
+def test_a_segmentation_whose_frames_were_made_on_other_images_is_refused(tmp_path: Path) -> None:
+    slices = ct()
+    label = seg(slices)
+    frame = label.PerFrameFunctionalGroupsSequence[1].DerivationImageSequence[0].SourceImageSequence[0]
+    frame.ReferencedSOPInstanceUID = generate_uid()
+    (path,) = save([label], tmp_path)
+    with pytest.raises(Quarantine, match="slices that are missing"):
+        upright(slices, path)
+
+
 def test_contours_follow_an_oblique_volume(tmp_path: Path) -> None:
     slices = ct()
     turn = np.deg2rad(30)
@@ -165,7 +246,7 @@ def test_contours_follow_an_oblique_volume(tmp_path: Path) -> None:
     points = origin + corners[:, 1:] * COLUMN_MM * row + corners[:, :1] * ROW_MM * column
     (path,) = save([structure_set(slices, {"Lesion": [points]})], tmp_path)
     volume = read_volume(slices, Modality.CT)
-    classes, _ = read_contours(path, volume, [], spec(), {})
+    classes, _ = read_contours(path, volume, {}, spec(), {})
     at = round(float(volume.map_reference_to_indices(points[:1])[0, 0]))
     assert np.array_equal(classes[1][at], polygon2mask((32, 32), corners))
 
