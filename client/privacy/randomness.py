@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 # are cut off by :func:`noisy`. Source: Holohan & Braghin 2021, https://arxiv.org/abs/2107.10138, section 5.
 SUMMED = 4
 
-_CHUNK = 4096  # samples made at once are SUMMED times this: the working set stays in the L2 cache
+_CHUNK = 8192  # samples made at once are SUMMED times this: the working set stays in the L2 cache
 
 
 class NoiseSource(Protocol):
@@ -40,9 +40,11 @@ class SecureGenerator:
     def __init__(self) -> None:
         # A counter-mode cipher's encryption of zeros is its keystream.
         self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
-        self._zeros = bytes(SUMMED * _CHUNK * 8)
+        self._zeros = bytes(2 * _CHUNK * (8 + 4))  # a long word for each length, a short one for each angle
         self._block = bytearray(len(self._zeros) + 15)  # update_into wants one cipher block of slack
-        self._uniform = torch.empty(2, 2, _CHUNK, dtype=torch.float64)
+        self._lengths = torch.empty(2, _CHUNK, dtype=torch.float64)
+        self._angles, self._cosines = torch.empty(2, _CHUNK), torch.empty(2, _CHUNK)
+        self._pairs = torch.empty(2, 2, _CHUNK, dtype=torch.float64)
         self._ready = torch.empty(SUMMED, _CHUNK, dtype=torch.float64)
         self._given = self._ready.numel()  # how many of the ready normals were given out
 
@@ -78,23 +80,28 @@ class SecureGenerator:
         return out
 
     def _refill(self) -> None:
-        """Fresh normals: Box-Muller makes two from each pair of uniforms, then each sample mixes four of them."""
+        """Fresh normals: Box-Muller makes two from each length and angle, then each sample mixes four of them.
+
+        Lengths have 52 random bits and double precision, and so do the samples. Angles have 24 bits: they place a
+        sample to about 2^-22, and the three others that are mixed with it, and the grid of :func:`noisy`, cover that.
+        """
         self._stream.update_into(self._zeros, self._block)
-        words = np.frombuffer(self._block, dtype=np.uint64, count=SUMMED * _CHUNK).reshape(2, 2, _CHUNK)
-        uniform = self._uniform.numpy()
+        words = np.frombuffer(self._block, dtype=np.uint64, count=2 * _CHUNK).reshape(2, _CHUNK)
+        turns = torch.frombuffer(self._block, dtype=torch.int32, offset=16 * _CHUNK, count=2 * _CHUNK)
+        lengths = self._lengths.numpy()
         # 52 random bits as the fraction of a double between 1 and 2.
-        np.right_shift(words, 12, out=uniform.view(np.uint64))
-        np.bitwise_or(uniform.view(np.uint64), 0x3FF0000000000000, out=uniform.view(np.uint64))
-        radius = uniform[0]
-        np.subtract(2.0, radius, out=radius)  # above 0, at most 1
-        np.log(radius, out=radius)
-        radius *= -2.0 / SUMMED  # a sum of SUMMED standard normals has variance SUMMED
-        np.sqrt(radius, out=radius)
-        lengths, angles = self._uniform[0], self._uniform[1].mul_(2 * math.pi)
-        a, b = torch.cos(angles).mul_(lengths)
-        c, d = angles.sin_().mul_(lengths).roll(1, 1)  # so that no sample mixes cosine and sine of one pair
-        one, two = a + b, c + d
-        three, four = a.sub_(b), c.sub_(d)
+        np.right_shift(words, 12, out=lengths.view(np.uint64))
+        np.bitwise_or(lengths.view(np.uint64), 0x3FF0000000000000, out=lengths.view(np.uint64))
+        np.subtract(2.0, lengths, out=lengths)  # above 0, at most 1
+        # A sum of SUMMED standard normals has variance SUMMED.
+        self._lengths.log_().mul_(-2.0 / SUMMED)
+        np.sqrt(lengths, out=lengths)
+        angles = self._angles.copy_(turns.view(2, _CHUNK)).mul_(math.pi * 2.0**-31)
+        torch.mul(torch.cos(angles, out=self._cosines), self._lengths, out=self._pairs[0])
+        # Rolled, so that no sample mixes cosine and sine of one pair.
+        torch.mul(angles.sin_().roll(1, 1), self._lengths.roll(1, 1), out=self._pairs[1])
+        (a, b), (c, d) = self._pairs
+        one, two, three, four = a + b, c + d, a - b, c - d
         torch.add(one, two, out=self._ready[0])
         torch.sub(one, two, out=self._ready[1])
         torch.add(three, four, out=self._ready[2])
@@ -116,5 +123,5 @@ def noisy(total: torch.Tensor, scale: float, generator: NoiseSource, *, divisor:
     for start in range(0, flat.numel(), piece):
         part = slice(start, start + piece)
         noise = generator.normal(flat[part].numel()).mul_(scale / grid).to(flat.device)
-        out[part] = noise.add_(flat[part], alpha=1 / grid).round_().mul_(grid / divisor)
+        torch.mul(noise.add_(flat[part], alpha=1 / grid).round_(), grid / divisor, out=out[part])
     return out.view_as(total)

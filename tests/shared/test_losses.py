@@ -40,3 +40,14 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_examples(which: Loss) -> None:
     loss_of = build_loss(which)
     each = [float(loss_of(logits[row : row + 1], labels[row : row + 1])) for row in range(3)]
     assert float(loss_of(logits, labels)) == pytest.approx(sum(each) / 3, rel=1e-5)
+    assert loss_of.each(logits, labels).tolist() == pytest.approx(each, rel=1e-6)
+
+
+@pytest.mark.parametrize("which", list(Loss))
+def test_the_loss_of_one_example_has_no_gradient_in_another(which: Loss) -> None:
+    logits = torch.randn((3, 2, 4, 4) if which is Loss.DICE_CE else (3, 2)).requires_grad_()
+    labels = torch.ones(3, 4, 4) if which is Loss.DICE_CE else torch.ones((3, 2) if "binary" in which else 3)
+    for row, value in enumerate(build_loss(which).each(logits, labels)):
+        (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
+        moved = gradient.flatten(1).abs().sum(1) > 0
+        assert moved.tolist() == [other == row for other in range(3)]

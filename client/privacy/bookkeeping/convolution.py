@@ -79,7 +79,9 @@ class ConvolutionRule:
                 # one's with input and output gradient exchanged.
                 x, g = g, x
             at = _Geometry(at.stride, at.padding, at.dilation, False, [0] * len(at.stride), at.groups)
-            if defer and _is_deferred_cheaper(module.weight, g, at):
+            if defer and _unfolds_outputs(module.weight, g, at):
+                found["weight"] = _from_unfolded_outputs(module.weight, x, g, at)
+            elif defer and _is_deferred_cheaper(module.weight, g, at):
                 found["weight"] = Deferred(
                     _squared_norms(module.weight, x, g, at), partial(_weighted_sum, module.weight, x, g, at)
                 )
@@ -184,6 +186,30 @@ def _instantiated(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor
     grouped = _Geometry(at.stride, at.padding, at.dilation, False, at.output_padding, at.groups * units)
     flat_g, flat_x = g.reshape(1, -1, *g.shape[2:]), x.reshape(1, -1, *x.shape[2:])
     return _backward(flat_g, flat_x, stacked, grouped, (False, True, False))[1].view(units, *weight.shape)
+
+
+def _unfolds_outputs(weight: Tensor, g: Tensor, at: _Geometry) -> bool:
+    """Whether to unfold the output gradient: few positions and output channels, many input channels, 2D, stride 1."""
+    outputs, inputs, *kernel = weight.shape
+    slides = at.groups == 1 and g.dim() == 4 and set(at.stride) == {1} and math.prod(kernel) > 1
+    reach = [d * (k - 1) for d, k in zip(at.dilation, kernel, strict=True)]
+    few = g.shape[2:].numel() <= 64 and 2 * outputs <= inputs  # measured on two CPUs
+    return slides and few and all(pad <= r for pad, r in zip(at.padding, reach, strict=True))
+
+
+def _from_unfolded_outputs(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Deferred:
+    """dW[o, i, k] = sum over q of x[i, q] g[o, q - k + padding]: one product, with the kernel's axes reversed in it."""
+    outputs, inputs, *kernel = weight.shape
+    around = [d * (k - 1) - pad for d, k, pad in zip(at.dilation, kernel, at.padding, strict=True)]
+    shifted = functional.unfold(g, tuple(kernel), tuple(at.dilation), tuple(around))  # (units, outputs x kernel, q)
+    product = torch.bmm(shifted, x.flatten(2).mT)  # (units, outputs x kernel, inputs)
+
+    def weighted_sum(factors: Tensor) -> Tensor:
+        rows = zero_where_dropped(product, factors).flatten(1)
+        total = torch.mv(rows.t(), factors.to(rows.dtype)).view(outputs, *kernel, inputs)
+        return total.flip(1, 2).permute(0, 3, 1, 2)
+
+    return Deferred(torch.linalg.vector_norm(product.flatten(1), dim=1).square(), weighted_sum)
 
 
 def _squared_norms(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:

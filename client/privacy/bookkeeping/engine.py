@@ -19,6 +19,7 @@ from medfl.client.privacy.bookkeeping.rule import Deferred, Rule, UnitGradients,
 from medfl.client.privacy.bookkeeping.rules import layers_with_rules
 from medfl.client.privacy.clipped import ClippedSum, LossFunction, UnitData, clip_factors, trainable
 from medfl.shared.errors import ConfigError
+from medfl.shared.losses import StudyLoss
 
 
 def clipped_sum_by_bookkeeping(
@@ -41,9 +42,7 @@ def clipped_sum_by_bookkeeping(
             outputs = network(torch.cat([images for images, _ in units]))
             if not isinstance(outputs, Tensor) or len(outputs) != len(units):
                 raise ConfigError("the network's output is not one row for each unit: set privacy.engine to loop")
-            # The loss is called once a unit, so that no loss, however written, can couple units.
-            rows = zip(torch.split(outputs, 1), (labels for _, labels in units), strict=True)
-            torch.stack([loss(output, labels) for output, labels in rows]).sum().backward()  # type: ignore[no-untyped-call]
+            _losses(loss, outputs, [labels for _, labels in units]).sum().backward()  # type: ignore[no-untyped-call]
         if any(parameter.grad is not None for parameter in parameters):
             raise ConfigError("a parameter is used outside its own layer: set privacy.engine to loop")
     finally:
@@ -52,6 +51,14 @@ def clipped_sum_by_bookkeeping(
     norms = tape.norms(parameters)
     factors = clip_factors(norms, clip_norm)
     return ClippedSum([tape.clipped(parameter, factors) for parameter in parameters], norms)
+
+
+def _losses(loss: LossFunction, outputs: Tensor, labels: Sequence[Tensor]) -> Tensor:
+    """One loss for each unit. Any loss but a study's is called once a unit: however written, it cannot couple units."""
+    if isinstance(loss, StudyLoss):
+        return loss.each(outputs, torch.cat(list(labels)))
+    rows = zip(torch.split(outputs, 1), labels, strict=True)
+    return torch.stack([loss(output, label) for output, label in rows])
 
 
 class _Tape:
