@@ -63,17 +63,16 @@ class ConvolutionRule:
             y = convolve(x, module.weight, module.bias, at.stride, at.padding, at.dilation, at.groups)
         return y, (x,)
 
-    def input_gradient(self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor:
-        """One batched call."""
-        return _backward(g, saved[0], module.weight.to(g.dtype), _geometry(module), (True, False, False))[0]
-
-    def unit_gradients(self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool) -> UnitGradients:
-        """Weight: instantiated by one grouped call, or deferred where few positions meet many weights."""
+    def backward(
+        self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+    ) -> tuple[Tensor | None, UnitGradients]:
+        """Input: one batched call. Weight: instantiated by one grouped call, or deferred where that is cheaper."""
+        x, at = saved[0], _geometry(module)
+        towards = _backward(g, x, module.weight.to(g.dtype), at, (True, False, False))[0] if wants_input else None
         found: UnitGradients = {}
         if trained(module, "bias"):
             found["bias"] = sum_over_positions(g)
         if trained(module, "weight"):
-            x, at = saved[0], _geometry(module)
             if at.transposed:
                 # A transposed convolution is the input gradient of a plain one: its weight gradient is the plain
                 # one's with input and output gradient exchanged.
@@ -87,7 +86,7 @@ class ConvolutionRule:
                 )
             else:
                 found["weight"] = _instantiated(module.weight, x, g, at)
-        return found
+        return towards, found
 
 
 class StandardisedConvolutionRule(ConvolutionRule):
@@ -97,16 +96,14 @@ class StandardisedConvolutionRule(ConvolutionRule):
         """Convolve by the standardised weight; keep the (padded) input."""
         return super().forward(_with_weight(module), x)
 
-    def input_gradient(self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor:
-        """One batched call."""
-        return super().input_gradient(_with_weight(module), saved, g)
-
-    def unit_gradients(self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool) -> UnitGradients:
-        """Those of the plain convolution, taken through the standardisation."""
-        found = super().unit_gradients(_with_weight(module), saved, g, defer=False)
+    def backward(
+        self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+    ) -> tuple[Tensor | None, UnitGradients]:
+        """As the plain convolution's, the weight gradients taken through the standardisation."""
+        towards, found = super().backward(_with_weight(module), saved, g, wants_input=wants_input, defer=False)
         if isinstance(weight := found.get("weight"), Tensor):
             found["weight"] = through_standardisation(module.weight.detach().to(weight.dtype), weight)
-        return found
+        return towards, found
 
 
 def _with_weight(module: _ConvNd) -> Any:

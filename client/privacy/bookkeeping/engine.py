@@ -21,6 +21,8 @@ from medfl.client.privacy.clipped import ClippedSum, LossFunction, UnitData, cli
 from medfl.shared.errors import ConfigError
 from medfl.shared.losses import StudyLoss
 
+_SMALL = 4096  # values of a parameter: biases, scales and shifts
+
 
 def clipped_sum_by_bookkeeping(
     network: nn.Module, loss: LossFunction, units: Sequence[UnitData], clip_norm: float
@@ -48,9 +50,7 @@ def clipped_sum_by_bookkeeping(
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
-    norms = tape.norms(parameters)
-    factors = clip_factors(norms, clip_norm)
-    return ClippedSum([tape.clipped(parameter, factors) for parameter in parameters], norms)
+    return tape.settle(parameters, clip_norm)
 
 
 def _losses(loss: LossFunction, outputs: Tensor, labels: Sequence[Tensor]) -> Tensor:
@@ -78,30 +78,48 @@ class _Tape:
             else:
                 self._found[parameter] = gradient
 
-    def norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """l2 norms (units,) over all parameters."""
-        squares = [self._squares(self._found[parameter]) for parameter in parameters if parameter in self._found]
-        if not squares:
-            return torch.zeros(self.units)
-        return torch.stack(squares).sum(0).sqrt()
+    def settle(self, parameters: Sequence[nn.Parameter], clip_norm: float) -> ClippedSum:
+        """Norms over all parameters, and the clipped sum of each; frees what was kept.
+
+        Small parameters are put side by side first: two passes over them all instead of two for each.
+        """
+        small = [p for p in parameters if p.numel() <= _SMALL and isinstance(self._found.get(p), Tensor)]
+        packed = [self._rows(self._found.pop(parameter)) for parameter in small]
+        side_by_side = [torch.cat(packed, 1)] if small else []
+        squares = [self._squares(gradient) for gradient in [*side_by_side, *self._found.values()]]
+        norms = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(self.units)
+        factors = clip_factors(norms, clip_norm)
+        sums = {parameter: self._clipped(gradient, factors) for parameter, gradient in self._drain()}
+        for together in side_by_side:
+            parts = torch.split(self._clipped(together, factors), [p.numel() for p in small])
+            sums |= dict(zip(small, parts, strict=True))
+        # What the network did not use contributes nothing, and still gets noise.
+        return ClippedSum(
+            [sums[p].view_as(p).to(p.dtype) if p in sums else torch.zeros_like(p) for p in parameters], norms
+        )
+
+    def _drain(self) -> Iterator[tuple[nn.Parameter, Tensor | Deferred]]:
+        while self._found:
+            yield self._found.popitem()
+
+    def _rows(self, gradient: Tensor | Deferred) -> Tensor:
+        assert isinstance(gradient, Tensor)  # noqa: S101 - a deferred one is never instantiated
+        return gradient.reshape(self.units, -1)
 
     def _squares(self, gradient: Tensor | Deferred) -> Tensor:
         if isinstance(gradient, Deferred):
             squares = gradient.squared_norms
             return squares if squares.dtype == torch.float64 else squares.float()
         wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        norms: Tensor = torch.linalg.vector_norm(gradient.reshape(self.units, -1), dim=1, dtype=wide)
+        norms: Tensor = torch.linalg.vector_norm(self._rows(gradient), dim=1, dtype=wide)
         return norms.square()
 
-    def clipped(self, parameter: nn.Parameter, factors: Tensor) -> Tensor:
-        """Sum of factor * gradient in the parameter's shape; frees what was kept."""
-        gradient = self._found.pop(parameter, None)
-        if gradient is None:  # not used by this network: it contributes nothing, and still gets noise
-            return torch.zeros_like(parameter)
+    def _clipped(self, gradient: Tensor | Deferred, factors: Tensor) -> Tensor:
+        """Sum of factor * gradient."""
         if isinstance(gradient, Deferred):
-            return gradient.weighted_sum(factors).view_as(parameter).to(parameter.dtype)
-        flat = zero_where_dropped(gradient, factors).reshape(self.units, -1)
-        return torch.mv(flat.t(), factors.to(flat.dtype)).view_as(parameter).to(parameter.dtype)
+            return gradient.weighted_sum(factors)
+        flat = self._rows(zero_where_dropped(gradient, factors))
+        return torch.mv(flat.t(), factors.to(flat.dtype))
 
 
 class _Layer(torch.autograd.Function):
@@ -117,11 +135,13 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         module, rule, tape, g = ctx.module, ctx.rule, ctx.tape, gradients[0]
-        # Under autocast a layer's input and its output gradient can differ in precision.
-        saved = tuple(t.to(g.dtype) if t.is_floating_point() else t for t in ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        if any(t.dtype != g.dtype and t.is_floating_point() for t in saved):  # under autocast the two can differ
+            saved = tuple(t.to(g.dtype) if t.is_floating_point() else t for t in saved)
         once = all(tape.uses[parameter] == 1 for parameter in module.parameters(recurse=False))
-        tape.add(module, rule.unit_gradients(module, saved, g, defer=once))
-        return rule.input_gradient(module, saved, g) if ctx.needs_input_grad[0] else None, None, None, None, None
+        towards, found = rule.backward(module, saved, g, wants_input=ctx.needs_input_grad[0], defer=once)
+        tape.add(module, found)
+        return towards if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
 @contextmanager

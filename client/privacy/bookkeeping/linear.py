@@ -22,15 +22,12 @@ class LinearRule:
         """Multiply; keep the input."""
         return functional.linear(x, module.weight, module.bias), (x,)
 
-    def input_gradient(self, module: nn.Linear, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor:
-        """``g @ weight``."""
-        return g @ module.weight.to(g.dtype)
-
-    def unit_gradients(
-        self, module: nn.Linear, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool
-    ) -> UnitGradients:
+    def backward(
+        self, module: nn.Linear, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+    ) -> tuple[Tensor | None, UnitGradients]:
         """With one position a unit's gradient is an outer product, whose norm is the product of two norms."""
         units, found = g.shape[0], UnitGradients()
+        towards = g @ module.weight.to(g.dtype) if wants_input else None
         g = g.reshape(units, -1, g.shape[-1])
         x = saved[0].reshape(units, -1, saved[0].shape[-1])
         if trained(module, "bias"):
@@ -45,7 +42,7 @@ class LinearRule:
                 found["weight"] = Deferred(squared, partial(_weighted_sum, x, g))
             else:
                 found["weight"] = g.mT @ x
-        return found
+        return towards, found
 
 
 class EmbeddingRule:
@@ -59,19 +56,16 @@ class EmbeddingRule:
         """Look up; keep the codes."""
         return functional.embedding(x, module.weight), (x,)
 
-    def input_gradient(self, module: nn.Embedding, saved: tuple[Tensor, ...], g: Tensor, /) -> None:
-        """Codes have no gradient."""
-
-    def unit_gradients(
-        self, module: nn.Embedding, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool
-    ) -> UnitGradients:
-        """Each row of the table gets the sum of the output gradients where it was looked up."""
+    def backward(
+        self, module: nn.Embedding, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+    ) -> tuple[None, UnitGradients]:
+        """Codes have no gradient. Each row of the table gets the sum of the output gradients where it was looked up."""
         units, width = g.shape[0], g.shape[-1]
         codes = saved[0].reshape(units, -1, 1).expand(-1, -1, width)
         table = g.new_zeros(units, *module.weight.shape).scatter_add_(1, codes, g.reshape(units, -1, width))
         if module.padding_idx is not None:
             table[:, module.padding_idx] = 0
-        return {"weight": table}
+        return None, {"weight": table}
 
 
 def _weighted_sum(x: Tensor, g: Tensor, factors: Tensor) -> Tensor:

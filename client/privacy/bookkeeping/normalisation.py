@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from medfl.client.privacy.bookkeeping.rule import UnitGradients, dot_over_positions, sum_over_positions, trained
+from medfl.client.privacy.bookkeeping.rule import UnitGradients, dot_over_positions, trained
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -28,38 +28,38 @@ class GroupNormRule:
         )
         return y, (x, mean, inverse)
 
-    def input_gradient(self, module: nn.GroupNorm | _InstanceNorm, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor:
-        """One native call that is asked for nothing else."""
+    def backward(
+        self,
+        module: nn.GroupNorm | _InstanceNorm,
+        saved: tuple[Tensor, ...],
+        g: Tensor,
+        /,
+        *,
+        wants_input: bool,
+        defer: bool,
+    ) -> tuple[Tensor, UnitGradients]:
+        """One native call for everything: units that stand side by side as groups of one row are not summed over."""
         x, mean, inverse = saved
         units, channels = x.shape[:2]
-        found: Tensor = torch.ops.aten.native_group_norm_backward(
-            g.contiguous(),
-            x,
-            mean,
-            inverse,
-            module.weight,
-            units,
-            channels,
+        weight = None if module.weight is None else module.weight.detach().repeat(units)
+        towards, scale, shift = torch.ops.aten.native_group_norm_backward(
+            g.contiguous().view(1, units * channels, -1),
+            x.view(1, units * channels, -1),
+            mean.view(1, -1),
+            inverse.view(1, -1),
+            weight,
+            1,
+            units * channels,
             x.shape[2:].numel(),
-            _groups(module, channels),
-            [True, False, False],
-        )[0]
-        return found
-
-    def unit_gradients(
-        self, module: nn.GroupNorm | _InstanceNorm, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool
-    ) -> UnitGradients:
-        """Weight: sum of g * (x - mean) / deviation = (sum of x g - mean * sum of g) / deviation."""
-        x, mean, inverse = saved
-        units, channels = x.shape[:2]
-        found, shift = UnitGradients(), sum_over_positions(g)
+            units * _groups(module, channels),
+            [wants_input, trained(module, "weight"), trained(module, "bias")],
+        )
+        found: UnitGradients = {}
         if trained(module, "weight"):
-            width = channels // _groups(module, channels)
-            mean, inverse = (t.view(units, -1).repeat_interleave(width, 1) for t in (mean, inverse))
-            found["weight"] = (dot_over_positions(x, g) - shift * mean) * inverse
+            found["weight"] = scale.view(units, channels)
         if trained(module, "bias"):
-            found["bias"] = shift
-        return found
+            found["bias"] = shift.view(units, channels)
+        return towards.view_as(x) if wants_input else towards, found
 
 
 class LayerNormRule:
@@ -76,26 +76,21 @@ class LayerNormRule:
         y, mean, inverse = torch.ops.aten.native_layer_norm(x, shape, module.weight, module.bias, module.eps)
         return y, (x, mean, inverse)
 
-    def input_gradient(self, module: nn.LayerNorm, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor:
-        """One native call that is asked for nothing else."""
+    def backward(
+        self, module: nn.LayerNorm, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+    ) -> tuple[Tensor, UnitGradients]:
+        """Input: one native call that is asked for nothing else. Parameters: sums over the positions of a unit."""
         x, mean, inverse = saved
         shape = list(module.normalized_shape)
-        found: Tensor = torch.ops.aten.native_layer_norm_backward(
-            g.contiguous(), x, shape, mean, inverse, module.weight, module.bias, [True, False, False]
+        towards: Tensor = torch.ops.aten.native_layer_norm_backward(
+            g.contiguous(), x, shape, mean, inverse, module.weight, module.bias, [wants_input, False, False]
         )[0]
-        return found
-
-    def unit_gradients(
-        self, module: nn.LayerNorm, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool
-    ) -> UnitGradients:
-        """Sums over the positions of a unit."""
-        (x, mean, inverse), shape = saved, module.normalized_shape
         found = UnitGradients()
         if trained(module, "weight"):
             found["weight"] = ((x - mean) * inverse * g).reshape(g.shape[0], -1, *shape).sum(1)
         if trained(module, "bias"):
             found["bias"] = g.reshape(g.shape[0], -1, *shape).sum(1)
-        return found
+        return towards, found
 
 
 class PReLURule:
@@ -109,23 +104,17 @@ class PReLURule:
         """Apply; keep the input."""
         return functional.prelu(x, module.weight.to(x.dtype)), (x,)
 
-    def input_gradient(self, module: nn.PReLU, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor:
-        """``g`` where the input was positive, scaled by the slope elsewhere."""
+    def backward(
+        self, module: nn.PReLU, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+    ) -> tuple[Tensor | None, UnitGradients]:
+        """Input: ``g``, times the slope where it was negative. Slope: sum of input times ``g`` over those places."""
         x = saved[0]
+        negative = x.clamp(max=0)
         if module.num_parameters == 1:
-            found: Tensor = torch.ops.aten.leaky_relu_backward(g, x, float(module.weight), False)
-            return found
+            towards = torch.ops.aten.leaky_relu_backward(g, x, float(module.weight), False) if wants_input else None
+            return towards, {"weight": dot_over_positions(negative[:, None], g[:, None])}
         slope = module.weight.to(g.dtype).view(1, -1, *[1] * (x.dim() - 2))
-        return torch.where(x > 0, g, g * slope)
-
-    def unit_gradients(
-        self, module: nn.PReLU, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool
-    ) -> UnitGradients:
-        """Sum of input times output gradient over the negative inputs of a channel."""
-        negative = saved[0].clamp(max=0)
-        if module.num_parameters == 1:
-            negative, g = negative[:, None], g[:, None]
-        return {"weight": dot_over_positions(negative, g)}
+        return torch.where(x > 0, g, g * slope), {"weight": dot_over_positions(negative, g)}
 
 
 def _groups(module: nn.GroupNorm | _InstanceNorm, channels: int) -> int:

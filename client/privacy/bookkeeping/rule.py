@@ -29,7 +29,7 @@ UnitGradients = dict[str, Tensor | Deferred]
 class Rule(Protocol):
     """How one family of layers runs forward and backward with the summed weight gradient left out.
 
-    ``saved`` passes from ``forward`` to the two others. A unit's gradient must depend on that unit's rows only.
+    ``saved`` passes from ``forward`` to ``backward``. A unit's gradient must depend on that unit's rows only.
     """
 
     def prepare(self, module: Any, x: Tensor, /) -> Tensor:
@@ -40,12 +40,13 @@ class Rule(Protocol):
         """Output, and what to keep for the backward pass."""
         ...
 
-    def input_gradient(self, module: Any, saved: tuple[Tensor, ...], g: Tensor, /) -> Tensor | None:
-        """Gradient with respect to ``x``, given ``g``, that of the output; None where ``x`` cannot have one."""
-        ...
+    def backward(
+        self, module: Any, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+    ) -> tuple[Tensor | None, UnitGradients]:
+        """Given ``g``, the gradient of the output: that of ``x``, and of each trainable parameter for each unit.
 
-    def unit_gradients(self, module: Any, saved: tuple[Tensor, ...], g: Tensor, /, *, defer: bool) -> UnitGradients:
-        """Gradient of each trainable parameter for each unit. Without ``defer``, every one is instantiated."""
+        The first may be anything unless ``wants_input``. Without ``defer``, every unit's gradient is instantiated.
+        """
         ...
 
 
