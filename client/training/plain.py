@@ -11,12 +11,13 @@ from torch import nn
 from medfl.client.data.augment import augmenter
 from medfl.client.data.batches import epoch
 from medfl.client.data.tensors import TensorSet
+from medfl.client.training.optimizers import build_optimizer
 from medfl.shared.algorithms.fed_prox import add_proximal_gradient
 from medfl.shared.algorithms.settings import FedProxSettings
 from medfl.shared.errors import TrainingError
 from medfl.shared.losses import build_loss
 from medfl.shared.metrics import EXAMPLES, LOSS
-from medfl.shared.study import Optimizer, Study, Training
+from medfl.shared.study import Study, Training
 
 AdjustGradients = Callable[[], None]
 """Called between backward and optimizer step: a strategy's site half adds its own term to the gradients."""
@@ -59,7 +60,7 @@ def train_plain(
         for step, (images, labels) in enumerate(_batches(data, study, generator, total)):
             with enough_memory():
                 loss = loss_of(network(images), labels)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 (loss + extra_loss(images) if extra_loss else loss).backward()  # type: ignore[no-untyped-call]
                 adjust()
                 optimizer.step()
@@ -77,19 +78,6 @@ def planned_steps(training: Training, examples: int) -> int:
     if training.steps is not None:
         return training.steps
     return (training.epochs or 1) * -(-examples // training.batch_size)
-
-
-def build_optimizer(study: Study, parameters: Sequence[nn.Parameter], round_number: int) -> torch.optim.Optimizer:
-    """The study's optimizer over ``parameters``, with a fresh state and the round's learning rate."""
-    training = study.training
-    rate = training.learning_rate_of(round_number, study.rounds.count)
-    match training.optimizer:
-        case Optimizer.ADAM:
-            return torch.optim.Adam(parameters, lr=rate, weight_decay=training.weight_decay)
-        case Optimizer.ADAMW:
-            return torch.optim.AdamW(parameters, lr=rate, weight_decay=training.weight_decay)
-        case Optimizer.SGD:
-            return torch.optim.SGD(parameters, lr=rate, momentum=training.momentum, weight_decay=training.weight_decay)
 
 
 def gradient_rule(study: Study, parameters: Sequence[nn.Parameter]) -> AdjustGradients:

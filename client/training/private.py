@@ -14,7 +14,8 @@ from medfl.client.data.tensors import TensorSet
 from medfl.client.privacy.clipped import UnitData
 from medfl.client.privacy.patient_gradient import private_gradients, sample_patients
 from medfl.client.privacy.randomness import SecureGenerator
-from medfl.client.training.plain import build_optimizer, gradient_rule
+from medfl.client.training.optimizers import build_optimizer
+from medfl.client.training.plain import gradient_rule
 from medfl.shared.errors import DataError
 from medfl.shared.losses import build_loss
 from medfl.shared.privacy.plan import TrainingPlan
@@ -50,7 +51,7 @@ def train_private(
             _unit(data, units[index], settings, secure, augment, draws)
             for index in sample_patients(len(units), plan.sampling_rate, secure)
         ]
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         private_gradients(
             network,
             loss,

@@ -7,7 +7,7 @@ from torch import nn
 
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import TensorSet
-from medfl.client.training.plain import build_optimizer, gradient_rule, planned_steps, train_plain
+from medfl.client.training.plain import gradient_rule, planned_steps, train_plain
 from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.errors import TrainingError
 from medfl.shared.study import Study
@@ -104,23 +104,6 @@ def test_the_proximal_gradient_is_added_between_backward_and_step() -> None:
     weight.grad = torch.tensor([10.0])
     rule()
     assert weight.grad.tolist() == [10 + 0.5 * 3]
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
-)
-def test_the_optimizer_is_the_studys(name: str, kind: type[torch.optim.Optimizer]) -> None:
-    settings = {
-        "optimizer": name,
-        "learning_rate": 0.25,
-        "weight_decay": 0.125,
-        "momentum": 0.5 if name == "sgd" else 0,
-    }
-    made = build_optimizer(classes_study(training=settings), [nn.Parameter(torch.zeros(1))], 1)
-    assert type(made) is kind
-    assert (made.defaults["lr"], made.defaults["weight_decay"]) == (0.25, 0.125)
-    if name == "sgd":
-        assert made.defaults["momentum"] == 0.5
 
 
 def test_a_loss_that_is_not_finite_ends_training() -> None:
