@@ -91,7 +91,7 @@ class Site:
         self._now = now
         self._device_free = device_free  # raises PolicyRefusal while no training may begin
         self._progress = progress  # called between batches; may take its time
-        self._data: tuple[bytes, SiteData] | None = None
+        self._data: tuple[str, SiteData] | None = None
         self._open_ledger: Ledger | None = None
 
     def consider(self, offer: StudyOffer) -> OfferAccepted:
@@ -323,10 +323,9 @@ class Site:
         return self._records.personal(study.digest, asked=asked, counted=counted)
 
     def _split(self, study: Study, split: Split) -> TensorSet:
-        key = study.data.model_dump_json().encode() + study.task.value.encode()
-        if self._data is None or self._data[0] != key:
+        if self._data is None or self._data[0] != study.data_digest:
             self._data = None  # free the old images first
-            self._data = (key, self._load_data(study))
+            self._data = (study.data_digest, self._load_data(study))
         data = self._current(self._data[1]).splits.get(split)
         if data is None or len(data.labels) == 0:
             raise DataError(f"no {split.value} images for study {study.name}: run medfl-client with --check")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import ProtocolError, TrainingError
 from medfl.shared.study import Study
-from medfl.shared.weights import Flat, Layout
+from medfl.shared.weights import Flat, Layout, joined, spread
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,21 @@ class Bench:
     personal: Layout  # empty for most strategies
     initial_personal: Flat
 
+    @cached_property
+    def travelling(self) -> list[torch.Tensor]:
+        """The network's own tensors that travel, which training changes in place."""
+        return self.layout.pick(self.network.state_dict())
+
     def load(self, weights: Flat, personal: Flat | None) -> None:
         """Put the global ``weights`` and this site's own ``personal`` ones (None: the initial) into the network."""
-        self.layout.load(weights, self.network)
+        self.layout.check(weights)
+        spread(weights, self.travelling)
         if self.personal.tensors:
             self.personal.load(self.initial_personal if personal is None else personal, self.network)
 
     def update_from(self, weights: Flat) -> Flat:
         """Local minus global weights. Raises TrainingError when training left values that are not finite."""
-        update = self.layout.flatten(self.network.state_dict())
+        update = joined(self.travelling)
         np.subtract(update, weights, out=update)
         if not np.isfinite(update).all():
             raise TrainingError("training left weights that are not finite: lower training.learning_rate")

@@ -49,10 +49,8 @@ class Admission:
         waiting = {node for node, _ in self._offered.values()}
         due = [
             node
-            for node in online
-            if node not in self._accepted | self._spent
-            and node not in waiting
-            and now >= self._ask_after.get(node, 0.0)
+            for node in sorted(online.keys() - self._accepted - self._spent)
+            if node not in waiting and now >= self._ask_after.get(node, 0.0)
         ]
         if due:
             self._offer(due, now)
@@ -64,7 +62,8 @@ class Admission:
 
     def taking_part(self) -> dict[int, str]:
         """Node id -> name of the sites that accepted and are online, in order of node id."""
-        return {node: name for node, name in sorted(self._directory.online().items()) if node in self._accepted}
+        online = self._directory.online()
+        return {node: online[node] for node in sorted(online.keys() & self._accepted)}
 
     @property
     def awaited(self) -> int:

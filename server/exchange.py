@@ -61,7 +61,7 @@ class Exchange:
         ends = now + self._pace.deadline_s
         self._send([_Asked(message, now, now) for message in messages], ends)
         while (self._asked or self._lost) and not self._stop.is_set():
-            replies = list(self._grid.pull_messages(set(self._asked)))
+            replies = list(self._grid.pull_messages(self._asked.keys()))
             for reply in replies:
                 if (asked := self._asked.pop(reply.metadata.reply_to_message_id, None)) is not None:
                     self._note(asked, reply, ends)

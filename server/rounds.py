@@ -36,6 +36,7 @@ from medfl.server.stage import LOST, NO_ANSWER, Stages
 from medfl.server.weight_sum import SecureParts
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.algorithms.travel import build_study_network, layouts
+from medfl.shared.arrays import as_numpy
 from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.messages import TENSOR, pack, request_config, tell_counted
 from medfl.shared.metrics import headline, read
@@ -310,7 +311,7 @@ class Rounds:
         arrays, _ = self._strategy.aggregate_train(number, collected.replies)
         if arrays is None:
             raise ProtocolError(f"strategy {self._study.strategy.name} made no model of round {number}")
-        weights = arrays[TENSOR].numpy().astype(np.float32, copy=False)  # FedAdam computes in float64
+        weights = as_numpy(arrays[TENSOR]).astype(np.float32, copy=False)  # FedAdam computes in float64
         if collected.relative:
             weights = self._weights + weights
         self._layout.check(weights)

@@ -53,13 +53,13 @@ class Stages:
         """
         sites = [cohort[message.metadata.dst_node_id] for message in messages]
         outcomes.update(dict.fromkeys(sites, NO_ANSWER))
-        done: list[str] = []
+        done: dict[str, None] = {}  # in order of arrival
         taken = 0
 
         def enough(may_come: int) -> bool:
             return not taken < quorum <= taken + may_come
 
-        self.reporter.stage(number, name, done, sites)
+        self.reporter.stage(number, name, (), sites)
         exchange = Exchange(self.grid, self.pace, name, online=self.admission.online, stop=self.stop)
         for reply in exchange.run(messages, enough=enough):
             site = cohort.get(reply.metadata.src_node_id)
@@ -68,8 +68,8 @@ class Stages:
             outcomes[site], final, good = self._sort(reply.metadata.src_node_id, site, reply, take)
             taken += good
             if final:
-                done.append(site)
-                self.reporter.stage(number, name, done, sites)
+                done[site] = None
+                self.reporter.stage(number, name, list(done), sites)
         for node in exchange.late:
             if cohort.get(node) not in done:
                 self.admission.forget(node)

@@ -18,9 +18,10 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from medfl.shared.arrays import as_array, as_numpy
 from medfl.shared.errors import Code, ProtocolError
 from medfl.shared.metrics import Tally
 from medfl.shared.secagg.exchange import Phase, PhaseReply
@@ -217,7 +218,7 @@ class SecureReply:
         """As Flower records."""
         content = _reply("phase", {"control": self.reply.control})
         if self.reply.vector is not None and self.reply.scalars is not None:
-            content["masked"] = ArrayRecord({"vector": Array(self.reply.vector), "scalars": Array(self.reply.scalars)})
+            content["masked"] = _arrays(vector=self.reply.vector, scalars=self.reply.scalars)
         return content
 
     @classmethod
@@ -353,7 +354,7 @@ def tell_counted(message: Message, last_round: int) -> None:
 
 def pack(vector: Flat) -> ArrayRecord:
     """One flat tensor as an ArrayRecord."""
-    return ArrayRecord({TENSOR: Array(vector)})
+    return _arrays(**{TENSOR: vector})
 
 
 def unpack(content: RecordDict, name: str) -> Flat:
@@ -364,13 +365,20 @@ def unpack(content: RecordDict, name: str) -> Flat:
     return vector
 
 
+def _arrays(**vectors: NDArray[Any]) -> ArrayRecord:
+    record = ArrayRecord()
+    for name, vector in vectors.items():
+        record[name] = as_array(vector)
+    return record
+
+
 def _array(content: RecordDict, name: str, key: str, keys: set[str]) -> NDArray[Any]:
     """A one-dimensional array of the ArrayRecord ``name``, which must hold exactly ``keys``."""
     record = content.get(name)
     if not isinstance(record, ArrayRecord) or set(record) != keys:
         raise ProtocolError(f"the message has no arrays {', '.join(sorted(keys))} in '{name}'")
     try:
-        vector = record[key].numpy()
+        vector = as_numpy(record[key])
     except Exception:  # numpy raises many types on bytes from elsewhere, MemoryError where a header claims too much
         raise ProtocolError(f"the tensor in '{name}' cannot be read") from None
     if not isinstance(vector, np.ndarray):  # bytes of a zip archive, which numpy opens as well

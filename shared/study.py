@@ -12,7 +12,7 @@ import json
 import unicodedata
 from collections.abc import Mapping
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import cos, pi
 from typing import Annotated, Any, Literal, Self
 
@@ -239,10 +239,16 @@ class Study(Settings):
         """SHA-256 of :meth:`canonical`, hexadecimal. Any change of any value changes it."""
         return hashlib.sha256(self.canonical()).hexdigest()
 
+    @cached_property
+    def data_digest(self) -> str:
+        """SHA-256 of all that says how images become tensors: studies with the same one train on the same tensors."""
+        return hashlib.sha256(self.data.model_dump_json().encode() + self.task.value.encode()).hexdigest()
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's, without the digest, which a copy would carry over."""
+        """As pydantic's, without the digests, which a copy would carry over."""
         copy = super().model_copy(update=update, deep=deep)
-        copy.__dict__.pop("digest", None)
+        for name in ("digest", "data_digest"):
+            copy.__dict__.pop(name, None)
         return copy
 
     @classmethod
@@ -256,19 +262,24 @@ class Study(Settings):
             raise ProtocolError(f"the study is larger than {MAX_STUDY_BYTES} bytes")
         if hashlib.sha256(data).hexdigest() != digest:
             raise ProtocolError("the study does not have the digest it was announced with")
-        try:
-            study = cls.model_validate_json(data)
-        except ValidationError as error:
-            errors = error.errors(include_url=False, include_input=False)
-            first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-            where = ".".join(str(part) for part in first["loc"])[:200]
-            if first["type"] == "extra_forbidden":
-                raise ProtocolError(
-                    f"the study uses {where}, which this release does not know: update this machine's MedFL"
-                ) from None
+        return _parsed(data)
+
+
+@lru_cache(maxsize=4)  # hundreds of virtual sites are offered the same study
+def _parsed(data: bytes) -> Study:
+    try:
+        study = Study.model_validate_json(data)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+        first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+        where = ".".join(str(part) for part in first["loc"])[:200]
+        if first["type"] == "extra_forbidden":
             raise ProtocolError(
-                f"this release cannot build the study: {where}: {first['msg']}: ask the coordinator what it needs"
+                f"the study uses {where}, which this release does not know: update this machine's MedFL"
             ) from None
-        if study.canonical() != data:
-            raise ProtocolError("the study is not in canonical form: both sides must run releases that agree on it")
-        return study
+        raise ProtocolError(
+            f"this release cannot build the study: {where}: {first['msg']}: ask the coordinator what it needs"
+        ) from None
+    if study.canonical() != data:
+        raise ProtocolError("the study is not in canonical form: both sides must run releases that agree on it")
+    return study

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -51,18 +51,13 @@ class Layout:
         """SHA-256 over names and shapes: equal layouts only have equal digests."""
         return hashlib.sha256(repr(self.tensors).encode()).digest()
 
-    def flatten(self, state: dict[str, torch.Tensor]) -> Flat:
-        """Copy the tensors of ``state`` into a new vector of float32 on the CPU."""
-        import torch
+    def pick(self, state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors of ``state`` (a network's ``state_dict()``, which shares memory with it) in this order."""
+        return [state[name] for name, _ in self.tensors]
 
-        flat = torch.empty(self.length, dtype=torch.float32)
-        start = 0
-        for name, shape in self.tensors:
-            size = prod(shape)
-            flat[start : start + size].copy_(state[name].detach().reshape(-1))
-            start += size
-        vector: Flat = flat.numpy()
-        return vector
+    def flatten(self, state: Mapping[str, torch.Tensor]) -> Flat:
+        """Copy the tensors of ``state`` into a new vector of float32 on the CPU."""
+        return joined(self.pick(state))
 
     def load(self, vector: Flat, network: nn.Module) -> None:
         """Copy ``vector`` into ``network`` in place, on whatever device it is.
@@ -70,17 +65,8 @@ class Layout:
         Raises:
             ProtocolError: the vector has another length than this layout or holds a value that is not finite.
         """
-        import torch
-
         self.check(vector)
-        state = network.state_dict()
-        source = torch.from_numpy(np.array(vector) if not vector.flags.writeable else vector)
-        start = 0
-        with torch.no_grad():
-            for name, shape in self.tensors:
-                size = prod(shape)
-                state[name].copy_(source[start : start + size].view(shape))
-                start += size
+        spread(vector, self.pick(network.state_dict()))
 
     def check(self, vector: Flat) -> None:
         """Raise ProtocolError unless ``vector`` is float32, one-dimensional, of this length and finite."""
@@ -91,6 +77,31 @@ class Layout:
             )
         if not np.isfinite(vector).all():
             raise ProtocolError("weights hold values that are not finite: the sender's training diverged")
+
+
+def joined(tensors: Sequence[torch.Tensor]) -> Flat:
+    """Copy ``tensors`` one after the other into a new vector of float32 on the CPU."""
+    import torch
+
+    if not tensors:
+        return np.zeros(0, np.float32)
+    vector: Flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to("cpu", torch.float32).numpy()
+    return vector
+
+
+def spread(vector: Flat, tensors: Sequence[torch.Tensor]) -> None:
+    """Copy ``vector`` into ``tensors`` in place: the inverse of :func:`joined`."""
+    import torch
+
+    if not tensors:
+        return
+    source = torch.from_numpy(vector if vector.flags.writeable else vector.copy()).to(tensors[0].device)
+    with torch.no_grad():
+        start = 0
+        for tensor in tensors:
+            end = start + tensor.numel()
+            tensor.copy_(source[start:end].view_as(tensor))
+            start = end
 
 
 def weights_digest(vector: Flat) -> str:

@@ -7,7 +7,7 @@ outside a Flower process.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from typing import Any
 
 import medfl.shared.environment  # noqa: F401 - before flwr
@@ -56,7 +56,7 @@ class VirtualGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Let one of the addressed sites work and return its reply."""
-        wanted = set(message_ids)
+        wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
         identity = next((identity for identity in self._waiting if identity in wanted), None)
         if identity is None:
             return []

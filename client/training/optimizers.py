@@ -47,6 +47,8 @@ def build_optimizer(study: Study, parameters: Sequence[Tensor], round_number: in
 class _Base:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
+        # What the classes choose too, at every step: several tensors at a time on a GPU, one by one on the CPU.
+        self._foreach = None if any(parameter.device.type != "cpu" for parameter in self._parameters) else False
 
     def zero_grad(self) -> None:
         """Let all gradients go."""
@@ -81,6 +83,7 @@ class Sgd(_Base):
             values,
             gradients,
             velocity,
+            foreach=self._foreach,
             lr=self._rate,
             momentum=self._momentum,
             weight_decay=self._weight_decay,
@@ -115,6 +118,7 @@ class Adam(_Base):
             [second for _, second, _ in means],
             [],
             [steps for _, _, steps in means],
+            foreach=self._foreach,
             amsgrad=False,
             beta1=_BETAS[0],
             beta2=_BETAS[1],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 
 import torch
 from torch import nn
@@ -64,13 +65,13 @@ def train_plain(
                 (loss + extra_loss(images) if extra_loss else loss).backward()  # type: ignore[no-untyped-call]
                 adjust()
                 optimizer.step()
-            losses += loss.detach() * len(labels)
+            losses.add_(loss.detach(), alpha=len(labels))
             seen += len(labels)
             if progress is not None:
                 progress(step + 1, total)
-    if not torch.isfinite(losses):
+    if not isfinite(loss_sum := float(losses)):
         raise TrainingError("the training loss is not finite: lower training.learning_rate or look at the intensities")
-    return {LOSS: float(losses), EXAMPLES: float(seen)}
+    return {LOSS: loss_sum, EXAMPLES: float(seen)}
 
 
 def planned_steps(training: Training, examples: int) -> int:
