@@ -103,8 +103,10 @@ class Policy(Settings):
         Raises:
             PolicyRefusal: reason ``outside hours``; the coordinator asks again later.
         """
+        if not self.hours:
+            return
         local = self.local(now)
-        if self.hours and not any(Window.parse(text).opens(local) for text in self.hours):
+        if not any(Window.parse(text).opens(local) for text in self.hours):
             raise PolicyRefusal(
                 f"it is {local:%A %H:%M}, outside policy.hours ({'; '.join(self.hours)}): nothing runs or leaves now",
                 reason=OUTSIDE_HOURS,

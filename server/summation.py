@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,8 +35,8 @@ class FixedPointSum:
             raise ProtocolError(f"the update has {update.size} values, the study's network has {self._sum.size}")
         if weight < 1:
             raise ProtocolError("the update has a weight below 1")
-        largest = float(max(update.max(initial=0.0), -update.min(initial=0.0)))
-        if not np.isfinite(largest):
+        largest = max(float(update.max(initial=0.0)), -float(update.min(initial=0.0)))
+        if not isfinite(largest):
             raise ProtocolError("the update holds values that are not finite")
         if largest * weight * _SCALE >= _MAX_TERM:
             raise ProtocolError("the update is too large to be summed: the site's training diverged")

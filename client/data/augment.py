@@ -11,13 +11,15 @@ from torch.nn.functional import affine_grid, grid_sample, interpolate
 from medfl.client.data.batches import Augment
 from medfl.shared.data_spec import Augmentation
 
+_NOTHING = Augmentation()
+
 _COARSE = 4
 """Control points along each axis of the smooth fields (bias, elastic)."""
 
 
 def augmenter(how: Augmentation) -> Augment | None:
     """The function that :func:`~medfl.client.data.batches.epoch` applies to each batch; None when all is off."""
-    if how == Augmentation():
+    if how == _NOTHING:
         return None
     return lambda images, labels, generator: augment(images, labels, how, generator)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import isfinite
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from medfl.client.data.augment import augmenter
 from medfl.client.data.batches import epoch
@@ -56,8 +57,8 @@ def train_plain(
     losses = torch.zeros((), dtype=torch.float64, device=data.labels.device)
     seen = 0
     network.train()
-    with torch.random.fork_rng(devices=_devices(data)):
-        _seed_dropout(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)), data)
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    with _seeded(seed, data) if _draws(network) else nullcontext():
         for step, (images, labels) in enumerate(_batches(data, study, generator, total)):
             with enough_memory():
                 loss = loss_of(network(images), labels)
@@ -112,15 +113,23 @@ def _batches(
             produced += 1
 
 
-def _seed_dropout(seed: int, data: TensorSet) -> None:
-    """Seed the generators that layers draw from.
+def _draws(network: nn.Module) -> bool:
+    """Whether a layer of ``network`` draws random numbers."""
+    return any(isinstance(layer, _DropoutNd) for layer in network.modules())
+
+
+@contextmanager
+def _seeded(seed: int, data: TensorSet) -> Iterator[None]:
+    """Inside, the generators that layers draw from start from ``seed``; afterwards they are as before.
 
     Not by ``torch.manual_seed``: where CUDA is not in use, each call leaves a stack trace for the day it will be.
     """
-    torch.default_generator.manual_seed(seed)
-    if data.labels.device.type == "cuda":
-        with torch.cuda.device(data.labels.device):
-            torch.cuda.manual_seed(seed)
+    with torch.random.fork_rng(devices=_devices(data)):
+        torch.default_generator.manual_seed(seed)
+        if data.labels.device.type == "cuda":
+            with torch.cuda.device(data.labels.device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _devices(data: TensorSet) -> list[torch.device]:
