@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from medfl.server.convergence import Best
-from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.files import write_whole
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout, weights_digest
@@ -159,6 +158,8 @@ def save_model(path: Path, study: Study, layout: Layout, weights: Flat, *, round
     Layers that the study did not train are written too, so that the file is a whole model.
     """
     if study.training.train_only == "head":
+        from medfl.shared.algorithms.travel import build_study_network  # imports PyTorch
+
         network = build_study_network(study)
         layout.load(weights, network)
         layout = Layout.of(network)

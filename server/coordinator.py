@@ -25,6 +25,7 @@ from medfl.server.rosters import RosterFolder
 from medfl.server.rounds import Ending, Result, Rounds
 from medfl.server.secagg.store import FolderStore
 from medfl.server.weight_sum import SecureParts
+from medfl.shared.algorithms.beginning import begin_apart
 from medfl.shared.config import load_settings
 from medfl.shared.consortium import Membership
 from medfl.shared.errors import ConfigError
@@ -132,6 +133,7 @@ def _run_study(
                     stop=stop,
                     series=run.series_id,
                     secure=_secure_parts(settings, study, folder),
+                    beginning=begin_apart(study),
                 )
                 results.append(rounds.run())
 

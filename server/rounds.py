@@ -34,8 +34,8 @@ from medfl.server.safeguards import Good, Watch
 from medfl.server.secure import SecureCollector
 from medfl.server.stage import LOST, NO_ANSWER, Stages
 from medfl.server.weight_sum import SecureParts
+from medfl.shared.algorithms.beginning import Beginning, begin
 from medfl.shared.algorithms.needs import demands_of
-from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.arrays import as_numpy
 from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.messages import TENSOR, pack, request_config, tell_counted
@@ -92,8 +92,12 @@ class Rounds:
         stop: Event,
         series: int | None = None,
         secure: SecureParts | None = None,
+        beginning: Beginning | None = None,
     ) -> None:
-        """Prepare the study; ``secure`` is needed where the study asks for secure aggregation."""
+        """Prepare the study; ``secure`` is needed where the study asks for secure aggregation.
+
+        ``beginning`` is the study's first model (absent: made here).
+        """
         self._study = study
         self._grid = grid
         self._checkpoints = checkpoints
@@ -103,9 +107,8 @@ class Rounds:
         self._admission = Admission(study, grid, directory)
         self._directory = directory
         self._strategy = build_strategy(study)
-        network = build_study_network(study)
-        self._layout, _ = layouts(study, network)
-        self._weights = self._layout.flatten(network.state_dict())
+        beginning = beginning or begin(study)
+        self._layout, self._weights = beginning.layout, beginning.weights
         self._round = 0
         self._answers = Answers()
         self._expected: frozenset[str] = frozenset()  # after a restart: who is about to be back

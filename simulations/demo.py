@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import multiprocessing
 import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +35,14 @@ from medfl.shared.enrolment import make_keys
 from medfl.shared.errors import MedFLError
 from medfl.shared.files import private_folder
 from medfl.shared.study import Study
-from medfl.simulations.phantoms import SCANNERS, write_hospital
 from medfl.simulations.processes import Processes
 
 HOSPITALS = ("north", "south", "east", "west")
 PATIENTS = 12
 SEED = 2026
 
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+_SMALL = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "PYTHONUNBUFFERED": "1"}
+"""One thread for arithmetic, and not a heap for each of the others: five processes share a small machine."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +148,26 @@ def _clear(root: Path) -> None:
 
 def write_images(places: Places, *, patients: int) -> None:
     """Give every hospital its own scanner's DICOM series and SEG labels."""
-    with ProcessPoolExecutor(2) as pool:
+    with _two_helpers() as pool:
         jobs = [
-            pool.submit(write_hospital, private_folder(places.hospital(name)) / "dicom", index, patients, SEED)
+            pool.submit(_one_hospital, private_folder(places.hospital(name)) / "dicom", index, patients)
             for index, name in enumerate(places.names)
         ]
         for job in jobs:
             job.result()
+
+
+@contextmanager
+def _two_helpers() -> Iterator[ProcessPoolExecutor]:
+    """Processes that import what is large, so that this one, which outlives them, does not."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def _one_hospital(folder: Path, index: int, patients: int) -> None:
+    from medfl.simulations.phantoms import write_hospital
+
+    write_hospital(folder, index, patients, SEED)
 
 
 def _federate(places: Places, study: Study, console: Console) -> None:
@@ -180,7 +196,7 @@ def start_server(places: Places, running: Processes) -> subprocess.Popen[bytes]:
         "medfl.server.cli",
         ["--config", str(places.coordinator / "consortium.yaml")],
         log=places.coordinator / "medfl-server.log",
-        environment=_ONE_THREAD,
+        environment=_SMALL,
     )
 
 
@@ -192,7 +208,7 @@ def start_client(places: Places, name: str, running: Processes) -> subprocess.Po
         "medfl.client.cli",
         ["--site", str(home / "site.yaml")],
         log=home / "medfl-client.log",
-        environment=_ONE_THREAD,
+        environment=_SMALL,
     )
 
 
@@ -260,7 +276,7 @@ class ComparisonRow:
 
 
 def _compare(places: Places, study: Study, console: Console) -> list[ComparisonRow]:
-    with console.status("training each hospital alone"), ProcessPoolExecutor(2) as pool:
+    with console.status("training each hospital alone"), _two_helpers() as pool:
         jobs = {name: pool.submit(_one_alone, places.hospital(name) / "site.yaml", study) for name in places.names}
         results = {name: job.result() for name, job in jobs.items()}
     rows = []
@@ -290,6 +306,8 @@ def _one_alone(site_file: Path, study: Study) -> tuple[float, float, float]:
 
 
 def _print(rows: list[ComparisonRow], console: Console) -> None:
+    from medfl.simulations.phantoms import SCANNERS
+
     table = Table(title="Dice on each hospital's held-out patients", title_justify="left")
     for title in ("site", "scanner", "federated", "alone", "best threshold", "mean mask"):
         table.add_column(title, justify="left" if title in ("site", "scanner") else "right")

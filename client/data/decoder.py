@@ -48,13 +48,22 @@ def decompress(datasets: Sequence[pydicom.FileDataset], paths: Sequence[Path]) -
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
 
 
+def end_decoder() -> None:
+    """Let the helper process go; the next compressed series starts another."""
+    global _pool  # noqa: PLW0603 - one helper process at a time
+    with _lock:
+        if _pool is not None:
+            _pool.shutdown(wait=False, cancel_futures=True)
+            _pool = None
+
+
 def _decode(paths: list[Path]) -> list[Native]:
-    global _pool  # noqa: PLW0603 - one helper process for the life of this one
+    global _pool  # noqa: PLW0603 - one helper process at a time
     with _lock:
         if _pool is None:
             # Not a fork, which would copy locked threads and the GPU's context. The child imports no torch.
             _pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-            atexit.register(_pool.shutdown, wait=False, cancel_futures=True)
+            atexit.register(end_decoder)
         pool = _pool
         try:
             return pool.submit(_in_child, paths).result(timeout=_SECONDS)

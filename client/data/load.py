@@ -17,6 +17,7 @@ from torch import Tensor
 
 from medfl.client.data.cache import EncryptedCache
 from medfl.client.data.case import Case, Findings
+from medfl.client.data.decoder import end_decoder
 from medfl.client.data.headers import HEADER_FIELDS, Progress
 from medfl.client.data.ingest import Block, Job, blocks
 from medfl.client.data.memo import FileMemo
@@ -70,6 +71,7 @@ def load_site_data(
         usable = read([case for case in cases if case.patient not in found.lost])
         usable.quarantined += found.of_the_lost
         found = usable
+    end_decoder()
     if cache is not None and memo is not None:
         memo.save()
         cache.evict()

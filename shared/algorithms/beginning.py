@@ -1,0 +1,70 @@
+"""What a study begins with: its first model, and the layout of what travels.
+
+PyTorch and MONAI take 300 MB of memory. A coordinator needs them for the first model only: a process of its own makes
+it and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import medfl.shared.environment  # noqa: F401 - before torch
+from medfl.shared.command import run
+from medfl.shared.errors import ConfigError, MedFLError
+from medfl.shared.study import Study
+from medfl.shared.weights import Flat, Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """The weights of a study's first model, which its seed decides, and how they are laid out."""
+
+    layout: Layout
+    weights: Flat
+
+
+def begin(study: Study) -> Beginning:
+    """Make the first model here. Raises ConfigError when the study's strategy does not fit its network."""
+    from medfl.shared.algorithms.travel import build_study_network, layouts
+
+    network = build_study_network(study)
+    layout, _ = layouts(study, network)
+    return Beginning(layout, layout.flatten(network.state_dict()))
+
+
+def begin_apart(study: Study) -> Beginning:
+    """As :func:`begin`, in a process of its own: this one never imports PyTorch.
+
+    Raises:
+        ConfigError: the study's strategy does not fit its network. MedFLError: the process died.
+    """
+    from safetensors.numpy import load
+
+    command = [sys.executable, "-m", "medfl.shared.algorithms.beginning", study.digest]
+    made = subprocess.run(command, input=study.canonical(), capture_output=True, check=False)
+    if made.returncode:
+        said = made.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        kind = ConfigError if made.returncode == ConfigError.exit_status else MedFLError
+        raise kind(f"study {study.name}: its first model cannot be built: {said[-1]}")
+    about = json.loads(made.stdout[8 : 8 + int.from_bytes(made.stdout[:8], "little")])["__metadata__"]
+    layout = Layout(tuple((name, tuple(shape)) for name, shape in json.loads(about["layout"])))
+    weights: Flat = load(made.stdout)["weights"]
+    return Beginning(layout, weights)
+
+
+def main(digest: str) -> int:
+    """The process: the study's canonical form comes in on standard input, safetensors go out on standard output."""
+    from safetensors.numpy import save
+
+    out, sys.stdout = sys.stdout.buffer, sys.stderr  # whatever a library prints is no part of the model
+    made = begin(Study.from_canonical(sys.stdin.buffer.read(), digest=digest))
+    out.write(save({"weights": made.weights}, {"layout": json.dumps(made.layout.tensors)}))
+    out.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run("first model", lambda: main(sys.argv[1])))
