@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
-
-import pydicom
-from pydicom.uid import ExplicitVRLittleEndian
+from typing import TYPE_CHECKING, Any
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.guard import reading
+
+if TYPE_CHECKING:
+    import pydicom
 
 Native = tuple[bytes, dict[str, Any]]
 """Uncompressed pixels, and the elements of the header that describe them."""
@@ -35,6 +35,8 @@ def decompress(datasets: Sequence[pydicom.FileDataset], paths: Sequence[Path]) -
     Raises:
         Quarantine: no installed decoder reads them, or one crashed or did not end.
     """
+    from pydicom.uid import ExplicitVRLittleEndian
+
     compressed = [
         (dataset, path) for dataset, path in zip(datasets, paths, strict=True)
         if "PixelData" in dataset and dataset.file_meta.TransferSyntaxUID.is_encapsulated
@@ -77,6 +79,8 @@ def _decode(paths: list[Path]) -> list[Native]:
 
 
 def _in_child(paths: list[Path]) -> list[Native]:
+    import pydicom
+
     out: list[Native] = []
     for path in paths:
         with reading("unreadable pixels"):

@@ -281,5 +281,17 @@ def test_a_decoder_that_crashes_costs_one_series_and_not_the_process(
     assert len(open_series(paths)) == len(paths)
 
 
+def test_the_decoders_process_ends_when_all_is_loaded(tmp_path: Path) -> None:
+    slices = ct()
+    for dataset in slices:
+        dataset.compress(RLELossless, generate_instance_uid=False)
+    open_series(save(slices, tmp_path))
+    assert decoder._pool is not None
+    (process,) = decoder._pool._processes.values()
+    decoder.end_decoder()
+    process.join(30)
+    assert process.exitcode == 0
+
+
 def crash(paths: list[Path]) -> None:
     os.abort()
