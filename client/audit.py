@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
+from threading import Lock
 
 from medfl.shared.chain import Chain, Head, Role
 from medfl.shared.errors import ConfigError, PolicyRefusal
@@ -100,6 +101,7 @@ class Audit:
     ) -> None:
         """``on_row`` is told each row when it is durable."""
         self._on_row = on_row
+        self._lock = Lock()
         try:
             self._chain = Chain(path, AUDIT, clock=clock, keep_rows=False)
         except PolicyRefusal as refusal:
@@ -169,5 +171,6 @@ class Audit:
     def _write(self, event: Event, **fields: str | float | None) -> None:
         known = {key: value for key, value in fields.items() if value is not None and value != ""}
         row = {"event": event.value, **known}
-        self._chain.append(row)
-        self._on_row(row)
+        with self._lock:  # heartbeats and administrators' commands write from threads of their own
+            self._chain.append(row)
+            self._on_row(row)

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,8 +57,10 @@ from medfl.client.transport import (
     tls_context,
     trouble_of,
 )
+from medfl.shared.checkin import PATH
 from medfl.shared.errors import Code, ProtocolError
 from medfl.shared.keys import fingerprint, load_node_key, node_public_key, public_line
+from medfl.shared.passphrase import passphrase
 
 HEARTBEAT_S = 10  # the least Flower accepts; a node is gone after two
 PARALLEL = 4  # objects on the way at a time: on a slow line, latency is what costs
@@ -119,10 +122,11 @@ class Fleet:
         self._public_key = node_public_key(public_line(key.public_key()))
         self._answered = False
         transport = settings.transport
+        self._tls = tls_context(transport)
         self._client = FleetHttpClient(
             f"https://{transport.coordinator}",
             interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
-            verify=tls_context(transport),
+            verify=self._tls,
             timeout=transport.timeout_s,
         )
         confine(self._client._client, transport.max_answer_bytes)
@@ -136,6 +140,31 @@ class Fleet:
         """Close connections; running transfers fail."""
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._client.close()
+
+    def check_in(self, question: bytes) -> bytes | None:
+        """Ask what :mod:`medfl.shared.checkin` describes; None from a coordinator that does not know check-ins."""
+        try:
+            url = f"https://{self.settings.transport.coordinator}{PATH}"
+            response = self._client._client.post(url, content=question)
+        except httpx.HTTPError as error:
+            raise trouble_of(error, self.settings.transport.coordinator, answered=self._answered) from None
+        match response.status_code:
+            case HTTPStatus.OK:
+                return response.content
+            case HTTPStatus.NOT_FOUND:
+                return None
+            case HTTPStatus.FORBIDDEN:
+                raise LinkTrouble(
+                    Kind.NOT_ENROLLED,
+                    f"{self.settings.transport.coordinator} does not know this site under its site key",
+                )
+            case status:
+                raise LinkTrouble(Kind.BUSY, f"{self.settings.transport.coordinator}: HTTP {status} to a check-in")
+
+    def reload_certificate(self) -> None:
+        """Show the certificate that is on the disk now to new connections; those that are open stay."""
+        transport = self.settings.transport
+        self._tls.load_cert_chain(transport.certificate, transport.key, password=passphrase)
 
     def check(self) -> None:
         """One connection, one authenticated request, no change at the coordinator.

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import inf
 from pathlib import Path
@@ -88,6 +88,8 @@ class Node:
 
     ``on_change(phase, text)`` is told what the node is doing, from the thread of :meth:`run`. ``on_own_word`` is told
     before the node answers in the app's place, which is always a code and no result; it may raise PolicyRefusal.
+    ``check_in`` is called with the connection after joining and with each heartbeat, from one thread at a time.
+    ``address`` says before each attempt to join where to dial, where that may change.
 
     Raises on construction:
         ConfigError: a key or certificate cannot be used.
@@ -101,8 +103,12 @@ class Node:
         *,
         on_change: Callable[[Phase, str], None] = lambda phase, text: None,
         on_own_word: Callable[[Notice, Code, str], None] = lambda notice, code, reason: None,
+        check_in: Callable[[Fleet], None] = lambda fleet: None,
+        address: Callable[[], str] | None = None,
     ) -> None:
         self.settings = settings
+        self._check_in = check_in
+        self._address = address
         self._app = app
         self._gate = gate
         self._on_change = on_change
@@ -150,11 +156,13 @@ class Node:
 
     def _session(self, patience: Patience) -> None:
         """Join, and answer messages for as long as nothing breaks."""
+        self._follow()
         node_id = self._fleet.join(self._former_id())
         write_whole(self._id_file, str(node_id).encode())
         patience.reset()
         self._runs.clear()
         self._tell(Phase.ONLINE, f"online at {self.settings.fleet.transport.coordinator} as node {node_id}")
+        self._check_in(self._fleet)
         pause_s = POLL_S[0]
         with self._heartbeat(node_id):
             while not self._stop.is_set():
@@ -167,6 +175,17 @@ class Node:
                 elif time.monotonic() - asked_at < 0.5 * self.settings.fleet.wait_s:  # it was not held
                     self._stop.wait(pause_s * random.uniform(0.8, 1.2))
                     pause_s = min(pause_s * 1.5, POLL_S[1])
+
+    def _follow(self) -> None:
+        """Dial another address from now on, where the coordinator has moved."""
+        transport = self.settings.fleet.transport
+        if self._address is None or (now := self._address()) == transport.coordinator:
+            return
+        self._tell(Phase.WAITING, f"the coordinator has moved from {transport.coordinator} to {now}")
+        fleet = replace(self.settings.fleet, transport=replace(transport, coordinator=now))
+        before, self._fleet = self._fleet, Fleet(fleet)
+        self.settings = replace(self.settings, fleet=fleet)
+        before.close()
 
     def _next_order(self, node_id: int) -> Order | None:
         """Ask for work. A stop does not wait for the answer: the coordinator learns by our leaving what is lost."""
@@ -263,6 +282,7 @@ class Node:
             while not done.wait(HEARTBEAT_S * random.uniform(0.35, 0.5)):
                 try:
                     self._fleet.beat(node_id)
+                    self._check_in(self._fleet)
                 except LinkTrouble as trouble:
                     log.debug("heartbeat: %s", trouble)
 

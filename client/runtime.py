@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from medfl.client.audit import Audit, audit_file
+from medfl.client.checkin import CheckIns
 from medfl.client.config import SiteSettings
 from medfl.client.courtesy import courtesy_of
 from medfl.client.data.load import load_site_data, without_opted_out
@@ -32,6 +33,7 @@ from medfl.client.site import Site
 from medfl.client.transport import TransportSettings
 from medfl.client.workbench import Workbench
 from medfl.shared.certificates import SiteFiles
+from medfl.shared.consortium import Membership
 from medfl.shared.errors import ConfigError, PolicyRefusal
 from medfl.shared.keys import load_site_key, public_line, read_public_key
 from medfl.shared.messages import Kind
@@ -144,6 +146,18 @@ def site_rosters(settings: SiteSettings) -> SiteRosters:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}): restore the keys from their backup") from None
     return SiteRosters(settings.state / "roster", load_pin(settings.keys), site=settings.site, key=key)
+
+
+def check_ins(settings: SiteSettings, audit: Audit) -> CheckIns:
+    """What the node tells and hears beside all studies. Raises ConfigError, DataError."""
+
+    def in_force(membership: Membership) -> None:
+        roster = membership.roster
+        audit.roster_confirmed(roster=roster.digest.hex(), epoch=roster.epoch, members=len(roster.members))
+
+    files = SiteFiles(settings.keys)
+    key = load_site_key(files.site_key)
+    return CheckIns(settings.site, files, key, site_rosters(settings), on_force=in_force)
 
 
 def coordinator_address(settings: SiteSettings) -> str:

@@ -22,6 +22,7 @@ import httpx
 from medfl.shared.certificates import check_certificate
 from medfl.shared.errors import ConfigError, NetworkError
 from medfl.shared.keys import read_private
+from medfl.shared.passphrase import passphrase
 
 CLOCK_TOLERANCE_S = 5.0  # a request signed further in the future is refused
 
@@ -80,7 +81,7 @@ def tls_context(settings: TransportSettings) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         context.load_verify_locations(settings.authority)
-        context.load_cert_chain(settings.certificate, settings.key)
+        context.load_cert_chain(settings.certificate, settings.key, password=passphrase)
     except ssl.SSLError:
         raise ConfigError(f"{settings.key}: does not belong to the certificate {settings.certificate}") from None
     return context
@@ -157,7 +158,8 @@ def trouble_of(error: httpx.HTTPError, coordinator: str, *, answered: bool) -> L
     if (cut and not answered) or (tls is not None and "alert" in str(tls).lower()):
         return LinkTrouble(
             Kind.OUR_CERTIFICATE,
-            f"{coordinator} hangs up on this site's client certificate: have the coordinator issue it again",
+            f"{coordinator} hangs up on this site's client certificate: it has expired or was revoked; call the "
+            "coordinator, enroll again, have the request approved, and join",
         )
     if isinstance(error, httpx.ProxyError):
         return LinkTrouble(Kind.UNREACHABLE, f"{coordinator}: the proxy in HTTPS_PROXY does not connect us")
@@ -179,7 +181,7 @@ def _trouble_of_status(response: httpx.Response, coordinator: str) -> LinkTroubl
             if abs(ahead) > CLOCK_TOLERANCE_S:
                 side = "ahead of" if ahead > 0 else "behind"
                 return LinkTrouble(
-                    Kind.CLOCK, f"this machine's clock is {abs(ahead):.0f} s {side} {coordinator}: set it by NTP"
+                    Kind.CLOCK, f"this machine's clock is {_duration(ahead)} {side} {coordinator}: set it by NTP"
                 )
             return LinkTrouble(Kind.NOT_ENROLLED, f"{coordinator} does not accept this site's node key")
         case HTTPStatus.FORBIDDEN:
@@ -192,6 +194,11 @@ def _trouble_of_status(response: httpx.Response, coordinator: str) -> LinkTroubl
             return LinkTrouble(Kind.BUSY, f"{coordinator} has a problem (HTTP {status}): see its log")
         case _:
             return LinkTrouble(Kind.REFUSED, f"{coordinator} refuses the request (HTTP {status})", status=status)
+
+
+def _duration(seconds: float) -> str:
+    size = abs(seconds)
+    return f"{size / 60:.0f} minutes" if size >= 120 else f"{size:.0f} s"
 
 
 def _trouble_of_verification(error: ssl.SSLCertVerificationError, coordinator: str) -> LinkTrouble:

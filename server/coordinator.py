@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
 
@@ -17,6 +18,7 @@ from flwr.serverapp import Grid
 from medfl.server.app import build_server_app
 from medfl.server.checkpoint import CheckpointFolder, save_model
 from medfl.server.config import ConsortiumSettings
+from medfl.server.doorkeeper import Doorkeeper
 from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
 from medfl.server.negotiation import NegotiatingGrid
@@ -27,7 +29,6 @@ from medfl.server.secagg.store import FolderStore
 from medfl.server.weight_sum import SecureParts
 from medfl.shared.algorithms.beginning import begin_apart
 from medfl.shared.config import load_settings
-from medfl.shared.consortium import Membership
 from medfl.shared.errors import ConfigError
 from medfl.shared.files import write_whole
 from medfl.shared.logs import quiet_libraries
@@ -82,27 +83,25 @@ def link_settings(settings: ConsortiumSettings) -> LinkSettings:
         certificate=settings.tls.certificate,
         key=settings.tls.key,
         state_dir=settings.state,
+        revoked=settings.trust.revoked,
         limits=Limits(max_body_bytes=int(settings.listen.max_body_mb * 1024 * 1024)),
     )
-
-
-def node_keys(membership: Membership) -> dict[str, str]:
-    """Site name -> public node key."""
-    return {site.name: site.node_key for site in membership.sites}
 
 
 def coordinate(settings: ConsortiumSettings, studies: list[Study], *, reporter: Reporter, stop: Event) -> list[Ending]:
     """Serve and run ``studies`` until they are done or ``stop`` is set; returns how each ended."""
     endings = []
-    with Link(link_settings(settings)) as link, Supervision(link.alive) as systemd:
+    with ExitStack() as held:
+        link = held.enter_context(Link(link_settings(settings)))
+        systemd = held.enter_context(Supervision(link.alive))
         quiet_libraries()  # again: Flower sets up its logger when it is imported
-        link.enrol(node_keys(RosterFolder.of(settings).newest()))
+        door = held.enter_context(Doorkeeper(settings, link))
         members = Members(link)
         systemd.ready()
         for study in studies:
             if stop.is_set():
                 break
-            endings.append(_run_study(settings, study, link, members, reporter, stop))
+            endings.append(_run_study(settings, study, link, door, members, reporter, stop))
         if settings.when_done == "stay" and not stop.is_set():
             log.info("all studies have ended: sites are still served until this process is stopped")
             stop.wait()
@@ -110,7 +109,13 @@ def coordinate(settings: ConsortiumSettings, studies: list[Study], *, reporter: 
 
 
 def _run_study(
-    settings: ConsortiumSettings, study: Study, link: Link, members: Members, reporter: Reporter, stop: Event
+    settings: ConsortiumSettings,
+    study: Study,
+    link: Link,
+    door: Doorkeeper,
+    members: Members,
+    reporter: Reporter,
+    stop: Event,
 ) -> Ending:
     folder = settings.runs / f"{study.name}-{study.digest[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,8 +137,8 @@ def _run_study(
                     reporter=Several(MetricsFile(folder / "metrics.jsonl"), reporter),
                     stop=stop,
                     series=run.series_id,
-                    secure=_secure_parts(settings, study, folder),
                     beginning=begin_apart(study),
+                    secure=_secure_parts(settings, study, folder, door),
                 )
                 results.append(rounds.run())
 
@@ -149,11 +154,11 @@ def _run_study(
         log_file.close()
 
 
-def _secure_parts(settings: ConsortiumSettings, study: Study, folder: Path) -> SecureParts | None:
+def _secure_parts(settings: ConsortiumSettings, study: Study, folder: Path, door: Doorkeeper) -> SecureParts | None:
     if study.secure_aggregation.mode == "none":
         return None
     return SecureParts(
-        RosterFolder.of(settings).newest().roster,
+        door,
         FolderStore(settings.state / "secagg"),
         folder / "sum-of-weights.json",
     )

@@ -33,15 +33,17 @@ from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NOD
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.task_identity import TaskIdentity
 
+from medfl.server.check_in_desk import CheckInDesk, Desk
 from medfl.server.guard import Guard, Limits
 from medfl.server.link_grid import LinkGrid
 from medfl.server.link_state import FleetState, fleet_app
 from medfl.server.longpoll import Bell, LongPoll
-from medfl.shared.certificates import check_certificate
+from medfl.shared.certificates import check_certificate, revoked_serials
 from medfl.shared.errors import ConfigError, NetworkError, ProtocolError
 from medfl.shared.files import PRIVATE_FILE, private_folder
 from medfl.shared.keys import node_public_key, read_private
 from medfl.shared.lock import only_one
+from medfl.shared.passphrase import passphrase
 
 log = logging.getLogger("medfl.link")
 
@@ -65,6 +67,7 @@ class LinkSettings:
     certificate: Path
     key: Path
     state_dir: Path
+    revoked: Path | None = None  # certificates of the authority that are no longer accepted, PEM
     limits: Limits = field(default_factory=Limits)
     max_connections: int = 512
 
@@ -90,13 +93,16 @@ class Link:
     def __init__(self, settings: LinkSettings) -> None:
         self.settings = settings
         self.port = settings.port
+        self.desk: Desk | None = None  # answers sites' check-ins
         self._sites: dict[str, int] = {}
         self._run_open = threading.Lock()
 
     def __enter__(self) -> Self:
         """Open the database, close what a dead coordinator left open, and serve."""
         _quieten()
-        context = self._tls()
+        self._context = self._tls()
+        front = self._tls()
+        front.sni_callback = self._show_the_newest
         with ExitStack() as stack:
             stack.enter_context(only_one(self.settings.state_dir))
             listener = stack.enter_context(self._listen())
@@ -105,8 +111,8 @@ class Link:
             self._forget_the_past()
             self._long_poll = LongPoll(fleet_app(self._state), orders=self._orders, replies=self._replies)
             config = uvicorn.Config(
-                Guard(self._long_poll, self.settings.limits),
-                ssl_context_factory=lambda *_: context,
+                Guard(CheckInDesk(self._long_poll, lambda: self.desk), self.settings.limits),
+                ssl_context_factory=lambda *_: front,
                 log_config=None,
                 access_log=False,
                 lifespan="on",
@@ -139,6 +145,18 @@ class Link:
     def alive(self) -> bool:
         """Whether the loop that answers sites turns: what a watchdog asks, from another thread."""
         return self._thread.is_alive() and time.monotonic() - self._server.ticked < 30
+
+    def reload_tls(self) -> None:
+        """Let new connections see the certificate and the list of revoked ones that are on the disk now.
+
+        Raises:
+            ConfigError: they cannot be used; the ones before stay.
+        """
+        self._context = self._tls()
+
+    def _show_the_newest(self, connection: ssl.SSLObject, name: str | None, front: ssl.SSLContext) -> None:
+        """Called at the beginning of every handshake."""
+        connection.context = self._context
 
     def enrol(self, roster: Mapping[str, str | bytes]) -> dict[str, int]:
         """Make the known nodes exactly those of ``roster`` (site name: public node key); returns their node ids.
@@ -228,9 +246,13 @@ class Link:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
             context.load_verify_locations(settings.authority)
-            context.load_cert_chain(settings.certificate, settings.key)
+            context.load_cert_chain(settings.certificate, settings.key, password=passphrase)
         except ssl.SSLError:
             raise ConfigError(f"{settings.key}: does not belong to the certificate {settings.certificate}") from None
+        if settings.revoked is not None:
+            revoked_serials(settings.revoked)  # says what is wrong with the file
+            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
+            context.load_verify_locations(settings.revoked)
         return context
 
     def _listen(self) -> socket.socket:

@@ -117,7 +117,7 @@ class Rounds:
         stages = Stages(grid, reporter, stop, Pace(study.rounds.deadline_s), self._admission)
         self._convergence = Convergence(study.rounds.converged)
         self._metrics = Metrics()  # of the last complete round
-        self._epoch = None if secure is None else secure.roster.epoch
+        self._rosters = None if secure is None else secure.rosters
         self._collector = _collector(study, stages, self._layout, secure)
         self._heads: Heads | None = None
         if not isinstance(study.privacy, NoPrivacy):
@@ -165,6 +165,11 @@ class Rounds:
         """Whether a round is void for what sites have said, and would be although those that were cut off came back."""
         away = sum(word in (NO_ANSWER, LOST) for word in collected.outcomes.values())
         return collected.trained + away < self._study.rounds.minimum_sites
+
+    @property
+    def _epoch(self) -> int | None:
+        """The roster's, where the study sums securely."""
+        return None if self._rosters is None else self._rosters.choose(()).roster.epoch
 
     def _resume(self) -> bool:
         """Take up the latest checkpoint; whether its round has been evaluated (True where there is none)."""

@@ -29,10 +29,13 @@ from medfl.shared.secagg.announcement import Purpose
 from medfl.shared.secagg.clipping import clip_by_class, clip_by_tensor, merge, widened
 from medfl.shared.secagg.encoding import Encoding, Segment
 from medfl.shared.secagg.rings import Ring
+from medfl.shared.secagg.roster import Roster
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout, weights_digest
 
 log = logging.getLogger("medfl.server")
+
+UNCONFIRMED = "waits: a roster is not confirmed there, or elsewhere"
 
 
 class SecureCollector:
@@ -43,7 +46,7 @@ class SecureCollector:
         self._stages = stages
         self._layout = layout
         self._parts = parts
-        self._ids = {member.name: member.id for member in parts.roster.members}
+        self._use(parts.rosters.choose(()).roster)
         settings = study.secure_aggregation
         self._ring = Ring(settings.ring_bits)
         self._demands = demands_of(study.strategy)
@@ -56,18 +59,19 @@ class SecureCollector:
     ) -> Collected:
         """Let the cohort train, then sum what those that are ready hold."""
         collected = Collected()
+        cohort, collected.outcomes = self._under_one_roster(cohort)
         try:
             reference, counted = self._sum_of_weights(number, cohort)
         except SumVoid as void:
             log.warning("the sum of the sites' weights did not come about: %s", void)
-            collected.outcomes = self._words(void, cohort)
+            collected.outcomes |= self._words(void, cohort)
             return collected
         encoding = self._train_encoding(reference)
         config = request_config(self._study.digest, number, encoding=encoding.to_bytes())
         messages = [message for message in configure(config) if message.metadata.dst_node_id in counted]
         self._stages.run(number, "training", messages, cohort, collected.outcomes, take=is_ready, quorum=quorum)
         ready = {node: site for node, site in cohort.items() if collected.outcomes.get(site) == TRAINED}
-        if len(ready) < max(quorum, self._parts.roster.minimum_cohort):
+        if len(ready) < max(quorum, self._roster.minimum_cohort):
             collected.outcomes |= dict.fromkeys(ready.values(), "held back: too few sites")
             return collected
         self._stages.reporter.stage(number, "secure sum", [], list(ready.values()))
@@ -84,6 +88,7 @@ class SecureCollector:
     def evaluate(self, number: int, weights: Flat, cohort: Mapping[int, str], configure: Configure) -> Evaluated:
         """Let the cohort score the weights; only sums over all are learnt, and nothing where privacy is promised."""
         by_site: dict[str, Mapping[str, float]] = {}
+        cohort, _ = self._under_one_roster(cohort)
 
         def take(site: str, reply: Message) -> str:
             if outcome(reply.content) == "ready":
@@ -96,13 +101,14 @@ class SecureCollector:
         encoding = Encoding(Ring.BITS_32, (), 0, names)
         config = request_config(self._study.digest, number, encoding=b"" if self._private else encoding.to_bytes())
         outcomes: dict[str, str] = {}
-        self._stages.run(number, Kind.EVALUATE.value, configure(config), cohort, outcomes, take=take)
+        messages = [message for message in configure(config) if message.metadata.dst_node_id in cohort]
+        self._stages.run(number, Kind.EVALUATE.value, messages, cohort, outcomes, take=take)
         ready = {node: site for node, site in cohort.items() if outcomes.get(site) == TRAINED}
-        if self._private or len(ready) < self._parts.roster.minimum_cohort:
+        if self._private or len(ready) < self._roster.minimum_cohort:
             return Evaluated({}, by_site)
         try:
             plan = self._plan(Purpose.EVALUATE, encoding, weights, ready)
-            total = SecureRound(plan, roster=self._parts.roster, store=self._parts.store).run(self._exchange(ready))
+            total = SecureRound(plan, roster=self._roster, store=self._parts.store).run(self._exchange(ready))
         except SumVoid as void:
             log.warning("scores of round %d were not summed: %s", number, void)
             return Evaluated({}, by_site)
@@ -115,13 +121,13 @@ class SecureCollector:
         """
         exchange = self._exchange(ready)
         try:
-            return SecureRound(plan, roster=self._parts.roster, store=self._parts.store).run(exchange)
+            return SecureRound(plan, roster=self._roster, store=self._parts.store).run(exchange)
         except SumVoid as void:
             pending = self._parts.store.pending(plan.study)
             if not void.confirmed or void.culprits or pending is None:
                 raise
             log.warning("%s: the same sum is asked for again", void)
-        return finish(pending, roster=self._parts.roster, exchange=exchange)
+        return finish(pending, roster=self._roster, exchange=exchange)
 
     def unfinished(self, weights: Flat, cohort: Mapping[int, str]) -> Collected | None:
         """Finish the sum that was about to be unmasked when the coordinator was killed."""
@@ -130,10 +136,15 @@ class SecureCollector:
             return None
         if pending.announcement.model.hex() != weights_digest(weights):
             return None
+        roster = self._parts.rosters.with_digest(pending.announcement.roster)
+        if roster is None:
+            log.warning("the masked sum from before the restart was begun under a roster that is not here any more")
+            return None
+        self._use(roster)
         log.info("finishing the masked sum of %d sites that was begun before the restart", len(pending.survivors))
         collected = Collected()
         try:
-            total = finish(pending, roster=self._parts.roster, exchange=self._exchange(cohort))
+            total = finish(pending, roster=self._roster, exchange=self._exchange(cohort))
         except SumVoid as void:
             log.warning("the masked sum from before the restart could not be finished: %s", void)
             return None
@@ -145,7 +156,7 @@ class SecureCollector:
         self._parts.store.forget(bytes.fromhex(self._study.digest))
 
     def _take(self, total: SecureSum, collected: Collected, weights: Flat, cohort: Mapping[int, str]) -> None:
-        survivors = {self._parts.roster.name(site) for site in total.survivors}
+        survivors = {self._roster.name(site) for site in total.survivors}
         for site in cohort.values():
             if site not in survivors and collected.outcomes.get(site, TRAINED) == TRAINED:
                 why = total.refusals.get(self._ids.get(site, 0))
@@ -176,8 +187,19 @@ class SecureCollector:
     def _sum_of_weights(self, number: int, cohort: Mapping[int, str]) -> tuple[int, Mapping[int, str]]:
         """The reference of the encoding, and the sites that it counts."""
         if self._private:  # every site weighs 1: an exact number of patients would be a release of its own
-            return len(self._parts.roster.members), cohort
-        return self._weights.of(number, cohort)
+            return len(self._roster.members), cohort
+        return self._weights.of(number, cohort, self._roster)
+
+    def _use(self, roster: Roster) -> None:
+        self._roster = roster
+        self._ids = {member.name: member.id for member in roster.members}
+
+    def _under_one_roster(self, cohort: Mapping[int, str]) -> tuple[Mapping[int, str], dict[str, str]]:
+        """Choose the roster of this round's sums; the sites that accept it, and a word about each other one."""
+        chosen = self._parts.rosters.choose(frozenset(cohort.values()))
+        self._use(chosen.roster)
+        able = {node: site for node, site in cohort.items() if site in chosen.sites}
+        return able, {site: UNCONFIRMED for site in cohort.values() if site not in chosen.sites}
 
     def _plan(self, purpose: Purpose, encoding: Encoding, weights: Flat, cohort: Mapping[int, str]) -> SumPlan:
         model = bytes.fromhex(weights_digest(weights))

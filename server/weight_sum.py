@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from flwr.app import Message
 
@@ -30,11 +31,46 @@ log = logging.getLogger("medfl.server")
 _NO_MODEL = bytes(32)
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The roster of a secure sum, and the sites at which it is in force."""
+
+    roster: Roster
+    sites: frozenset[str]
+
+
+class Rosters(Protocol):
+    """The consortium's rosters, which may change while a study runs."""
+
+    def choose(self, sites: Collection[str]) -> Chosen:
+        """The roster to sum ``sites`` under, and which of them accept it."""
+        ...
+
+    def with_digest(self, digest: bytes) -> Roster | None:
+        """The roster that a sum was begun with, None where it is unknown."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OneRoster:
+    """A consortium that never changes, as a simulated one."""
+
+    roster: Roster
+
+    def choose(self, sites: Collection[str]) -> Chosen:
+        """It, for all of them."""
+        return Chosen(self.roster, frozenset(sites))
+
+    def with_digest(self, digest: bytes) -> Roster | None:
+        """It, if it is asked for."""
+        return self.roster if digest == self.roster.digest else None
+
+
 @dataclass(frozen=True)
 class SecureParts:
     """What secure aggregation needs beside the study."""
 
-    roster: Roster
+    rosters: Rosters
     store: Store
     memory: Path | None  # file for the sum of all weights; None keeps it in this process
 
@@ -48,17 +84,20 @@ class WeightSum:
         self._study = study
         self._stages = stages
         self._parts = parts
-        self._ids = {member.name: member.id for member in parts.roster.members}
+        self._roster = parts.rosters.choose(()).roster
         self._weight, self._sites = self._remembered()
 
-    def of(self, number: int, cohort: Mapping[int, str]) -> tuple[int, Mapping[int, str]]:
-        """The sum, and the part of ``cohort`` that it counts.
+    def of(self, number: int, cohort: Mapping[int, str], roster: Roster) -> tuple[int, Mapping[int, str]]:
+        """The sum under ``roster``, and the part of ``cohort`` that it counts.
 
         A site that is not in it waits until all that are in it are there.
 
         Raises:
             SumVoid: a sum was needed and did not come about.
         """
+        if roster.digest != self._roster.digest:
+            self._roster = roster
+            self._weight, self._sites = self._remembered()
         names = set(cohort.values())
         if self._weight == 0 or (not names <= self._sites and self._sites <= names):
             self._sum(number, cohort)
@@ -73,25 +112,22 @@ class WeightSum:
         messages = [Message(request, dst_node_id=node, message_type=Kind.WEIGHT.value, ttl=deadline) for node in cohort]
         outcomes: dict[str, str] = {}
         self._stages.run(number, "weights", messages, cohort, outcomes, take=is_ready)
-        nodes = {
-            self._ids[site]: node
-            for node, site in cohort.items()
-            if outcomes.get(site) == TRAINED and site in self._ids
-        }
+        ids = {member.name: member.id for member in self._roster.members}
+        nodes = {ids[site]: node for node, site in cohort.items() if outcomes.get(site) == TRAINED and site in ids}
         plan = SumPlan(bytes.fromhex(self._study.digest), Purpose.SETUP, tuple(sorted(nodes)), encoding, _NO_MODEL)
         try:
-            total = SecureRound(plan, roster=self._parts.roster, store=self._parts.store).run(
+            total = SecureRound(plan, roster=self._roster, store=self._parts.store).run(
                 GridExchange(self._stages, nodes, deadline_s=deadline)
             )
         except ConfigError as error:
             raise SumVoid(str(error), confirmed=False) from None
         self._weight = round(total.weight)
-        self._sites = frozenset(self._parts.roster.name(site) for site in total.survivors)
+        self._sites = frozenset(self._roster.name(site) for site in total.survivors)
         if self._parts.memory is not None:
             content = {
                 "weight": self._weight,
                 "sites": sorted(self._sites),
-                "roster": self._parts.roster.digest.hex(),
+                "roster": self._roster.digest.hex(),
             }
             write_whole(self._parts.memory, json.dumps(content).encode())
 
@@ -99,7 +135,7 @@ class WeightSum:
         if self._parts.memory is not None:
             try:
                 content = json.loads(self._parts.memory.read_bytes())
-                if content["roster"] == self._parts.roster.digest.hex():
+                if content["roster"] == self._roster.digest.hex():
                     return int(content["weight"]), frozenset(content["sites"])
             except (OSError, ValueError, KeyError, TypeError):
                 pass  # summed again

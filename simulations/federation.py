@@ -33,7 +33,7 @@ from medfl.server.checkpoint import CheckpointFolder
 from medfl.server.reporter import Reporter, RoundReport, Several, Silent
 from medfl.server.rounds import Result, Rounds
 from medfl.server.secagg.store import MemoryStore
-from medfl.server.weight_sum import SecureParts
+from medfl.server.weight_sum import OneRoster, SecureParts
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.secagg.roster import Member, make_roster
@@ -152,7 +152,7 @@ def _secure_parts(study: Study, names: Sequence[str]) -> tuple[SecureParts | Non
         member.name: Participant(SecureSite(Enrolment(member.id, keys[member.name], roster), Journal(None)))
         for member in members
     }
-    return SecureParts(roster, MemoryStore(), None), participants
+    return SecureParts(OneRoster(roster), MemoryStore(), None), participants
 
 
 def permissive_policy(study: Study) -> Policy:

@@ -43,6 +43,8 @@ WALLS = {  # third party -> where it may be imported, as folders or files
         "shared/secagg",
         "client/secagg",
         "client/pin.py",
+        "client/checkin.py",
+        "shared/checkin.py",
         "client/privacy/randomness.py",
         "client/data",
         "server/secagg",

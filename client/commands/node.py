@@ -58,7 +58,14 @@ def _node(options: argparse.Namespace) -> int:
     # isort: split
     from medfl.client.config import load_site
     from medfl.client.node import Node, Phase
-    from medfl.client.runtime import build_site, gate_of, node_settings, open_audit
+    from medfl.client.runtime import (
+        build_site,
+        check_ins,
+        coordinator_address,
+        gate_of,
+        node_settings,
+        open_audit,
+    )
     from medfl.shared.command import on_termination
     from medfl.shared.supervision import Supervision
 
@@ -89,10 +96,19 @@ def _node(options: argparse.Namespace) -> int:
             for watcher in watchers:
                 watcher(phase, text)
 
-        witness = Witness(stack.enter_context(open_audit(settings, options.site, on_row=on_row)), site)
+        audit = stack.enter_context(open_audit(settings, options.site, on_row=on_row))
+        witness = Witness(audit, site)
         app = build_client_app(lambda context: site, witness=witness)
         gate = gate_of(settings.policy)
-        node = Node(node_settings(settings), app, gate, on_change=told, on_own_word=witness.node_says)
+        node = Node(
+            node_settings(settings),
+            app,
+            gate,
+            on_change=told,
+            on_own_word=witness.node_says,
+            check_in=check_ins(settings, audit),
+            address=lambda: coordinator_address(settings),
+        )
         systemd = stack.enter_context(Supervision(node.alive))
         watchers.append(lambda phase, text: systemd.status(text))
         on_termination(node.stop)

@@ -1,0 +1,288 @@
+"""Rosters, certificates and clocks between a running coordinator and its sites, over real TLS on loopback."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from consortium import found_consortium_folder, site_settings
+from cryptography import x509
+from federation import echo, let_in, until
+
+from medfl.client.audit import Audit, audit_file
+from medfl.client.checkin import CheckIns
+from medfl.client.config import SiteSettings
+from medfl.client.fleet import Fleet
+from medfl.client.joining import join
+from medfl.client.node import Node
+from medfl.client.runtime import check_ins, node_settings, site_rosters
+from medfl.client.transport import Kind, LinkTrouble
+from medfl.server.config import ConsortiumSettings, load_consortium
+from medfl.server.coordinator import link_settings
+from medfl.server.doorkeeper import Doorkeeper
+from medfl.server.enrolling import Registrar
+from medfl.server.link import Link
+from medfl.shared import checkin
+from medfl.shared.certificates import (
+    SiteFiles,
+    days_left,
+    issue_client_certificate,
+    load_authority,
+    load_certificate,
+)
+from medfl.shared.enrolment import Invitation, make_keys, make_request
+from medfl.shared.keys import load_site_key
+
+
+class World:
+    """A coordinator that serves, and its sites' folders; the sites' connections are made one by one."""
+
+    def __init__(self, root: Path, stack: ExitStack) -> None:
+        self.root, self.stack = root, stack
+        self.fingerprint = found_consortium_folder(root)
+        config = root / "fl" / "consortium.yaml"
+        config.write_text(config.read_text().replace("host: 0.0.0.0, port: 9443", "host: 127.0.0.1, port: 0"))
+        self.settings: ConsortiumSettings = load_consortium(config)
+        self.registrar = Registrar(self.settings)
+        self.link = stack.enter_context(Link(link_settings(self.settings)))
+        self.door = stack.enter_context(Doorkeeper(self.settings, self.link))
+
+    def site(self, name: str) -> SiteSettings:
+        return site_settings(self.root, name).model_copy(update={"coordinator": f"127.0.0.1:{self.link.port}"})
+
+    def fleet(self, name: str) -> Fleet:
+        fleet = Fleet(node_settings(self.site(name)).fleet)
+        self.stack.callback(fleet.close)
+        return fleet
+
+    def check_ins(self, name: str) -> CheckIns:
+        site = self.site(name)
+        return CheckIns(name, SiteFiles(site.keys), load_site_key(SiteFiles(site.keys).site_key), site_rosters(site))
+
+    def enrol(self, name: str) -> Invitation:
+        """A further site, as far as its invitation."""
+        (outcome,) = self.registrar.approve([make_keys(self.root / name / "keys", name)])
+        return Invitation.read(outcome.invitation)
+
+    def join(self, name: str) -> None:
+        invitation, site = self.enrol(name), self.site(name)
+        membership = invitation.check(make_request(SiteFiles(site.keys), name))
+        join(invitation, membership, site, fingerprint=self.fingerprint)
+        site_rosters(site).confirm(membership)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with ExitStack() as stack:
+        yield World(tmp_path, stack)
+
+
+def trouble_of(fleet: Fleet) -> LinkTrouble:
+    with pytest.raises(LinkTrouble) as caught:
+        fleet.check()
+    return caught.value
+
+
+def test_a_new_site_is_let_in_without_a_restart_and_waits_for_confirmation_elsewhere(world: World) -> None:
+    world.join("east")
+    until(lambda: "east" in world.link.sites)
+    world.fleet("east").check()
+
+    north, fleet = site_rosters(world.site("north")), world.fleet("north")
+    world.check_ins("north")(fleet)
+    newest, force = north.newest(), north.in_force()
+    assert newest is not None
+    assert force is not None
+    assert (newest.epoch, force.epoch) == (3, 2)
+    assert [site.name for site in north.unconfirmed()] == ["east"]
+
+    everyone = ("north", "south", "west", "east")
+    for name in ("south", "west", "east"):
+        world.check_ins(name)(world.fleet(name))
+    chosen = world.door.choose(everyone)
+    assert (chosen.roster.epoch, chosen.sites) == (2, {"north", "south", "west"})
+    assert world.door.unconfirmed_at() == {"north": 2, "south": 2, "west": 2}
+
+    for name in ("north", "south", "west"):
+        rosters = site_rosters(world.site(name))
+        rosters.receive(world.registrar.rosters.newest_signed())
+        rosters.confirm(newest)
+        world.check_ins(name)(world.fleet(name))
+    chosen = world.door.choose(everyone)
+    assert (chosen.roster.epoch, chosen.sites) == (3, set(everyone))
+    assert world.door.unconfirmed_at() == {}
+
+
+def test_a_roster_that_gains_a_site_stays_usable_in_its_older_form_until_everybody_has_confirmed(world: World) -> None:
+    world.join("east")
+    north = site_rosters(world.site("north"))
+    before = north.in_force()
+    assert before is not None
+    north.receive(world.registrar.rosters.newest_signed())
+    after = north.newest()
+    assert after is not None
+    north.confirm(after)
+    assert north.with_digest(before.roster.digest) == before.roster
+    assert north.with_digest(after.roster.digest) == after.roster
+
+
+def test_a_revoked_site_is_cut_off_within_seconds_and_left_out_elsewhere_without_confirmation(world: World) -> None:
+    south, old = world.fleet("south"), site_rosters(world.site("north")).in_force()
+    south.check()
+    assert old is not None
+    world.registrar.revoke("south")
+    until(lambda: "south" not in world.link.sites, 5)
+    assert trouble_of(south).kind is Kind.NOT_ENROLLED  # the connection that was open
+    until(lambda: trouble_of(world.fleet("south")).kind is Kind.OUR_CERTIFICATE, 10)  # a new one: at the handshake
+
+    world.check_ins("north")(world.fleet("north"))
+    north = site_rosters(world.site("north"))
+    force = north.in_force()
+    assert force is not None
+    assert (force.epoch, set(force.by_name)) == (3, {"north", "west"})
+    with pytest.raises(Exception, match="use the current one"):
+        north.with_digest(old.roster.digest)
+    assert north.with_digest(old.roster.digest, finishing=True) == old.roster
+
+
+def test_a_stranger_with_a_certificate_of_the_authority_is_nobody(world: World) -> None:
+    """Somebody who holds the authority's certificate, and even a client certificate of it, has no site key."""
+    authority = load_authority(world.root / "fl")
+    make_keys(world.root / "stranger" / "keys", "stranger")
+    files = SiteFiles(world.root / "stranger" / "keys")
+    request = make_request(files, "stranger")
+    files.certificate.write_bytes(issue_client_certificate(authority, "stranger", request.tls_key))
+    files.authority.write_bytes((world.root / "fl" / "authority.pem").read_bytes())
+    settings = world.site("north").model_copy(update={"keys": files.folder, "site": "stranger"})
+    fleet = Fleet(node_settings(settings).fleet)
+    world.stack.callback(fleet.close)
+    assert trouble_of(fleet).kind is Kind.NOT_ENROLLED
+    key = load_site_key(files.site_key)
+    for name in ("stranger", "north"):  # also in the name of a site that exists
+        with pytest.raises(LinkTrouble) as caught:
+            fleet.check_in(checkin.CheckIn(name, 1, 1, "", time.time()).signed(key))
+        assert caught.value.kind is Kind.NOT_ENROLLED
+
+
+def test_a_certificate_that_expires_soon_is_renewed_over_the_open_connection(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = SiteFiles(world.site("north").keys)
+    request = make_request(files, "north")
+    authority = load_authority(world.root / "fl")
+    files.certificate.write_bytes(issue_client_certificate(authority, "north", request.tls_key, days=20))
+    fleet = world.fleet("north")
+    world.check_ins("north")(fleet)
+    assert days_left(load_certificate(files.certificate)) > 300
+    fleet.check()
+
+    # One for another key, or another site, is not installed.
+    good = files.certificate.read_bytes()
+    other = make_request(SiteFiles(world.site("south").keys), "south")
+    for site, key in (("north", other.tls_key), ("south", request.tls_key)):
+        forged = checkin.CheckedIn(time.time(), certificate=issue_client_certificate(authority, site, key)).to_bytes()
+        monkeypatch.setattr(fleet, "check_in", lambda question, forged=forged: forged)
+        world.check_ins("north")(fleet)
+        assert files.certificate.read_bytes() == good
+
+
+def test_the_coordinators_certificate_is_renewed_without_dropping_a_site(world: World) -> None:
+    fleet = world.fleet("north")
+    fleet.check()
+
+    before = load_certificate(world.settings.tls.certificate).serial_number
+    world.registrar.renew_server((), None)
+    after = load_certificate(world.settings.tls.certificate).serial_number
+    assert before != after
+    until(lambda: _serial(world) == after, 10)
+    fleet.check()  # the connection from before
+
+
+def _serial(world: World) -> int:
+    """Serial number of the certificate that a new connection sees."""
+    files = SiteFiles(world.site("south").keys)
+    context = ssl.create_default_context(cafile=str(files.authority))
+    context.load_cert_chain(files.certificate, files.key)
+    with (
+        socket.create_connection(("127.0.0.1", world.link.port), 5) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as line,
+    ):
+        raw = line.getpeercert(binary_form=True)
+    assert raw is not None
+    return x509.load_der_x509_certificate(raw).serial_number
+
+
+def test_a_coordinator_from_an_old_backup_takes_its_later_roster_from_a_site(world: World) -> None:
+    world.join("east")
+    for name in ("north", "east"):
+        world.check_ins(name)(world.fleet(name))
+    lost = world.settings.trust.roster / "3.json"
+    signed = lost.read_bytes()
+    lost.unlink()  # the backup is from before east was approved
+    until(lambda: "east" not in world.link.sites, 5)
+
+    north = world.check_ins("north")
+    fleet = world.fleet("north")
+    north(fleet)  # the coordinator learns that there is a later one
+    assert not lost.exists()
+    north(fleet)  # and is given it
+    assert lost.read_bytes() == signed
+    until(lambda: "east" in world.link.sites, 5)
+
+
+def test_a_coordinator_that_goes_back_is_not_followed(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    fleet, north = world.fleet("north"), world.check_ins("north")
+    old = world.registrar.rosters.newest_signed()
+    world.registrar.revoke("west")
+    north(fleet)
+    answer = checkin.CheckedIn(time.time(), roster=old).to_bytes()
+    with caplog.at_level(logging.ERROR, "medfl"):
+        fleet.check_in = lambda question: answer  # type: ignore[method-assign]
+        north(fleet)
+    assert "went back from roster epoch 3 to 2" in caplog.text
+    force = site_rosters(world.site("north")).in_force()
+    assert force is not None
+    assert force.epoch == 3
+
+
+@pytest.mark.parametrize("minutes", [-7, 7])
+def test_clocks_that_differ_are_told_in_minutes_on_both_sides(
+    world: World, minutes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = world.site("north")
+    files = SiteFiles(site.keys)
+    off = CheckIns(
+        "north", files, load_site_key(files.site_key), site_rosters(site), clock=lambda: time.time() + 60 * minutes
+    )
+    with caplog.at_level(logging.WARNING, "medfl"):
+        off(world.fleet("north"))
+    words = "7 minutes ahead of" if minutes > 0 else "7 minutes behind"
+    assert f"this machine's clock is {words} the coordinator's" in caplog.text
+    assert f"the clock of north is {words} this one" in caplog.text
+
+
+def test_a_running_node_follows_the_consortium_and_its_log_says_so(world: World) -> None:
+    """Revocation, then a move to another port: the node hears of both over its connection and stays."""
+    site = world.site("north").model_copy(update={"state": world.root / "node-state"})
+    rosters = world.site("north").state / "roster"
+    (site.state).mkdir()
+    (site.state / "roster").symlink_to(rosters)
+    audit = Audit(audit_file(site.state))
+    world.stack.callback(audit.close)
+    node = Node(node_settings(site), echo, let_in, check_in=check_ins(site, audit))
+    thread = threading.Thread(target=node.run, daemon=True)
+    thread.start()
+    world.stack.callback(thread.join, 10)
+    world.stack.callback(node.stop)
+    until(lambda: len(world.link.online()) == 1)
+    world.registrar.revoke("west")
+    until(lambda: b'"roster confirmed"' in audit_file(site.state).read_bytes(), 15)
+    assert b'"epoch": 3' in audit_file(site.state).read_bytes() or b'"epoch":3' in audit_file(site.state).read_bytes()
+    assert len(world.link.online()) == 1
