@@ -56,6 +56,8 @@ class Exchange:
 
         A site that was lost yields an error, and its reply if it comes back in time. Such sites are waited for only
         while ``enough(n)``, where n of them may still come, is False.
+
+        Who stops taking replies may call it again: those that are still awaited come among the new ones.
         """
         now = time.monotonic()
         ends = now + self._pace.deadline_s
@@ -73,6 +75,11 @@ class Exchange:
                     return
                 if self._asked or self._lost:
                     self._stop.wait(_POLL_S)
+
+    @property
+    def waits_for(self) -> set[int]:
+        """Nodes that were asked and whose reply may still come."""
+        return {asked.message.metadata.dst_node_id for asked in (*self._asked.values(), *self._lost)}
 
     def _note(self, asked: _Asked, reply: Message, ends: float) -> None:
         now = time.monotonic()

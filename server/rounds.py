@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 
 from medfl.server.admission import Admission, Directory
 from medfl.server.answers import Answers
+from medfl.server.buffered import BufferedCollector
 from medfl.server.checkpoint import Checkpoint, CheckpointFolder, Metrics
 from medfl.server.clear import ClearCollector
 from medfl.server.cohort import CohortGrid
@@ -36,6 +37,7 @@ from medfl.server.stage import LOST, NO_ANSWER, Stages
 from medfl.server.weight_sum import SecureParts
 from medfl.shared.algorithms.beginning import Beginning, begin
 from medfl.shared.algorithms.needs import demands_of
+from medfl.shared.algorithms.settings import FedBuffSettings
 from medfl.shared.arrays import as_numpy
 from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.messages import TENSOR, pack, request_config, tell_counted
@@ -378,6 +380,8 @@ class Rounds:
 
 def _collector(study: Study, stages: Stages, layout: Layout, secure: SecureParts | None) -> Collector:
     needs = needs_of(study)
+    if isinstance(study.strategy, FedBuffSettings):
+        return BufferedCollector(study, stages, staleness=study.strategy.staleness)
     if study.secure_aggregation.mode == "none":
         return ClearCollector(study, stages, needs)
     if secure is None:

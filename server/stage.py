@@ -65,7 +65,7 @@ class Stages:
             site = cohort.get(reply.metadata.src_node_id)
             if site is None or site in done:
                 continue
-            outcomes[site], final, good = self._sort(reply.metadata.src_node_id, site, reply, take)
+            outcomes[site], final, good = self.sort(reply.metadata.src_node_id, site, reply, take)
             taken += good
             if final:
                 done[site] = None
@@ -74,9 +74,7 @@ class Stages:
             if cohort.get(node) not in done:
                 self.admission.forget(node)
 
-    def _sort(
-        self, node: int, site: str, reply: Message, take: Callable[[str, Message], str]
-    ) -> tuple[str, bool, bool]:
+    def sort(self, node: int, site: str, reply: Message, take: Callable[[str, Message], str]) -> tuple[str, bool, bool]:
         """The word about ``reply``, whether it is the site's last, and whether ``take`` has taken it."""
         if reply.has_error():
             if cut_off(reply):

@@ -13,6 +13,7 @@ from medfl.shared.config import LocalPath, Settings
 from medfl.shared.study import Name, Study
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Slowness = Annotated[float, Field(gt=0, le=1000)]
 
 
 class Scanner(Settings):
@@ -50,6 +51,9 @@ class VirtualSiteSettings(Settings):
     phantom: PhantomSettings | None = None
     scanner: Scanner = Scanner()
     attacker: Attacker | None = None
+    slowness: Slowness = 1.0  # its training takes so many times as long as a usual site's
+    joins: int = Field(default=1, ge=1)  # the first round it takes part in
+    held_out: StrictBool = False  # it does not train: every model is scored on it as on a hospital that comes later
 
     @model_validator(mode="after")
     def _one_source(self) -> VirtualSiteSettings:
@@ -71,11 +75,14 @@ class Partition(Settings):
     scanners: tuple[Scanner, ...] = ()  # dealt to the sites in turn
     attackers: int = Field(default=0, ge=0)  # the first so many sites
     attacker: Attacker = Attacker(kind="label-flip")
+    stragglers: int = Field(default=0, ge=0)  # the last so many sites that train
+    slowness: Slowness = 4.0  # of stragglers
+    held_out: int = Field(default=0, ge=0)  # the last so many sites do not train
 
     @model_validator(mode="after")
     def _somebody_is_honest(self) -> Partition:
-        if self.attackers >= self.sites:
-            raise ValueError("attackers must be fewer than sites")
+        if self.attackers + self.stragglers + self.held_out >= self.sites:
+            raise ValueError("attackers, stragglers and held_out together must be fewer than sites")
         return self
 
 
@@ -84,6 +91,9 @@ class Failures(Settings):
 
     drop_out: Share = 0.0  # it does not train
     late: Share = 0.0  # it trains, and its answer comes after the deadline
+    # In training times of a usual site: who takes longer answers too late. Absent: rounds wait for the slowest.
+    # Asynchronous strategies have none.
+    deadline: Annotated[float, Field(ge=1, le=1e4)] | None = None
 
 
 class Baselines(Settings):
@@ -118,11 +128,13 @@ class SimulationSettings(Settings):
             raise ValueError("sites must have names that differ from each other")
         if self.partition is not None and len(names) != 1:
             raise ValueError("partition divides the data of one site: list that one only")
-        count = len(names) if self.partition is None else self.partition.sites
-        if count < self.study.rounds.minimum_sites:
-            raise ValueError(
-                f"study.rounds.minimum_sites is {self.study.rounds.minimum_sites}, there are {count} sites"
-            )
+        if self.partition is None:
+            count = sum(not site.held_out and site.joins == 1 for site in self.sites)
+        else:
+            count = self.partition.sites - self.partition.held_out
+        needed = max(study.rounds.minimum_sites for study in self.studies().values())
+        if count < needed:
+            raise ValueError(f"study.rounds.minimum_sites is {needed}, there are {count} sites that train from round 1")
         reserved = {"pooled", "alone", "ensemble", "cyclic", "unprotected", "best threshold", "mean mask"}
         if taken := sorted(reserved & set(self.variants)):
             raise ValueError(f"variants: {taken[0]} is the name of a baseline: choose another")

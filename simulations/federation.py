@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ from medfl.server.reporter import Reporter, RoundReport, Several, Silent
 from medfl.server.rounds import Result, Rounds
 from medfl.server.secagg.store import MemoryStore
 from medfl.server.weight_sum import OneRoster, SecureParts
+from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.secagg.roster import Member, make_roster
@@ -41,6 +42,7 @@ from medfl.shared.study import Study
 from medfl.simulations.config import Attacker, Failures
 from medfl.simulations.grid import VirtualGrid
 from medfl.simulations.misbehaviour import Answer, misbehaving
+from medfl.simulations.pace import PacedGrid, Rhythm
 
 
 @dataclass
@@ -48,10 +50,14 @@ class History(Silent):
     """Keeps the reports of all rounds."""
 
     rounds: list[RoundReport] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    clock: Callable[[], float] | None = None
 
     def finished_round(self, report: RoundReport) -> None:
         """Keep it."""
         self.rounds.append(report)
+        if self.clock is not None:
+            self.times.append(self.clock())
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Federation:
     rounds: tuple[RoundReport, ...]
     site_rows: Mapping[str, list[dict[str, Any]]]
     """What each virtual site recorded for itself; in production this stays at the site."""
+    times: tuple[float, ...] = ()
+    """When each round ended, in training times of a usual site; empty where all sites are alike."""
 
     @property
     def site_scores(self) -> Mapping[str, Mapping[str, float]]:
@@ -83,10 +91,12 @@ def federate(
     stop: Event | None = None,
     failures: Failures | None = None,
     attackers: Mapping[str, Attacker] | None = None,
+    rhythms: Mapping[str, Rhythm] | None = None,
 ) -> Federation:
     """Run ``study`` among ``sites``; every virtual site approves it and releases its scores to the researcher.
 
-    ``failures`` and ``attackers`` (by site) are what :func:`medfl.simulations.misbehaviour.misbehaving` makes of them.
+    ``failures`` and ``attackers`` (by site) are what :func:`medfl.simulations.misbehaviour.misbehaving` makes of them,
+    ``rhythms`` (by site) what :class:`medfl.simulations.pace.PacedGrid` does.
     Each virtual site's ledger lives as long as the study: what a researcher tries does not add up on real patients.
     """
     device = device or torch.device("cpu")
@@ -112,8 +122,12 @@ def federate(
     answer: Answer = client
     if failures or attackers:
         answer = misbehaving(client, failures or Failures(), attackers or {}, seed=study.seed)
-    grid = VirtualGrid(answer, residents)
+    grid: VirtualGrid | PacedGrid = VirtualGrid(answer, residents)
     history = History()
+    if rhythms:
+        waits = demands_of(study.strategy).asynchronous or failures is None
+        grid = paced = PacedGrid(grid, rhythms, deadline=None if waits or failures is None else failures.deadline)
+        history.clock = lambda: paced.trained_at
     outcome: list[Result] = []
 
     def work(grid_: Grid, context: Context) -> None:
@@ -136,7 +150,7 @@ def federate(
             for resident in residents.values():
                 resident.close()
     rows = {name: kept.rows.get(study.digest, []) for name, kept in records.items()}
-    return Federation(outcome[0], tuple(history.rounds), rows)
+    return Federation(outcome[0], tuple(history.rounds), rows, tuple(history.times))
 
 
 def _secure_parts(study: Study, names: Sequence[str]) -> tuple[SecureParts | None, dict[str, Participant]]:

@@ -28,6 +28,7 @@ from medfl.shared.algorithms.settings import (
     FedAvgMSettings,
     FedAvgSettings,
     FedBNSettings,
+    FedBuffSettings,
     FedDynSettings,
     FedNovaSettings,
     FedProxSettings,
@@ -43,6 +44,7 @@ from medfl.shared.algorithms.settings import (
 from medfl.shared.errors import ConfigError
 from medfl.shared.study import Study
 from medfl.strategies.bulyan import bulyan
+from medfl.strategies.fed_buff import fed_buff
 from medfl.strategies.fed_dyn import fed_dyn
 from medfl.strategies.fed_nova import fed_nova
 from medfl.strategies.geometric_median import geometric_median
@@ -57,9 +59,15 @@ def needs_of(study: Study) -> Needs:
     """What the study's strategy must see of a round.
 
     Raises:
-        ConfigError: it needs single updates, and secure aggregation hides them.
+        ConfigError: it needs single updates, which secure aggregation hides, or answers of several rounds in one sum.
     """
-    needs = demands_of(study.strategy).sees
+    demands = demands_of(study.strategy)
+    if demands.asynchronous and study.secure_aggregation.mode != "none":
+        raise ConfigError(
+            f"strategy {study.strategy.name} takes answers as they come, and a secure sum is over all of one round: "
+            f"choose {SUM_ONLY}, or secure_aggregation mode none where every site's policy allows it"
+        )
+    needs = demands.sees
     if needs is Needs.SINGLE_UPDATES and study.secure_aggregation.mode != "none":
         raise ConfigError(
             f"strategy {study.strategy.name} compares single updates, which secure aggregation hides: choose "
@@ -108,6 +116,8 @@ def build_strategy(study: Study) -> Strategy:  # noqa: PLR0912 - one branch an a
             return RuleStrategy(fed_nova)
         case FedDynSettings(alpha=alpha):
             return RuleStrategy(fed_dyn(alpha=alpha))
+        case FedBuffSettings(learning_rate=rate):
+            return RuleStrategy(fed_buff(learning_rate=rate))
         case QFedAvgSettings(q=q):
             return RuleStrategy(q_fed_avg(q=q, learning_rate=study.training.learning_rate))
         case GeometricMedianSettings(iterations=iterations):

@@ -13,6 +13,7 @@ from medfl.shared.algorithms.settings import (
     FedAvgMSettings,
     FedAvgSettings,
     FedBNSettings,
+    FedBuffSettings,
     FedDynSettings,
     FedNovaSettings,
     FedProxSettings,
@@ -70,6 +71,7 @@ class Demands:
     own_training: bool = False  # changes local training in a way that private training does not know
     no_statistics: bool = False  # would spoil the running statistics of batch norm
     takes_updates: bool = False  # the server half works on updates, not on weights
+    asynchronous: bool = False  # takes answers from older models
     losses: bool = False  # needs each site's training loss
     sites: int = 1  # fewer make no model
 
@@ -99,6 +101,8 @@ def demands_of(strategy: StrategySettings) -> Demands:
             return Demands(site_state=True, settles=True, own_training=True, no_statistics=True, takes_updates=True)
         case DittoSettings() | MoonSettings():
             return Demands(site_state=True, own_training=True)
+        case FedBuffSettings():
+            return Demands(takes_updates=True, asynchronous=True)
         case QFedAvgSettings():
             return Demands(sees=Needs.SINGLE_UPDATES, takes_updates=True, losses=True)
         case TrimmedMeanSettings() | MedianSettings() | GeometricMedianSettings() | KrumSettings():
@@ -123,6 +127,11 @@ def misfit(
         return f"strategy {name} is defined without training.momentum: set it to 0, or use strategy fednova or fedprox"
     if demands.own_training and private:
         return f"strategy {name} changes local training, which private training does not do: use {_PRIVATE}"
+    if demands.asynchronous and private:
+        return (
+            f"strategy {name} does not run under differential privacy: the privacy ledgers of sites at work cannot be "
+            f"compared before a round: use {_PRIVATE}"
+        )
     if demands.no_statistics and norm == "batch":
         return f"strategy {name} would spoil batch norm's running statistics: use model.norm group or instance"
     if sites < demands.sites:

@@ -111,6 +111,17 @@ class BulyanSettings(Settings):
     malicious: int = Field(default=0, ge=0, le=100)
 
 
+class FedBuffSettings(Settings):
+    """A round closes at ``rounds.minimum_sites`` answers (Nguyen et al. 2022, https://arxiv.org/abs/2106.06639).
+
+    Nobody waits for a slow site: its answer counts in a later round, times ``(1 + rounds behind) ** -staleness``.
+    """
+
+    name: Literal["fedbuff"] = "fedbuff"
+    learning_rate: float = Field(default=1.0, gt=0, le=10)  # of the coordinator
+    staleness: float = Field(default=0.5, ge=0, le=10)
+
+
 class TrimmedMeanSettings(Settings):
     """Coordinate-wise trimmed mean (Yin et al. 2018, https://arxiv.org/abs/1803.01498)."""
 
@@ -144,6 +155,7 @@ StrategySettings = Annotated[
     | FedDynSettings
     | DittoSettings
     | MoonSettings
+    | FedBuffSettings
     | QFedAvgSettings
     | TrimmedMeanSettings
     | MedianSettings
