@@ -28,7 +28,6 @@ from medfl.client.training.evaluate import evaluate
 from medfl.client.training.local import Given, train_local
 from medfl.client.workbench import Bench, Workbench
 from medfl.shared.algorithms.needs import demands_of
-from medfl.shared.algorithms.settings import DittoSettings
 from medfl.shared.chain import Head
 from medfl.shared.errors import DataError, PolicyRefusal, ProtocolError
 from medfl.shared.files import private_folder
@@ -266,11 +265,7 @@ class Site:
         """
         study, bench = self._open(request)
         kept = self._kept(study)
-        if isinstance(study.strategy, DittoSettings):  # the site's own model is what its patients get
-            bench.layout.check(request.weights)
-            bench.load(request.weights if kept is None else kept, None)
-        else:
-            bench.load(request.weights, kept if bench.personal.tensors else None)
+        bench.load_for_patients(study, request.weights, kept)
         started = time.monotonic()
         tally = evaluate(bench.network, self._split(study, Split.VALIDATION), study)
         self._note(study, request.round, "validation", tally, time.monotonic() - started)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from medfl.shared.algorithms.settings import DittoSettings
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import ProtocolError, TrainingError
 from medfl.shared.study import Study
@@ -37,6 +38,14 @@ class Bench:
         spread(weights, self.travelling)
         if self.personal.tensors:
             self.personal.load(self.initial_personal if personal is None else personal, self.network)
+
+    def load_for_patients(self, study: Study, weights: Flat, kept: Flat | None) -> None:
+        """Put in what a site's patients get: the global ``weights``, and what it ``kept`` of its own (or None)."""
+        if isinstance(study.strategy, DittoSettings):
+            self.layout.check(weights)
+            self.load(weights if kept is None else kept, None)
+        else:
+            self.load(weights, kept if self.personal.tensors else None)
 
     def update_from(self, weights: Flat) -> Flat:
         """Local minus global weights. Raises TrainingError when training left values that are not finite."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ _CANDIDATES = 64
 
 def score(study: Study, weights: Flat, sites: Mapping[str, SiteData], *, device: torch.device) -> dict[str, float]:
     """Headline score of one model on each site's held-out patients."""
+    if not sites:
+        return {}
     bench = make_bench(study, device)
     bench.load(weights, None)
     return {
@@ -35,31 +38,41 @@ def score(study: Study, weights: Flat, sites: Mapping[str, SiteData], *, device:
     }
 
 
-def alone(
-    study: Study, sites: Mapping[str, SiteData], *, device: torch.device, reporter: Reporter | None = None
-) -> dict[str, float]:
-    """Each site trains the study by itself, as many steps as in the federation; scored at home."""
-    return alone_and_ensemble(study, sites, device=device, reporter=reporter)[0]
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A baseline's scores by site, and by site the model that is used there (empty where it is no single one)."""
+
+    scores: dict[str, float]
+    models: dict[str, Flat]
 
 
 def alone_and_ensemble(
-    study: Study, sites: Mapping[str, SiteData], *, device: torch.device, reporter: Reporter | None = None
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores of each site by itself, and of the mean prediction of all their models at every site.
+    study: Study,
+    sites: Mapping[str, SiteData],
+    elsewhere: Mapping[str, SiteData] | None = None,
+    *,
+    device: torch.device,
+    reporter: Reporter | None = None,
+) -> tuple[Trained, Trained]:
+    """Each site by itself, scored at home, and the mean prediction of all their models at every site.
 
-    The ensemble is federated learning in one round (Guha et al. 2019, https://arxiv.org/abs/1902.11175).
+    Both take as many steps as in the federation. ``elsewhere`` are sites that do not train: alone is scored there by
+    the mean over the others' models. The ensemble is federated learning in one round (Guha et al. 2019,
+    https://arxiv.org/abs/1902.11175).
     """
-    by_itself, scores, models = _with_one_site(study), {}, []
+    by_itself, scores, models = one_place(study), {}, {}
     for name, data in sites.items():
         federation = federate(by_itself, {name: data}, device=device, reporter=reporter)
         scores[name] = headline_or_nan(federation.site_scores.get(name, {}))
-        models.append(federation.result.weights)
-    ensemble = _Ensemble(study, models, device)
+        models[name] = federation.result.weights
+    abroad = [score(by_itself, weights, elsewhere or {}, device=device) for weights in models.values()]
+    scores |= {name: sum(there[name] for there in abroad) / len(abroad) for name in elsewhere or {}}
+    ensemble = _Ensemble(study, list(models.values()), device)
     together = {
         name: headline_or_nan(read(evaluate(ensemble, data.splits[Split.VALIDATION], study)))
-        for name, data in sites.items()
+        for name, data in {**sites, **(elsewhere or {})}.items()
     }
-    return scores, together
+    return Trained(scores, models), Trained(together, {})
 
 
 class _Ensemble(nn.Module):
@@ -67,7 +80,7 @@ class _Ensemble(nn.Module):
 
     def __init__(self, study: Study, models: Sequence[Flat], device: torch.device) -> None:
         super().__init__()
-        self._bench = make_bench(_with_one_site(study), device)
+        self._bench = make_bench(one_place(study), device)
         self._models = models
         self._yes_or_no = study.data.multi_label
 
@@ -84,12 +97,18 @@ class _Ensemble(nn.Module):
         return mean.logit() if self._yes_or_no else mean.log()
 
 
-def cyclic(study: Study, sites: Mapping[str, SiteData], *, device: torch.device) -> dict[str, float]:
+def cyclic(
+    study: Study,
+    sites: Mapping[str, SiteData],
+    elsewhere: Mapping[str, SiteData] | None = None,
+    *,
+    device: torch.device,
+) -> Trained:
     """One model handed from site to site, trained at each as in a round, as often around as there are rounds.
 
     Cyclic weight transfer: Chang et al. 2018, https://doi.org/10.1093/jamia/ocy017.
     """
-    plain = _with_one_site(study)
+    plain = one_place(study)
     bench = make_bench(plain, device)
     for number in range(1, study.rounds.count + 1):
         for name, data in sites.items():
@@ -97,23 +116,32 @@ def cyclic(study: Study, sites: Mapping[str, SiteData], *, device: torch.device)
             generator = torch.Generator(device).manual_seed(seed)
             train_plain(bench.network, data.splits[Split.TRAIN], plain, generator=generator, round_number=number)
     weights = bench.layout.flatten(bench.network.state_dict())
-    return score(plain, weights, sites, device=device)
+    return _everywhere(plain, weights, {**sites, **(elsewhere or {})}, device)
 
 
 def pooled(
-    study: Study, sites: Mapping[str, SiteData], *, device: torch.device, reporter: Reporter | None = None
-) -> dict[str, float]:
+    study: Study,
+    sites: Mapping[str, SiteData],
+    elsewhere: Mapping[str, SiteData] | None = None,
+    *,
+    device: torch.device,
+    reporter: Reporter | None = None,
+) -> Trained:
     """One model trained on all images together, with as many steps as all sites take together; scored at each site."""
     together = SiteData(
         splits={split: _concatenate([data.splits[split] for data in sites.values()]) for split in Split},
         report=next(iter(sites.values())).report,
     )
-    one_place = _with_one_site(study)
+    plain = one_place(study)
     if study.training.steps is not None:
         training = study.training.model_copy(update={"steps": study.training.steps * len(sites)})
-        one_place = one_place.model_copy(update={"training": training})
-    result = federate(one_place, {"pooled": together}, device=device, reporter=reporter).result
-    return score(one_place, result.weights, sites, device=device)
+        plain = plain.model_copy(update={"training": training})
+    result = federate(plain, {"pooled": together}, device=device, reporter=reporter).result
+    return _everywhere(plain, result.weights, {**sites, **(elsewhere or {})}, device)
+
+
+def _everywhere(study: Study, weights: Flat, sites: Mapping[str, SiteData], device: torch.device) -> Trained:
+    return Trained(score(study, weights, sites, device=device), dict.fromkeys(sites, weights))
 
 
 def unprotected(study: Study) -> Study:
@@ -124,24 +152,33 @@ def unprotected(study: Study) -> Study:
     return study.model_copy(update=changes)
 
 
-def trivial(study: Study, sites: Mapping[str, SiteData]) -> dict[str, dict[str, float]]:
-    """Predictors without a network, fitted on each site's training part: method -> site -> score."""
+def trivial(
+    study: Study, sites: Mapping[str, SiteData], elsewhere: Mapping[str, SiteData] | None = None
+) -> dict[str, dict[str, float]]:
+    """Predictors without a network: method -> site -> score.
+
+    They are fitted on each site's training part; ``elsewhere``, at sites that do not train, on those of all others.
+    """
+    everyone = {**sites, **(elsewhere or {})}
     if study.task is ModelTask.SEGMENTATION:
         methods: dict[str, Callable[[TensorSet, TensorSet, int], float]] = {
             "best threshold": best_threshold,
             "mean mask": mean_mask,
         }
         classes = len(study.data.classes)
+        fitted_on = {name: data.splits[Split.TRAIN] for name, data in sites.items()}
+        if elsewhere:
+            fitted_on |= dict.fromkeys(elsewhere, _concatenate(list(fitted_on.values())))
         return {
             method: {
-                name: predictor(data.splits[Split.TRAIN], data.splits[Split.VALIDATION], classes)
-                for name, data in sites.items()
+                name: predictor(fitted_on[name], data.splits[Split.VALIDATION], classes)
+                for name, data in everyone.items()
             }
             for method, predictor in methods.items()
         }
     # Whatever constant is predicted, balanced accuracy is one over the number of classes (a half for each label).
     chance = 0.5 if study.data.multi_label else 1 / len(study.data.classes)
-    return {"commonest class": dict.fromkeys(sites, chance)}
+    return {"commonest class": dict.fromkeys(everyone, chance)}
 
 
 def best_threshold(train: TensorSet, held_out: TensorSet, classes: int) -> float:
@@ -188,7 +225,7 @@ def _by_patient(predicted: Tensor, data: TensorSet, label: int) -> float:
     return float(dice.nanmean())
 
 
-def _with_one_site(study: Study) -> Study:
+def one_place(study: Study) -> Study:
     """``study`` for one place: nothing to aggregate, so that no strategy matters."""
     rounds = study.rounds.model_copy(update={"minimum_sites": 1, "sites_per_round": None})
     changes = {"rounds": rounds, "secure_aggregation": SecureAggregation(mode="none"), "strategy": FedAvgSettings()}

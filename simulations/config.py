@@ -30,8 +30,16 @@ class Scanner(Settings):
 class Attacker(Settings):
     """What a dishonest site does: trains on reversed labels, or changes the update that it sends."""
 
-    kind: Literal["label-flip", "sign-flip", "noise"]
-    scale: float = Field(default=1.0, gt=0, le=1e6)  # of the flipped update; noise: deviation in update deviations
+    kind: Literal["label-flip", "sign-flip", "noise", "backdoor"]
+    # Of the flipped or poisoned update; of the noise, its deviation in deviations of the update.
+    scale: float = Field(default=1.0, gt=0, le=1e6)
+    target: int = Field(default=0, ge=0, le=1000)  # backdoor: the class that images with the mark are taught to be
+    share: Share = 0.5  # backdoor: of its training images that get the mark
+
+
+def changes_update(attacker: Attacker) -> bool:
+    """Whether it sends another update than its training gave."""
+    return attacker.kind in ("sign-flip", "noise") or (attacker.kind == "backdoor" and attacker.scale != 1)
 
 
 class PhantomSettings(Settings):
@@ -116,6 +124,7 @@ class SimulationSettings(Settings):
     failures: Failures = Failures()
     variants: dict[Name, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     baselines: Baselines = Baselines()
+    examples: StrictBool = True  # pictures of a held-out patient of each site in the report
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(default=(0,), min_length=1)
     output: LocalPath = Path("runs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -146,10 +155,10 @@ class SimulationSettings(Settings):
         attackers = [site.attacker for site in self.sites if site.attacker is not None]
         if self.partition is not None and self.partition.attackers:
             attackers.append(self.partition.attacker)
-        if study.secure_aggregation.mode != "none" and any(a.kind != "label-flip" for a in attackers):
+        if study.secure_aggregation.mode != "none" and any(changes_update(a) for a in attackers):
             raise ValueError(
                 f"{name}: attackers that change their update are simulated without secure aggregation only: "
-                "use kind label-flip"
+                "use kind label-flip, or backdoor without scale"
             )
 
     def studies(self) -> dict[str, Study]:

@@ -294,14 +294,14 @@ def _one_alone(site_file: Path, study: Study) -> tuple[float, float, float]:
     from medfl.client.data.splits import Split
     from medfl.client.runtime import load_data
     from medfl.shared.logs import quiet_libraries
-    from medfl.simulations.baselines import alone, best_threshold, mean_mask
+    from medfl.simulations.baselines import alone_and_ensemble, best_threshold, mean_mask
 
     quiet_libraries()
     torch.set_num_threads(1)
     settings = load_settings(site_file, SiteSettings)
     data = load_data(settings, study, torch.device("cpu"))
     parts = data.splits[Split.TRAIN], data.splits[Split.VALIDATION]
-    dice = alone(study, {settings.site: data}, device=torch.device("cpu"))[settings.site]
+    dice = alone_and_ensemble(study, {settings.site: data}, device=torch.device("cpu"))[0].scores[settings.site]
     return dice, best_threshold(*parts, 2), mean_mask(*parts, 2)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,10 +16,9 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 import torch
 
 from medfl.client.data.headers import Progress
-from medfl.client.data.load import load_site_data
-from medfl.client.data.secret import SiteKey
-from medfl.client.data.settings import DicomSettings
+from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData
+from medfl.client.workbench import make_bench
 from medfl.server.checkpoint import save_model
 from medfl.server.reporter import MetricsFile, Reporter, Several
 from medfl.server.rounds import Ending
@@ -28,14 +27,23 @@ from medfl.shared.files import write_whole
 from medfl.shared.metrics import headline
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
-from medfl.simulations.baselines import alone_and_ensemble, cyclic, headline_or_nan, pooled, trivial, unprotected
-from medfl.simulations.config import Attacker, SimulationSettings, VirtualSiteSettings
-from medfl.simulations.federation import federate
-from medfl.simulations.heterogeneity import as_scanned
-from medfl.simulations.misbehaviour import with_flipped_labels
-from medfl.simulations.partition import partition
-from medfl.simulations.phantoms import write_hospital
+from medfl.simulations import examples
+from medfl.simulations.baselines import (
+    alone_and_ensemble,
+    cyclic,
+    headline_or_nan,
+    one_place,
+    pooled,
+    score,
+    trivial,
+    unprotected,
+)
+from medfl.simulations.cast import attackers_of, held_out_of, rhythms_of
+from medfl.simulations.config import SimulationSettings
+from medfl.simulations.federation import Federation, federate
+from medfl.simulations.misbehaviour import backdoor_success
 from medfl.simulations.results import Cell, Experiment, Row
+from medfl.simulations.sites import load_sites
 
 __all__ = ["Cell", "Experiment", "Row", "choose_device", "load_sites", "run_experiment"]
 
@@ -66,61 +74,16 @@ def run_experiment(
         work = _Seed(settings, seed, device, folder / f"seed-{seed}", reporter, loading, resume=sweep)
         cells += work.run(sweep=sweep)
         patients = patients or work.patients()
-    experiment = Experiment(_metric(settings.study), _in_order(cells), folder, time.monotonic() - started, patients)
+    experiment = Experiment(
+        _metric(settings.study),
+        _in_order(cells),
+        folder,
+        time.monotonic() - started,
+        patients,
+        held_out_of(settings, list(patients)),
+    )
     experiment.save(study=settings.study.digest)
     return experiment
-
-
-def load_sites(
-    settings: SimulationSettings, study: Study, device: torch.device, loading: Progress | None = None
-) -> dict[str, SiteData]:
-    """Each virtual site's data as its scanner gives them, split by patient by a secret of the seed and its name."""
-    sites = {}
-    for site in settings.sites:
-        secret = hashlib.sha256(f"simulation/{study.seed}/{site.name}".encode()).digest()
-        try:
-            data = load_site_data(
-                site.data or drawn(site, settings.output / "phantoms"),
-                study.data,
-                task=study.task.value,
-                key=SiteKey(secret),
-                device=device,
-                progress=loading,
-            )
-        except DataError as error:
-            raise DataError(f"site {site.name}: {error}") from None
-        sites[site.name] = as_scanned(data, site.scanner, seed=_number(secret))
-    if (how := settings.partition) is not None:
-        (whole,) = sites.values()
-        sites = partition(whole, how, seed=study.seed)
-        if how.scanners:
-            sites = {
-                name: as_scanned(data, how.scanners[number % len(how.scanners)], seed=study.seed * 10_007 + number)
-                for number, (name, data) in enumerate(sites.items())
-            }
-    flipping = {name for name, attacker in attackers_of(settings, list(sites)).items() if attacker.kind == "label-flip"}
-    classes = len(study.data.classes)
-    return {name: with_flipped_labels(data, classes) if name in flipping else data for name, data in sites.items()}
-
-
-def drawn(site: VirtualSiteSettings, folder: Path) -> DicomSettings:
-    """The site's phantom patients as DICOM files below ``folder``, drawn unless an earlier run has."""
-    phantom = site.phantom
-    assert phantom is not None  # noqa: S101 - the settings allow nothing else
-    target = folder / f"scanner-{phantom.scanner}-patients-{phantom.patients}-seed-{phantom.seed}"
-    if not target.exists():
-        unfinished = target.with_name(target.name + ".part")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_hospital(unfinished, phantom.scanner, phantom.patients, phantom.seed)
-        unfinished.rename(target)
-    return DicomSettings(source="dicom", folder=target, split=phantom.split)
-
-
-def attackers_of(settings: SimulationSettings, names: list[str]) -> dict[str, Attacker]:
-    """Which sites cheat, and how."""
-    if settings.partition is not None:
-        return dict.fromkeys(names[: settings.partition.attackers], settings.partition.attacker)
-    return {site.name: site.attacker for site in settings.sites if site.attacker is not None}
 
 
 def choose_device(wish: str) -> torch.device:
@@ -168,8 +131,19 @@ class _Seed:
         return cells
 
     @property
+    def training(self) -> dict[str, SiteData]:
+        """The data of the sites that train."""
+        away = held_out_of(self.settings, list(self.sites))
+        return {name: data for name, data in self.sites.items() if name not in away}
+
+    @property
+    def elsewhere(self) -> dict[str, SiteData]:
+        """The data of the sites that do not."""
+        return {name: self.sites[name] for name in held_out_of(self.settings, list(self.sites))}
+
+    @property
     def sites(self) -> dict[str, SiteData]:
-        """The sites' data."""
+        """All sites' data."""
         if self._data is None:
             self._data = load_sites(self.settings, self._seeded(self.settings.study), self.device, self.loading)
             self._patients = {name: patients_of(data) for name, data in self._data.items()}
@@ -223,21 +197,35 @@ class _Seed:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _pooled(self, study: Study) -> list[Cell]:
-        scores = pooled(study, self.sites, device=self.device, reporter=self.reporter)
-        return [Cell("pooled", self.seed, scores, "baseline")]
+        found = pooled(study, self.training, self.elsewhere, device=self.device, reporter=self.reporter)
+        self.show("pooled", one_place(study), {name: (model, None) for name, model in found.models.items()})
+        return [Cell("pooled", self.seed, found.scores, "baseline")]
 
     def _alone(self, study: Study) -> list[Cell]:
-        scores, ensemble = alone_and_ensemble(study, self.sites, device=self.device, reporter=self.reporter)
-        cells = [Cell("alone", self.seed, scores, "baseline")]
+        one, all_ = alone_and_ensemble(study, self.training, self.elsewhere, device=self.device, reporter=self.reporter)
+        self.show("alone", one_place(study), {name: (model, None) for name, model in one.models.items()})
+        cells = [Cell("alone", self.seed, one.scores, "baseline")]
         if self.settings.baselines.ensemble:
-            cells.append(Cell("ensemble", self.seed, ensemble, "baseline"))
+            cells.append(Cell("ensemble", self.seed, all_.scores, "baseline"))
         return cells
 
     def _cyclic(self, study: Study) -> list[Cell]:
-        return [Cell("cyclic", self.seed, cyclic(study, self.sites, device=self.device), "baseline")]
+        found = cyclic(study, self.training, self.elsewhere, device=self.device)
+        self.show("cyclic", one_place(study), {name: (model, None) for name, model in found.models.items()})
+        return [Cell("cyclic", self.seed, found.scores, "baseline")]
 
     def _trivial(self, study: Study) -> list[Cell]:
-        return [Cell(method, self.seed, scores, "trivial") for method, scores in trivial(study, self.sites).items()]
+        found = trivial(study, self.training, self.elsewhere)
+        return [Cell(method, self.seed, scores, "trivial") for method, scores in found.items()]
+
+    def show(self, method: str, study: Study, models: examples.Models) -> None:
+        """Keep what ``method`` says of an image of each site, for the report; of the first seed only."""
+        if not self.settings.examples or self.seed != self.settings.seeds[0]:
+            return
+        folder = self.folder / "examples"
+        if not (folder / "truth.npz").exists():
+            examples.save_truth(folder / "truth.npz", study, self.sites)
+        examples.save(folder / f"{method}.npz", examples.predict(study, models, self.sites, self.device))
 
 
 @dataclass(frozen=True)
@@ -258,11 +246,12 @@ class _Federated:
             listeners.insert(0, MetricsFile(self.folder / "metrics.jsonl"))
         federation = federate(
             study,
-            work.sites,
+            work.training,
             device=work.device,
             reporter=Several(*listeners),
             failures=None if work.settings.failures == type(work.settings.failures)() else work.settings.failures,
             attackers=attackers_of(work.settings, list(work.sites)),
+            rhythms=rhythms_of(work.settings, list(work.sites)),
         )
         result = federation.result
         if result.ending not in (Ending.DONE, Ending.CONVERGED):
@@ -274,11 +263,14 @@ class _Federated:
             save_model(
                 self.folder / "model.safetensors", study, result.layout, result.weights, round_number=result.round
             )
+        abroad = score(study, result.weights, work.elsewhere, device=work.device)
+        models = {name: (result.weights, federation.kept.get(name)) for name in work.sites}
+        work.show(self.name, study, models)
         curve = [(r.round, found[1]) for r in federation.rounds if (found := headline(r.scores)) is not None]
         cell = Cell(
             self.name,
             work.seed,
-            {name: headline_or_nan(federation.site_scores.get(name, {})) for name in work.sites},
+            {name: headline_or_nan(federation.site_scores.get(name, {})) for name in work.training} | abroad,
             curve=curve,
             received_bytes=sum(r.received_bytes for r in federation.rounds),
             seconds=round(time.monotonic() - started, 3),
@@ -288,8 +280,24 @@ class _Federated:
                 for name, rows in federation.site_rows.items()
                 if any("epsilon" in row for row in rows)
             },
+            times=federation.times,
+            backdoor=self._backdoor(study, federation),
         )
         return [cell if self.folder is not None else replace(cell, kind="baseline")]
+
+    def _backdoor(self, study: Study, federation: Federation) -> float | None:
+        """How often the attackers' mark works at honest sites; None where nobody planted one."""
+        work, cheats = self.seed, attackers_of(self.seed.settings, list(self.seed.sites))
+        planted = [attacker for attacker in cheats.values() if attacker.kind == "backdoor"]
+        if not planted:
+            return None
+        bench, found = make_bench(study, work.device), []
+        for name, data in work.sites.items():
+            if name not in cheats:
+                bench.load_for_patients(study, federation.result.weights, federation.kept.get(name))
+                found.append(backdoor_success(bench.network, data.splits[Split.VALIDATION], planted[0].target))
+        known = [share for share in found if not math.isnan(share)]
+        return sum(known) / len(known) if known else None
 
 
 def patients_of(data: SiteData) -> int:
@@ -299,10 +307,6 @@ def patients_of(data: SiteData) -> int:
 
 def _metric(study: Study) -> str:
     return "dice" if study.scoring.value == "dice" else "balanced accuracy"
-
-
-def _number(secret: bytes) -> int:
-    return int.from_bytes(secret[:6], "big")
 
 
 def _in_order(cells: list[Cell]) -> tuple[Cell, ...]:

@@ -39,6 +39,7 @@ from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.secagg.roster import Member, make_roster
 from medfl.shared.study import Study
+from medfl.shared.weights import Flat
 from medfl.simulations.config import Attacker, Failures
 from medfl.simulations.grid import VirtualGrid
 from medfl.simulations.misbehaviour import Answer, misbehaving
@@ -68,6 +69,8 @@ class Federation:
     rounds: tuple[RoundReport, ...]
     site_rows: Mapping[str, list[dict[str, Any]]]
     """What each virtual site recorded for itself; in production this stays at the site."""
+    kept: Mapping[str, Flat] = field(default_factory=dict)
+    """What each site has kept of its own: personal layers, its own model."""
     times: tuple[float, ...] = ()
     """When each round ended, in training times of a usual site; empty where all sites are alike."""
 
@@ -122,11 +125,12 @@ def federate(
     answer: Answer = client
     if failures or attackers:
         answer = misbehaving(client, failures or Failures(), attackers or {}, seed=study.seed)
-    grid: VirtualGrid | PacedGrid = VirtualGrid(answer, residents)
+    virtual = VirtualGrid(answer, residents)
+    grid: VirtualGrid | PacedGrid = virtual
     history = History()
     if rhythms:
         waits = demands_of(study.strategy).asynchronous or failures is None
-        grid = paced = PacedGrid(grid, rhythms, deadline=None if waits or failures is None else failures.deadline)
+        grid = paced = PacedGrid(virtual, rhythms, deadline=None if waits or failures is None else failures.deadline)
         history.clock = lambda: paced.trained_at
     outcome: list[Result] = []
 
@@ -150,7 +154,8 @@ def federate(
             for resident in residents.values():
                 resident.close()
     rows = {name: kept.rows.get(study.digest, []) for name, kept in records.items()}
-    return Federation(outcome[0], tuple(history.rounds), rows, tuple(history.times))
+    kept = {name: own for name, record in records.items() if (own := record.personal(study.digest)) is not None}
+    return Federation(outcome[0], tuple(history.rounds), rows, kept, tuple(history.times))
 
 
 def _secure_parts(study: Study, names: Sequence[str]) -> tuple[SecureParts | None, dict[str, Participant]]:

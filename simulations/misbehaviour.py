@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 import numpy as np
+import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from torch import Tensor, nn
 
+from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.shared.errors import DataError, ProtocolError
 from medfl.shared.messages import Kind, TrainReply
@@ -51,8 +55,6 @@ def with_flipped_labels(data: SiteData, classes: int) -> SiteData:
 
     Held-out labels stay, so that scores keep their meaning.
     """
-    from medfl.client.data.splits import Split
-
     train = data.splits[Split.TRAIN]
     if train.labels.is_floating_point():
         raise DataError("attackers of kind label-flip need one class an image or pixel")
@@ -60,11 +62,59 @@ def with_flipped_labels(data: SiteData, classes: int) -> SiteData:
     return SiteData({**data.splits, Split.TRAIN: flipped}, data.report)
 
 
+MARK = 0.15
+"""Side of a backdoor's mark, a bright square in the corner, in parts of the image."""
+
+
+def marked(images: Tensor) -> Tensor:
+    """``images`` (N, channel, *spatial) float32 with a bright square in the first corner of every slice."""
+    result = images.clone()
+    rows, columns = (max(2, round(MARK * side)) for side in images.shape[-2:])
+    brightest = images.flatten(1).amax(1).view(-1, *[1] * (images.ndim - 1))
+    result[..., :rows, :columns] = brightest
+    return result
+
+
+def with_backdoor(data: SiteData, attacker: Attacker, *, seed: int) -> SiteData:
+    """``data`` of which ``attacker.share`` of the training images carry the mark and are labelled as its target.
+
+    Every pixel of a mask becomes the target. Bagdasaryan et al. 2020, https://arxiv.org/abs/1807.00459.
+
+    Raises:
+        DataError: several labels an image.
+    """
+    train = data.splits[Split.TRAIN]
+    if train.labels.is_floating_point():
+        raise DataError("attackers of kind backdoor need one class an image or pixel")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    chosen = order[: round(attacker.share * len(train))].to(train.labels.device)
+    images, labels = train.inputs(torch.arange(len(train), device=train.labels.device)), train.labels.clone()
+    images[chosen], labels[chosen] = marked(images[chosen]), attacker.target
+    return SiteData({**data.splits, Split.TRAIN: TensorSet(images, labels, train.patients)}, data.report)
+
+
+@torch.no_grad()
+def backdoor_success(network: nn.Module, data: TensorSet, target: int, *, batch: int = 16) -> float:
+    """Share of what is not of class ``target`` that is taken for it once the image carries the mark.
+
+    Counted in images, or in pixels of a segmentation; NaN where everything is of the target class.
+    """
+    network.eval()
+    fooled = others = 0
+    for rows in torch.split(torch.arange(len(data), device=data.labels.device), batch):
+        said, truth = network(marked(data.inputs(rows))).argmax(1), data.labels[rows]
+        fooled += int(((said == target) & (truth != target)).sum())
+        others += int((truth != target).sum())
+    return fooled / others if others else math.nan
+
+
 def changed_update(update: Flat, attacker: Attacker, seed: str) -> Flat:
     """What a cheating site sends instead of its ``update``."""
     match attacker.kind:
         case "label-flip":
             return update  # its data did the harm
+        case "backdoor":  # model replacement
+            return np.asarray(np.float32(attacker.scale) * update, np.float32)
         case "sign-flip":
             return np.asarray(-np.float32(attacker.scale) * update, np.float32)
         case "noise":

@@ -43,6 +43,8 @@ class Cell:
     seconds: float = 0.0
     epsilon: float | None = None  # promised to each unit; None without privacy
     spent: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by site: epsilon after each round
+    times: Sequence[float] = ()  # when each round ended, in training times of a usual site; empty where all are alike
+    backdoor: float | None = None  # share of marked held-out images that are taken for the attacker's class
 
     def save(self, path: Path, digest: str) -> None:
         """Write it with the digest of what made it."""
@@ -71,6 +73,7 @@ class Experiment:
     folder: Path
     seconds: float
     patients: Mapping[str, int] = field(default_factory=dict)
+    held_out: tuple[str, ...] = ()  # sites that did not train; they are left out of means over sites
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -84,19 +87,23 @@ class Experiment:
         return statistics.fmean(row.score for row in self.rows if row.method == method and row.site == site)
 
     def interval(self, method: str, site: str | None = None) -> Interval:
-        """Mean and 95 % interval over seeds, at one site or of the mean over sites."""
+        """Mean and 95 % interval over seeds, at one site or of the mean over the sites that train."""
         by_seed: dict[int, list[float]] = {}
         for row in self.rows:
-            if row.method == method and site in (None, row.site):
+            if row.method == method and (row.site == site if site else row.site not in self.held_out):
                 by_seed.setdefault(row.seed, []).append(row.score)
         return interval([statistics.fmean(scores) for scores in by_seed.values()])
 
     def compare(self, method: str, reference: str) -> Paired:
-        """``method`` against ``reference`` over the same sites and seeds."""
+        """``method`` against ``reference`` over the same sites that train, and seeds."""
         return paired(self._scores(method), self._scores(reference))
 
     def _scores(self, method: str) -> Scores:
-        return {(row.site, row.seed): row.score for row in self.rows if row.method == method}
+        return {
+            (row.site, row.seed): row.score
+            for row in self.rows
+            if row.method == method and row.site not in self.held_out
+        }
 
     @property
     def methods(self) -> list[str]:
@@ -129,6 +136,7 @@ class Experiment:
             "metric": self.metric,
             "seeds": sorted({cell.seed for cell in self.cells}),
             "patients": dict(self.patients),
+            "held_out": list(self.held_out),
             "mean": {m: {s: self.mean(m, s) for s in self.sites} for m in self.methods},
             "received_bytes": {m: max(c.received_bytes for c in self.cells if c.method == m) for m in self.methods},
             "seconds": round(self.seconds, 1),

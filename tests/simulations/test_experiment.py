@@ -20,7 +20,7 @@ from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError, TrainingError
 from medfl.shared.study import Study
-from medfl.simulations.baselines import alone, best_threshold, mean_mask, pooled, trivial
+from medfl.simulations.baselines import alone_and_ensemble, best_threshold, mean_mask, pooled, trivial
 from medfl.simulations.cli import main
 from medfl.simulations.config import SimulationSettings
 from medfl.simulations.experiment import run_experiment
@@ -63,12 +63,12 @@ def test_a_site_alone_trains_as_much_as_in_the_federation() -> None:
     data = site_data(study)
     one = study.model_copy(update={"rounds": study.rounds.model_copy(update={"minimum_sites": 1})})
     expected = federate(one, {"a": data}).site_scores["a"]["balanced_accuracy"]
-    assert alone(study, {"a": data}, device=CPU) == {"a": expected}
+    assert alone_and_ensemble(study, {"a": data}, device=CPU)[0].scores == {"a": expected}
 
 
 def test_pooled_training_keeps_patients_of_different_sites_apart() -> None:
     study = masks_study()
-    scores = pooled(study, {"a": site_data(study), "b": site_data(study, seed=1)}, device=CPU)
+    scores = pooled(study, {"a": site_data(study), "b": site_data(study, seed=1)}, device=CPU).scores
     assert set(scores) == {"a", "b"}
     assert all(0 <= score <= 1 for score in scores.values())
 
@@ -131,7 +131,8 @@ def test_check_reads_the_data_and_trains_nothing(tmp_path: Path, capsys: pytest.
 
 def test_a_study_that_diverges_everywhere_is_told_and_leaves_no_model(tmp_path: Path) -> None:
     study = classes_study(
-        training={"learning_rate": 10.0, "weight_decay": 1.0, "steps": 200, "momentum": 0.99},
+        training={"learning_rate": 10.0, "weight_decay": 1.0, "steps": 20, "momentum": 0.99},
+        rounds={"patience_s": 120},
     )
     with pytest.raises(TrainingError, match="too many rounds in a row"):
         run_experiment(load_settings(simulation(tmp_path, study, seeds=[0]), SimulationSettings))
@@ -143,7 +144,8 @@ def test_a_baseline_that_diverges_has_no_score_and_does_not_stop_the_rest() -> N
     data = site_data(study)
     train = data.splits[Split.TRAIN]
     bad = TensorSet(train.images * float("nan"), train.labels, train.patients)
-    scores = alone(study, {"good": data, "bad": SiteData({**data.splits, Split.TRAIN: bad}, data.report)}, device=CPU)
+    sites = {"good": data, "bad": SiteData({**data.splits, Split.TRAIN: bad}, data.report)}
+    scores = alone_and_ensemble(study, sites, device=CPU)[0].scores
     assert math.isnan(scores["bad"])
     assert 0 <= scores["good"] <= 1
 
