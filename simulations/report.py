@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from medfl.shared.files import write_whole
+from medfl.simulations import examples
 from medfl.simulations.config import SimulationSettings
+from medfl.simulations.findings import best_at, findings
+from medfl.simulations.pictures import Pictures, pictures
 from medfl.simulations.results import Experiment
 
 _INK = "#333333"
@@ -47,6 +50,7 @@ class Line:
     against: list[str]
     megabytes: str
     seconds: str
+    backdoor: str
 
 
 def write_report(experiment: Experiment, settings: SimulationSettings, *, command: str = "") -> Path:
@@ -61,6 +65,9 @@ def write_report(experiment: Experiment, settings: SimulationSettings, *, comman
         command=command,
         seeds=sorted({cell.seed for cell in experiment.cells}),
         references=references(experiment),
+        titles=[titled(experiment, site) for site in experiment.sites],
+        backdoors=any(cell.backdoor is not None for cell in experiment.cells),
+        pictures=_pictures(experiment, settings),
         lines=table(experiment),
         findings=findings(experiment),
         curves=_curves(experiment),
@@ -80,7 +87,7 @@ def references(experiment: Experiment) -> list[str]:
 
 def table(experiment: Experiment) -> list[Line]:
     """Every method with its scores and its differences from the references, the kinds in order."""
-    best = {site: _best(experiment, experiment.methods, site) for site in experiment.sites}
+    best = {site: best_at(experiment, experiment.methods, site) for site in experiment.sites}
     lines = []
     for kind in ("federated", "baseline", "trivial"):
         for method in experiment.methods_of(kind):
@@ -89,6 +96,7 @@ def table(experiment: Experiment) -> list[Line]:
             against = ["" if r == method else _difference(experiment, method, r) for r in references(experiment)]
             sent = max(cell.received_bytes for cell in cells) / 1e6
             spent = sum(cell.seconds for cell in cells) / len(cells)
+            planted = [cell.backdoor for cell in cells if cell.backdoor is not None]
             lines.append(
                 Line(
                     method,
@@ -98,32 +106,27 @@ def table(experiment: Experiment) -> list[Line]:
                     against,
                     f"{sent:.1f}" if sent else "",
                     f"{spent:.0f}" if spent else "",
+                    f"{100 * sum(planted) / len(planted):.0f} %" if planted else "",
                 )
             )
     return lines
 
 
-def findings(experiment: Experiment) -> list[str]:
-    """What the table says in words, favourable or not."""
-    federated, said = experiment.methods_of("federated"), []
-    everything = sorted(experiment.methods, key=lambda m: -np.nan_to_num(experiment.interval(m).mean, nan=-1.0))
-    said.append(f"Highest mean over sites: {everything[0]} ({experiment.interval(everything[0])}).")
-    if "alone" in experiment.methods and federated:
-        for site in experiment.sites:
-            champion, home = _best(experiment, federated, site), experiment.mean("alone", site)
-            gain = experiment.mean(champion, site) - home
-            verb = "gains" if gain >= 0 else "loses"
-            said.append(f"{site}: the best federated method ({champion}) {verb} {abs(gain):.3f} over training alone.")
-    floor = [m for m in experiment.methods_of("trivial")]
-    for method in federated:
-        below = [s for s in experiment.sites if any(experiment.mean(method, s) <= experiment.mean(f, s) for f in floor)]
-        if below:
-            said.append(f"{method} does not beat a predictor without any training at: {', '.join(below)}.")
-    return said
+def titled(experiment: Experiment, site: str) -> str:
+    """The site's name, and whether it did not train."""
+    return f"{site} (held out)" if site in experiment.held_out else site
 
 
-def _best(experiment: Experiment, methods: Iterable[str], site: str) -> str:
-    return max(methods, key=lambda method: float(np.nan_to_num(experiment.mean(method, site), nan=-1.0)))
+def _pictures(experiment: Experiment, settings: SimulationSettings) -> Pictures | None:
+    """Of the first seed: the best and the reference methods before the others."""
+    if not settings.examples:
+        return None
+    federated = sorted(
+        experiment.methods_of("federated"), key=lambda m: -np.nan_to_num(experiment.interval(m).mean, nan=-1.0)
+    )
+    order = dict.fromkeys(("alone", "pooled", *federated, *experiment.methods))
+    folder = experiment.folder / f"seed-{settings.seeds[0]}" / "examples"
+    return pictures(examples.load(folder, list(order)), list(order), settings.study.data.classes)
 
 
 def _difference(experiment: Experiment, method: str, reference: str) -> str:
@@ -136,9 +139,11 @@ def _difference(experiment: Experiment, method: str, reference: str) -> str:
 
 def _curves(experiment: Experiment) -> str:
     methods = [m for m in experiment.methods if any(cell.curve for cell in experiment.cells if cell.method == m)]
+    timed = [m for m in methods if any(cell.times for cell in experiment.cells if cell.method == m)]
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
+        axes = figure.add_subplot(1, 2 if timed else 1, 1)
+        by_time = figure.add_subplot(1, 2, 2, sharey=axes) if timed else None
         for number, method in enumerate(methods):
             runs = [dict(cell.curve) for cell in experiment.cells if cell.method == method and cell.curve]
             rounds = sorted(set.intersection(*(set(run) for run in runs)))
@@ -148,9 +153,16 @@ def _curves(experiment: Experiment) -> str:
             axes.plot(rounds, scores.mean(0), style, color=colour, label=method, linewidth=1.6)
             if len(runs) > 1 and len(methods) <= 6:  # more bands than that hide each other
                 axes.fill_between(rounds, scores.min(0), scores.max(0), color=colour, alpha=0.12, linewidth=0)
+            if by_time is not None and method in timed:
+                cell = next(c for c in experiment.cells if c.method == method and c.times)
+                ends = [cell.times[number - 1] for number, _ in cell.curve]
+                by_time.plot(ends, [score for _, score in cell.curve], style, color=colour, linewidth=1.6)
         axes.set_xlabel("round")
         axes.set_ylabel(f"{experiment.metric}, all sites together")
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        if by_time is not None:
+            by_time.set_xlabel("time, in training times of a usual site")
+            by_time.tick_params(labelleft=False)
+        figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right center")
 
     return _svg(draw, 8.4, 3.8) if methods else ""
 
@@ -165,7 +177,7 @@ def _heat_map(experiment: Experiment) -> str:
         for (row, column), score in np.ndenumerate(scores):
             shade = "white" if not score > middle else "black"
             axes.text(column, row, f"{score:.3f}", ha="center", va="center", color=shade, fontsize=9)
-        axes.set_xticks(range(len(experiment.sites)), experiment.sites)
+        axes.set_xticks(range(len(experiment.sites)), [titled(experiment, site) for site in experiment.sites])
         axes.set_yticks(range(len(experiment.methods)), experiment.methods)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -194,17 +206,24 @@ def _privacy(experiment: Experiment) -> str:
     cells = [cell for cell in experiment.cells if cell.epsilon]
     if len({cell.epsilon for cell in cells}) < 2:
         return ""
+    unprotected = {
+        c.method for c in experiment.cells if not c.epsilon and (c.kind == "federated" or c.method == "unprotected")
+    }
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         epsilons = sorted({cell.epsilon for cell in cells if cell.epsilon})
         for site in experiment.sites:
             means = [float(np.nanmean([c.scores[site] for c in cells if c.epsilon == e])) for e in epsilons]
-            axes.plot(epsilons, means, "o-", label=site, linewidth=1.5)
+            (line,) = axes.plot(epsilons, means, "o-", label=site, linewidth=1.5)
+            if free := [c.scores[site] for c in experiment.cells if not c.epsilon and c.method in unprotected]:
+                axes.axhline(float(np.nanmean(free)), color=line.get_color(), linestyle="--", linewidth=1)
         axes.set_xscale("log")
         axes.set_xticks(epsilons, [f"{e:g}" for e in epsilons])
         axes.set_xlabel("epsilon")
         axes.set_ylabel(experiment.metric)
+        if unprotected:
+            axes.plot([], [], "--", color=_INK, linewidth=1, label="without privacy")
         axes.legend(frameon=False)
 
     return _svg(draw, 6.4, 3.4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -12,37 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from small_simulation import example, simulation
 
 from medfl.simulations import Experiment, load_simulation, run_experiment
 from medfl.simulations import experiment as module
-from medfl.simulations.report import findings, references, write_report
+from medfl.simulations.findings import findings
+from medfl.simulations.report import references, write_report
 from medfl.simulations.results import Cell
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("example", ROOT / "docs" / "examples" / "compare_algorithms.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def simulation(folder: Path, **changes: Any) -> Path:
-    loaded = example()
-    loaded.draw_pictures(folder, 80)
-    small = {
-        "partition": {"sites": 4},
-        "seeds": [0, 1],
-        "variants": {"fedavg": {}, "fedprox": {"strategy": {"name": "fedprox"}}},
-    }
-    content = loaded.SIMULATION | small | changes
-    content["study"] = content["study"] | {"rounds": {"count": 2, "minimum_sites": 2}}
-    path = folder / "simulation.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
 
 
 def count_federations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -99,7 +74,8 @@ def test_the_example_runs_and_its_report_stands_by_itself(tmp_path: Path, capsys
     for words in ("What it says", "commonest class", "pooled", "ensemble", "site-8", "against alone"):
         assert words in page
     # nothing from elsewhere: the only addresses are names of XML namespaces
-    assert not re.findall(r"""(?:src|href)=["'](?!#)""", page.replace("xlink:href", "").replace('href="#', ""))
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", page.replace("xlink:href", "").replace('href="#', ""))
+    assert page.count("data:image/jpeg") == 8  # one image a site
     assert "<script" not in page
     assert json.loads((experiment.folder / "results.json").read_text())["seeds"] == [0]
 
@@ -112,6 +88,7 @@ def test_the_report_says_where_a_federated_model_loses(tmp_path: Path) -> None:
     experiment = Experiment("dice", cells, tmp_path, 1.0)
     said = findings(experiment)
     assert "a: the best federated method (fedavg) loses 0.300 over training alone." in said
+    assert "No method is as good as training alone everywhere. fedavg comes nearest, and loses at a (by 0.300)." in said
     assert "fedavg does not beat a predictor without any training at: a, b." in said
     assert references(experiment) == ["fedavg", "alone"]
     page = write_report(experiment, load_simulation(simulation(tmp_path))).read_text()

@@ -1,0 +1,68 @@
+"""What a comparison's table says in words, favourable or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from medfl.simulations.results import Experiment
+
+
+def findings(experiment: Experiment) -> list[str]:
+    """What the table says in words, favourable or not."""
+    federated, said = experiment.methods_of("federated"), []
+    everything = sorted(experiment.methods, key=lambda m: -np.nan_to_num(experiment.interval(m).mean, nan=-1.0))
+    said.append(f"Highest mean over sites: {everything[0]} ({experiment.interval(everything[0])}).")
+    if "alone" in experiment.methods and federated:
+        said += _against_alone(experiment, federated)
+    floor = [m for m in experiment.methods_of("trivial")]
+    for method in federated:
+        below = [s for s in experiment.sites if any(experiment.mean(method, s) <= experiment.mean(f, s) for f in floor)]
+        if below:
+            said.append(f"{method} does not beat a predictor without any training at: {', '.join(below)}.")
+    return said
+
+
+def _against_alone(experiment: Experiment, federated: list[str]) -> list[str]:
+    """For each site what federation gains it, and which methods no site has to regret."""
+    said, alone = [], {site: experiment.mean("alone", site) for site in experiment.sites}
+    for site, home in alone.items():
+        champion = best_at(experiment, federated, site)
+        gain = experiment.mean(champion, site) - home
+        verb = "gains" if gain >= 0 else "loses"
+        where = (
+            " at a site that did not train, over the mean of the others' own models"
+            if site in experiment.held_out
+            else ""
+        )
+        said.append(
+            f"{site}: the best federated method ({champion}) {verb} {abs(gain):.3f}{where or ' over training alone'}."
+        )
+    training = [site for site in experiment.sites if site not in experiment.held_out]
+    lost = {m: [s for s in training if not experiment.mean(m, s) >= alone[s]] for m in federated}
+    if content := [method for method, sites in lost.items() if not sites]:
+        said.append(f"At least as good as training alone at every site: {', '.join(content)}.")
+    else:
+        nearest = min(federated, key=lambda m: max(alone[s] - experiment.mean(m, s) for s in lost[m]))
+        words = ", ".join(
+            f"{site} (by {alone[site] - experiment.mean(nearest, site):.3f}{_size(experiment, site)})"
+            for site in lost[nearest]
+        )
+        said.append(
+            f"No method is as good as training alone everywhere. {nearest} comes nearest, and loses at {words}."
+        )
+    return said
+
+
+def _size(experiment: Experiment, site: str) -> str:
+    """Why a site may gain least: it has most patients itself."""
+    patients = experiment.patients
+    if not patients or patients.get(site, 0) < max(patients.values()):
+        return ""
+    return f"; with {patients[site]} of {sum(patients.values())} patients it has most to learn from by itself"
+
+
+def best_at(experiment: Experiment, methods: Iterable[str], site: str) -> str:
+    """The method with the highest mean at ``site``; one without a score only where all have none."""
+    return max(methods, key=lambda method: float(np.nan_to_num(experiment.mean(method, site), nan=-1.0)))
