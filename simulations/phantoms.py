@@ -53,6 +53,10 @@ SCANNERS = (
     Scanner(
         "Fictional Systems", "FS-1", 110, 88, (3.8, 3.6), 4.5, 12.0, 0.4, 4.0, -6.0, DeflatedExplicitVRLittleEndian
     ),
+    Scanner("Phantom Works", "PW-32", 80, 96, (3.3, 3.3), 4.0, 18.0, 0.4, 14.0, 2.0, ExplicitVRLittleEndian),
+    Scanner("Utopia Radiology", "UR-X", 120, 64, (5.0, 5.0), 6.0, 6.0, 1.0, -4.0, 0.0, RLELossless, True),
+    Scanner("Imaginary Imaging", "II-128", 130, 84, (3.9, 4.1), 5.0, 9.0, 0.7, -12.0, 10.0, ImplicitVRLittleEndian),
+    Scanner("Nowhere Medical", "NM-Mono", 100, 76, (4.2, 4.2), 5.5, 14.0, 0.9, 10.0, -8.0, ExplicitVRLittleEndian),
 )
 """One for each hospital, used again from the first when there are more hospitals."""
 

@@ -29,7 +29,7 @@ WALLS = {  # third party -> where it may be imported, as folders or files
     "pynetdicom": ("client/data",),
     "dicomweb_client": ("client/data",),
     "nibabel": ("client/data",),
-    "PIL": ("client/data",),
+    "PIL": ("client/data", "simulations/pictures.py"),
     "opacus": ("client/privacy", "shared/privacy"),
     "dp_accounting": ("client/privacy", "shared/privacy"),
     "cryptography": (
