@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import medfl.shared.environment  # noqa: F401 - before flwr
@@ -20,21 +19,13 @@ from flwr.clientapp import ClientApp
 from medfl.client.site import Site
 from medfl.client.witness import Witness
 from medfl.shared.errors import Code, MedFLError
-from medfl.shared.messages import Failure, LedgerHead, ModelRequest, SecureRequest, StudyOffer, WeightRequest
+from medfl.shared.messages import Failure, HeadsRequest, ModelRequest, SecureRequest, StudyOffer, WeightRequest
 
 log = logging.getLogger("medfl.site")
 
 
 class _Reply(Protocol):
     def record(self) -> RecordDict: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _LedgerReply:
-    head: LedgerHead
-
-    def record(self) -> RecordDict:
-        return self.head.reply()
 
 
 def build_client_app(site_of: Callable[[Context], Site], *, witness: Witness | None = None) -> ClientApp:
@@ -61,8 +52,13 @@ def build_client_app(site_of: Callable[[Context], Site], *, witness: Witness | N
         return answer(message, lambda: site_of(context).hold_weight(WeightRequest.parse(message.content)))
 
     @app.query("ledger")
-    def ledger(message: Message, context: Context) -> Message:
-        return answer(message, lambda: _LedgerReply(site_of(context).compare_ledger(LedgerHead.parse(message.content))))
+    def heads(message: Message, context: Context) -> Message:
+        def work() -> _Reply:
+            request = HeadsRequest.parse(message.content)
+            reply = site_of(context).compare_heads(request)
+            return reply if witness is None else witness.countersigned(request, reply)
+
+        return answer(message, work)
 
     @app.query("phase")
     def phase(message: Message, context: Context) -> Message:

@@ -13,18 +13,9 @@ from enum import StrEnum
 from pathlib import Path
 from threading import Lock
 
-from medfl.shared.chain import Chain, Head, Role
-from medfl.shared.errors import ConfigError, PolicyRefusal
-
-AUDIT = Role(
-    "audit log",
-    "Nothing runs until both its files are moved to a safe place (keep them, they are evidence): a new log begins then",
-)
-
-
-def audit_file(state: Path) -> Path:
-    """Where the audit log of a state folder is."""
-    return state / "audit.jsonl"
+from medfl.shared.audit_log import open_audit_log
+from medfl.shared.chain import Head, Row
+from medfl.shared.passage import Answer, Content, Form, Passage
 
 
 class Event(StrEnum):
@@ -33,44 +24,9 @@ class Event(StrEnum):
     STARTED = "started"
     STOPPED = "stopped"  # absent before the next start: the node was killed, or its machine
     ROSTER = "roster confirmed"
+    NOT_HELD = "head not held"  # the coordinator has seen a row that this log does not have: it was cut or begun anew
     IN = "in"
     OUT = "out"  # is about to leave: the line may still break, or the coordinator's deadline pass
-
-
-class Form(StrEnum):
-    """How results stand in a message that leaves."""
-
-    MASKED = "masked"  # only the sum over all sites becomes known
-    CLEAR = "clear"
-    NOTHING = "no result"  # keys, shares, acknowledgements, refusals
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """Size and digest of what a message holds, without headers of the transport."""
-
-    bytes: int
-    sha256: str  # Flower's object id: the very name under which the content crosses and the coordinator keeps it
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """What a message is about."""
-
-    kind: str  # of medfl.shared.messages.Kind, or "unknown"
-    study: str = ""  # digest; empty where the message belongs to none that is known here
-    round: int | None = None
-    phase: str = ""  # of a secure sum
-    name: str = ""  # the study's, in an offer
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the site says: an outcome of medfl.shared.messages, or ``failed`` with code and fixed words."""
-
-    outcome: str
-    code: str = ""
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +58,22 @@ class Audit:
         """``on_row`` is told each row when it is durable."""
         self._on_row = on_row
         self._lock = Lock()
-        try:
-            self._chain = Chain(path, AUDIT, clock=clock, keep_rows=False)
-        except PolicyRefusal as refusal:
-            if refusal.reason == f"{AUDIT.name} busy":
-                raise ConfigError(str(refusal)) from None
-            raise
+        self.journal: dict[str, Head] = {}
+        """By study: how far the journal of secure sums was when an answer left. An older journal answers twice."""
+        self._chain = open_audit_log(path, clock=clock, look=self._look)
 
     @property
     def head(self) -> Head:
         """How many rows there are, and the hash of the last one."""
         return self._chain.head
+
+    def holds(self, head: Head) -> bool:
+        """Whether this log has the row that ``head`` names, as it was written."""
+        return self._chain.holds(head)
+
+    def not_held(self, head: Head) -> None:
+        """The coordinator has seen ``head``, and this log does not hold it."""
+        self._write(Event.NOT_HELD, rows=head.rows, head=head.digest)
 
     def started(self, *, release: str, configuration: str, roster: str = "", epoch: int | None = None) -> None:
         """The node begins: its release, SHA-256 of its site file, and of the roster that is in force, if any."""
@@ -138,8 +99,13 @@ class Audit:
         form: Form,
         content: Content | None = None,
         price: Price | None = None,
+        journal: Head | None = None,
     ) -> None:
-        """A message is about to leave. ``content`` is None for the node's own one-word errors."""
+        """A message is about to leave.
+
+        ``content`` is None for the node's own one-word errors. ``journal`` says how far the journal of secure sums is,
+        in an answer to a phase of one.
+        """
         self._passage(
             Event.OUT,
             passage,
@@ -151,22 +117,20 @@ class Audit:
             sha256="" if content is None else content.sha256,
             epsilon=None if price is None else price.epsilon,
             epsilon_total=None if price is None else price.epsilon_total,
+            journal=None if journal is None else journal.digest,
+            journal_rows=None if journal is None else journal.rows,
         )
 
     def close(self) -> None:
         """Let other processes write. Everything is durable already."""
         self._chain.close()
 
+    def _look(self, row: Row) -> None:
+        if "journal" in row:
+            self.journal[str(row["study"])] = Head(int(row["journal_rows"]), str(row["journal"]))
+
     def _passage(self, event: Event, passage: Passage, **more: str | float | None) -> None:
-        self._write(
-            event,
-            kind=passage.kind,
-            study=passage.study,
-            round=passage.round,
-            phase=passage.phase,
-            name=passage.name,
-            **more,
-        )
+        self._write(event, **passage.fields(), **more)
 
     def _write(self, event: Event, **fields: str | float | None) -> None:
         known = {key: value for key, value in fields.items() if value is not None and value != ""}

@@ -10,16 +10,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medfl.client.audit import Event, Form
+from medfl.client.audit import Event
 from medfl.shared.chain import Inspection, Row, inspect
 from medfl.shared.errors import ConfigError, PolicyRefusal
 from medfl.shared.files import write_whole
+from medfl.shared.passage import Form
 
 _KINDS = {
     "query.offer": "study offer",
     "query.weight": "weight in the mean",
     "query.phase": "secure sum",
-    "query.ledger": "ledger's length and hash",
+    "query.ledger": "lengths and hashes of logs",
     "train": "training",
     "evaluate": "scores",
 }

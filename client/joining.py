@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from medfl.client.audit import Audit, audit_file
+from medfl.client.audit import Audit
 from medfl.client.config import SiteSettings
 from medfl.client.pin import Pin, joined, load_pin
 from medfl.client.rosters import SiteRosters
+from medfl.shared.audit_log import audit_file
 from medfl.shared.certificates import SiteFiles, certificate_pem
 from medfl.shared.consortium import Membership
 from medfl.shared.enrolment import Invitation, Request, make_request

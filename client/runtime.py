@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from medfl.client.audit import Audit, audit_file
+from medfl.client.audit import Audit
 from medfl.client.checkin import CheckIns
 from medfl.client.config import SiteSettings
 from medfl.client.courtesy import courtesy_of
@@ -32,6 +32,7 @@ from medfl.client.secagg.session import SecureSite
 from medfl.client.site import Site
 from medfl.client.transport import TransportSettings
 from medfl.client.workbench import Workbench
+from medfl.shared.audit_log import audit_file
 from medfl.shared.certificates import SiteFiles
 from medfl.shared.consortium import Membership
 from medfl.shared.errors import ConfigError, PolicyRefusal

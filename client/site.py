@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -34,7 +34,9 @@ from medfl.shared.files import private_folder
 from medfl.shared.messages import (
     UNKNOWN_STUDY,
     EvaluateReply,
-    LedgerHead,
+    HeadsReply,
+    HeadsRequest,
+    Log,
     ModelRequest,
     OfferAccepted,
     Ready,
@@ -212,19 +214,35 @@ class Site:
         examples = len(self._split(study, Split.TRAIN).labels)
         return self._require_participant().hold_weight(study, request.encoding, examples)
 
-    def compare_ledger(self, recorded: LedgerHead) -> LedgerHead:
-        """Check that the ledger still holds what the coordinator has recorded of it, and return its head now.
+    def compare_heads(self, request: HeadsRequest) -> HeadsReply:
+        """Check that ledger and journal still hold what the coordinator has recorded of them; their heads now.
 
         Raises:
-            PolicyRefusal: reason ``ledger restored``: rows are missing; this site then trains no private study until
-                its newest ledger is back. ProtocolError: an unknown study.
+            PolicyRefusal: reasons ``ledger restored``, ``journal restored``: something is missing that was there; this
+                site then takes no part until its newest copy is back. ProtocolError: an unknown study.
         """
-        study = self._approved(recorded.study)
-        ledger = self._ledger()
-        if recorded.rows:
-            ledger.countersign(Head(recorded.rows, recorded.digest))
-        head = ledger.head
-        return LedgerHead(study.digest, head.rows, head.digest)
+        study = self._approved(request.study)
+        heads: dict[Log, Head] = {}
+        if not isinstance(study.privacy, NoPrivacy):
+            ledger = self._ledger()
+            if (recorded := request.recorded.get(Log.LEDGER)) is not None:
+                ledger.countersign(recorded)
+            heads[Log.LEDGER] = ledger.head
+        if self._participant is not None and study.secure_aggregation.mode != "none":
+            secure, digest = self._participant.secure, bytes.fromhex(study.digest)
+            if (recorded := request.recorded.get(Log.JOURNAL)) is not None:
+                secure.compare(digest, recorded)
+            heads[Log.JOURNAL] = secure.mark(digest)
+        return HeadsReply(heads)
+
+    def journal_mark(self, digest: str) -> Head | None:
+        """How far the journal of secure sums is in a study; None where this site has none."""
+        return None if self._participant is None or not digest else self._participant.secure.mark(bytes.fromhex(digest))
+
+    def expect_journal(self, marks: Mapping[str, Head]) -> None:
+        """By study, how far the journal was when this site last answered: nothing is answered with an older one."""
+        if self._participant is not None:
+            self._participant.secure.expect({bytes.fromhex(study): mark for study, mark in marks.items()})
 
     def study_of(self, request: SecureRequest) -> str:
         """Digest of the study whose secure sum ``request`` belongs to; empty where no such sum is known here."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, RecordDict
 
-from medfl.client.audit import Answer, Audit, Content, Form, Passage
+from medfl.client.audit import Audit
 from medfl.client.node import Notice
+from medfl.client.receipts import Receipts
 from medfl.client.site import Site
 from medfl.shared.errors import Code, ProtocolError
-from medfl.shared.messages import Failure, Kind, SecureRequest, StudyOffer, outcome
-from medfl.shared.study import Study
+from medfl.shared.messages import HeadsReply, HeadsRequest, Kind, Log, SecureRequest
+from medfl.shared.observed import answer_in, digest_in, form_of, kind_of, measured, passage_of
+from medfl.shared.passage import FAILED, Answer, Form, Passage
 
-_FAILED = "failed"
-_HEXADECIMAL = frozenset("0123456789abcdef")
+log = logging.getLogger("medfl.site")
 
 
 class Witness:
@@ -23,23 +26,19 @@ class Witness:
     a digest, a number, or the name of a study that parses.
     """
 
-    def __init__(self, audit: Audit, site: Site) -> None:
-        self._audit, self._site = audit, site
+    def __init__(self, audit: Audit, site: Site, receipts: Receipts | None = None) -> None:
+        """``receipts`` keeps what the coordinator signs of the log's heads."""
+        self._audit, self._site, self._receipts = audit, site, receipts
         self._rounds: dict[str, int | None] = {}  # by study: messages of secure sums do not name the training round
 
     def passage(self, message: Message) -> Passage:
         """What ``message``, which may be malformed, is about."""
-        kind, content = _kind(message.metadata.message_type), message.content
-        if kind == Kind.PHASE:
-            return self._phase(content)
-        config = content.get("config")
-        values = dict(config) if isinstance(config, ConfigRecord) else {}
-        study, number = _digest(values.get("study")), values.get("server-round")
-        known = isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**32
-        round_number = number if known and isinstance(number, int) else None
-        if kind != Kind.OFFER:
-            self._rounds[study] = round_number
-        return Passage(kind, study, round_number, name=_name(content) if kind == Kind.OFFER else "")
+        if kind_of(message.metadata.message_type) == Kind.PHASE:
+            return self._phase(message.content)
+        passage = passage_of(message.metadata.message_type, message.content)
+        if passage.kind != Kind.OFFER:
+            self._rounds[passage.study] = passage.round
+        return passage
 
     def received(self, passage: Passage, content: RecordDict) -> None:
         """Before anything is done with a message. Raises PolicyRefusal: nothing may be done then."""
@@ -49,60 +48,38 @@ class Witness:
         """Before ``content``, one of MedFL's replies, leaves. Raises PolicyRefusal: it may not leave then."""
         form = form_of(content)
         price = None if form is Form.NOTHING else self._site.price(passage.study)
-        self._audit.leaves(passage, _answer_in(content), form=form, content=measured(content), price=price)
+        journal = self._site.journal_mark(passage.study) if passage.kind == Kind.PHASE else None
+        answer = answer_in(content)
+        self._audit.leaves(passage, answer, form=form, content=measured(content), price=price, journal=journal)
+
+    def countersigned(self, request: HeadsRequest, reply: HeadsReply) -> HeadsReply:
+        """``reply`` with the head of the audit log; keeps the receipt that came along, where the log holds its head.
+
+        Raises:
+            PolicyRefusal: the receipt is not signed by the consortium. ProtocolError: it is malformed.
+        """
+        recorded, held = request.recorded.get(Log.AUDIT), True
+        if recorded is not None and not self._audit.holds(recorded):
+            held = False
+            self._audit.not_held(recorded)
+            log.error(
+                "the coordinator has seen row %d of this site's audit log, which is not in it as it was: the log was "
+                "cut, restored from a backup, or begun anew; keep all its copies and run audit verify",
+                recorded.rows,
+            )
+        if request.receipt and self._receipts is not None:
+            self._receipts.keep(request.receipt, self._audit)
+        return HeadsReply({**reply.heads, Log.AUDIT: self._audit.head}, held)
 
     def node_says(self, notice: Notice, code: Code, reason: str) -> None:
         """Before the node answers in the ClientApp's place. Raises PolicyRefusal."""
-        passage = Passage(_kind(notice.message_type), _digest(notice.digest))
-        self._audit.leaves(passage, Answer(_FAILED, code.value, reason), form=Form.NOTHING)
+        passage = Passage(kind_of(notice.message_type), digest_in(notice.digest))
+        self._audit.leaves(passage, Answer(FAILED, code.value, reason), form=Form.NOTHING)
 
     def _phase(self, content: RecordDict) -> Passage:
         try:
             request = SecureRequest.parse(content)
         except ProtocolError:
             return Passage(Kind.PHASE)
-        study = _digest(self._site.study_of(request))
+        study = digest_in(self._site.study_of(request))
         return Passage(Kind.PHASE, study, self._rounds.get(study), phase=request.phase.value)
-
-
-def measured(content: RecordDict) -> Content:
-    """Size and digest of ``content``."""
-    size = 0
-    for record in content.values():
-        if isinstance(record, ArrayRecord):
-            size += sum(len(array.data) for array in record.values())
-        else:
-            size += len(record.deflate())
-    return Content(size, content.object_id)
-
-
-def form_of(content: RecordDict) -> Form:
-    """How results stand in ``content``, judged by what is in it and not by what the study promises."""
-    if "masked" in content:
-        return Form.MASKED
-    results = (record for record in content.values() if isinstance(record, ArrayRecord | MetricRecord))
-    return Form.CLEAR if any(len(record) for record in results) else Form.NOTHING
-
-
-def _answer_in(content: RecordDict) -> Answer:
-    what = outcome(content)
-    if what != _FAILED:
-        return Answer(what)
-    failure = Failure.parse(content)
-    return Answer(what, failure.code.value, failure.reason)
-
-
-def _kind(message_type: str) -> str:
-    return message_type if message_type in set(Kind) else "unknown"
-
-
-def _digest(value: object) -> str:
-    return value if isinstance(value, str) and len(value) == 64 and not set(value) - _HEXADECIMAL else ""
-
-
-def _name(content: RecordDict) -> str:
-    try:
-        offer = StudyOffer.parse(content)
-        return Study.from_canonical(offer.canonical, digest=offer.digest).name
-    except ProtocolError:
-        return ""

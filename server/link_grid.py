@@ -39,6 +39,9 @@ log = logging.getLogger("medfl.link")
 LOOK_AGAIN_S = 0.5  # replies ring a bell; lost nodes do not
 GRACE_S = 1.0  # after its time to live a message is reported as expired, unless its sender stopped waiting before
 
+hashed_once = no_object_id_recompute
+"""Context in which one content that goes to many sites is hashed once; nothing in it may change meanwhile."""
+
 
 @dataclass(slots=True)
 class _Sent:

@@ -28,7 +28,7 @@ from medfl.server.clear import ClearCollector
 from medfl.server.cohort import CohortGrid
 from medfl.server.collector import TRAINED, Collected, Collector, Evaluated
 from medfl.server.convergence import Convergence
-from medfl.server.heads import Heads
+from medfl.server.heads import HeadKeeping, Heads
 from medfl.server.pace import Pace
 from medfl.server.reporter import Reporter, RoundReport
 from medfl.server.safeguards import Good, Watch
@@ -95,10 +95,12 @@ class Rounds:
         series: int | None = None,
         secure: SecureParts | None = None,
         beginning: Beginning | None = None,
+        keeping: HeadKeeping | None = None,
     ) -> None:
         """Prepare the study; ``secure`` is needed where the study asks for secure aggregation.
 
-        ``beginning`` is the study's first model (absent: made here).
+        ``beginning`` is the study's first model (absent: made here). ``keeping`` remembers over restarts how long the
+        sites' records were; virtual sites have none.
         """
         self._study = study
         self._grid = grid
@@ -122,10 +124,8 @@ class Rounds:
         self._rosters = None if secure is None else secure.rosters
         self._collector = _collector(study, stages, self._layout, secure)
         self._heads: Heads | None = None
-        if not isinstance(study.privacy, NoPrivacy):
-            self._heads = Heads(
-                study.digest, stages, None if checkpoints is None else checkpoints.folder / "heads.json"
-            )
+        if keeping is not None or not isinstance(study.privacy, NoPrivacy):
+            self._heads = Heads(study.digest, stages, keeping)
 
     def run(self) -> Result:
         """Run to the study's end, going on from the latest checkpoint where there is one."""

@@ -90,11 +90,13 @@ class Chain:
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         keep_rows: bool = True,
+        look: Callable[[Row], None] = lambda row: None,
     ) -> None:
+        """``look`` is shown each row: those that are there, and every new one once it is durable."""
         self._path, self._role, self._clock = path, role, clock
         self._announcement = _announcement_of(path)
         self.rows: list[Row] = []  # empty for whom only writes: a log of years need not be in memory
-        self._keep_rows = keep_rows
+        self._keep_rows, self._look = keep_rows, look
         self._digests: list[str] = []
         self._latest = ""  # time of the last row
         self._usable = True
@@ -193,6 +195,7 @@ class Chain:
         for row in rows:
             self._digests.append(row["hash"])
             self._latest = row["time"]
+            self._look(row)
         if self._keep_rows:
             self.rows += rows
 

@@ -22,6 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from numpy.typing import NDArray
 
 from medfl.shared.arrays import as_array, as_numpy
+from medfl.shared.chain import Head
 from medfl.shared.errors import Code, ProtocolError
 from medfl.shared.metrics import Tally
 from medfl.shared.secagg.exchange import Phase, PhaseReply
@@ -56,7 +57,19 @@ class Kind(StrEnum):
     EVALUATE = "evaluate"
     WEIGHT = "query.weight"
     PHASE = "query.phase"
-    LEDGER = "query.ledger"
+    HEADS = "query.ledger"  # in protocol 1 it asked for the ledger alone
+
+
+class Log(StrEnum):
+    """A site's records, of which the coordinator remembers the heads, so that an older copy shows."""
+
+    AUDIT = "audit"
+    LEDGER = "ledger"
+    JOURNAL = "journal"  # of secure sums: a count for each study, and the journal's own number in place of a hash
+
+
+_HEADS = frozenset(f"{log.value}-{part}" for log in Log for part in ("rows", "head"))
+_LARGEST_RECEIPT = 4096  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,43 +159,60 @@ class WeightRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class LedgerHead:
-    """How long a site's privacy ledger is and the hash of its last row: no spend, no patient.
+class HeadsRequest:
+    """Coordinator to site before a round: how long its records were when last seen, and how long are they now.
 
-    Coordinator to site: the head it has recorded, 0 rows when none; the site trains only while its ledger still holds
-    that row. Site to coordinator: the head now.
+    ``recorded`` has the records that the coordinator knows of; ``receipt`` is its signature under the head of the audit
+    log, as :class:`medfl.shared.receipt.Receipt`, empty where none was seen yet.
     """
 
     study: str  # digest
-    rows: int
-    digest: str  # hexadecimal SHA-256, empty for 0 rows
+    round: int
+    recorded: Mapping[Log, Head] = field(default_factory=dict)
+    receipt: bytes = b""
 
     def record(self) -> RecordDict:
-        """As a request."""
-        return _config({"study": self.study, "rows": self.rows, "head": self.digest, "protocol": PROTOCOL})
-
-    def reply(self) -> RecordDict:
-        """As a reply."""
-        return _reply("ledger", {"study": self.study, "rows": self.rows, "head": self.digest})
+        """As Flower records."""
+        heads = _heads_fields(self.recorded)
+        return _config({"study": self.study, "server-round": self.round, "receipt": self.receipt,
+                        "protocol": PROTOCOL, **heads})  # fmt: skip
 
     @classmethod
-    def parse(cls, content: RecordDict) -> LedgerHead:
-        """Raises ProtocolError when a request is malformed."""
-        config = _read_config(content, {"study", "rows", "head", "protocol"}, others=set())
+    def parse(cls, content: RecordDict) -> HeadsRequest:
+        """Raises ProtocolError when malformed."""
+        config = _read_config(content, {"study", "server-round", "receipt", "protocol", *_HEADS}, others=set())
         _check_protocol(config)
-        return cls._of(config)
+        receipt = _value(config, "receipt", bytes)
+        if len(receipt) > _LARGEST_RECEIPT:
+            raise ProtocolError("a receipt is too long")
+        return cls(_digest(config), _count(config, "server-round"), _heads(config), receipt)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsReply:
+    """Site to coordinator: the heads of its records now, no spend and no patient.
+
+    ``audit_held``: whether its audit log still holds the head that the request had recorded.
+    """
+
+    heads: Mapping[Log, Head] = field(default_factory=dict)
+    audit_held: bool = True
+
+    def record(self) -> RecordDict:
+        """As Flower records."""
+        return _reply("heads", {"audit-held": int(self.audit_held)} | _heads_fields(self.heads))
 
     @classmethod
-    def parse_reply(cls, content: RecordDict) -> LedgerHead:
-        """Raises ProtocolError when a reply is malformed."""
-        return cls._of(_read_reply(content, "ledger", {"study", "rows", "head"}))
-
-    @classmethod
-    def _of(cls, config: ConfigRecord) -> LedgerHead:
-        rows, digest = _count(config, "rows"), _value(config, "head", str)
-        if (rows > 0 or digest) and (len(digest) != 64 or set(digest) - _HEXADECIMAL):
-            raise ProtocolError("the head of a ledger is malformed")
-        return cls(_digest(config), rows, digest)
+    def parse(cls, content: RecordDict) -> HeadsReply:
+        """Raises ProtocolError when malformed."""
+        if outcome(content) == "ledger":  # of protocol 1
+            config = _read_reply(content, "ledger", {"study", "rows", "head"})
+            return cls({Log.LEDGER: Head(_count(config, "rows"), _sha256(config, "head"))})
+        config = _read_reply(content, "heads", {"audit-held", *_HEADS})
+        held = _count(config, "audit-held")
+        if held > 1:
+            raise ProtocolError("the message field 'audit-held' is neither 0 nor 1")
+        return cls(_heads(config), held == 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +361,8 @@ def written_as(content: RecordDict, version: int) -> RecordDict:
     config = content.get("config")
     if version == PROTOCOL or not isinstance(config, ConfigRecord):
         return content
+    if "receipt" in config:
+        return _ledger_question(config, version)
     kept = {key: value for key, value in config.items() if key not in _NEW}
     return RecordDict({**content, "config": ConfigRecord({**kept, "protocol": version})})
 
@@ -438,11 +470,43 @@ def _digest(config: ConfigRecord) -> str:
     return digest
 
 
+def _sha256(config: ConfigRecord, key: str) -> str:
+    digest = _value(config, key, str)
+    if len(digest) != 64 or set(digest) - _HEXADECIMAL:
+        raise ProtocolError(f"the message field '{key}' is not a hash")
+    return digest
+
+
 def _count(config: ConfigRecord, key: str) -> int:
     count = _value(config, key, int)
     if not 0 <= count < 2**32:
         raise ProtocolError(f"the message field '{key}' is not a count")
     return count
+
+
+def _ledger_question(config: ConfigRecord, version: int) -> RecordDict:
+    """A :class:`HeadsRequest` in protocol 1."""
+    rows, head = config.get("ledger-rows", 0), config.get("ledger-head", "")
+    return RecordDict({
+        "config": ConfigRecord({"study": config["study"], "rows": rows, "head": head, "protocol": version})
+    })  # fmt: skip
+
+
+def _heads_fields(heads: Mapping[Log, Head]) -> dict[str, str | int | bytes]:
+    fields: dict[str, str | int | bytes] = {}
+    for log, head in heads.items():
+        fields |= {f"{log.value}-rows": head.rows, f"{log.value}-head": head.digest}
+    return fields
+
+
+def _heads(config: ConfigRecord) -> dict[Log, Head]:
+    heads: dict[Log, Head] = {}
+    for log in Log:
+        rows, head = f"{log.value}-rows", f"{log.value}-head"
+        if rows not in config and head not in config:
+            continue
+        heads[log] = Head(_count(config, rows), _sha256(config, head))
+    return heads
 
 
 def _tally(content: RecordDict) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The consortium's signature: what it stands under (rosters, studies), how it is made, checked, and pinned at a site.
+"""The consortium's signature: what it stands under (rosters, studies, receipts), how it is made, checked and pinned.
 
 One Ed25519 key, made by ``medfl-server init``, signs every document of a consortium. A signature covers the document's
 kind and its exact bytes, so that no document can pass for one of another kind. A site verifies with the key that it
@@ -33,6 +33,7 @@ class Document(StrEnum):
 
     ROSTER = "roster"
     STUDY = "study"
+    RECEIPT = "receipt"  # for the head of a site's audit log
 
 
 class SignatureRefused(PolicyRefusal):

@@ -29,18 +29,22 @@ def add(commands: Commands) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from medfl.client.audit import audit_file
-    from medfl.client.audit_report import verified
+    from medfl.client.audit_report import inspected, verified
     from medfl.client.config import load_site
+    from medfl.client.receipts import check_receipt, reader_of
+    from medfl.shared.audit_log import audit_file
 
-    print("\n".join(verified(audit_file(load_site(options.site).state), head=options.head)))
+    settings = load_site(options.site)
+    path = audit_file(settings.state)
+    print("\n".join(verified(path, head=options.head)))
+    print(check_receipt(path, inspected(path), reader_of(settings.keys)))
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from medfl.client.audit import audit_file
     from medfl.client.audit_report import Report, inspected, write_report
     from medfl.client.config import load_site
+    from medfl.shared.audit_log import audit_file
 
     settings = load_site(options.site)
     report = Report(settings.site, inspected(audit_file(settings.state)), options.since, options.until)

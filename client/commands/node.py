@@ -71,7 +71,9 @@ def _node(options: argparse.Namespace) -> int:
 
     settings = load_site(options.site)
     from medfl.client.app import build_client_app
+    from medfl.client.receipts import Receipts, reader_of
     from medfl.client.witness import Witness
+    from medfl.shared.audit_log import audit_file
 
     site = build_site(settings)
     with ExitStack() as stack:
@@ -97,7 +99,9 @@ def _node(options: argparse.Namespace) -> int:
                 watcher(phase, text)
 
         audit = stack.enter_context(open_audit(settings, options.site, on_row=on_row))
-        witness = Witness(audit, site)
+        site.expect_journal(audit.journal)
+        receipts = Receipts(audit_file(settings.state), reader_of(settings.keys), site=settings.site)
+        witness = Witness(audit, site, receipts)
         app = build_client_app(lambda context: site, witness=witness)
         gate = gate_of(settings.policy)
         node = Node(

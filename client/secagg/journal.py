@@ -18,6 +18,7 @@ from threading import Lock
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from medfl.shared.chain import Head
 from medfl.shared.errors import DataError
 from medfl.shared.files import PRIVATE_FILE, private_folder
 from medfl.shared.keys import read_private, write_new
@@ -25,6 +26,9 @@ from medfl.shared.secagg.announcement import Announcement, Purpose
 from medfl.shared.secagg.reasons import Reason
 
 _SCHEMA = """
+CREATE TABLE journal (id BLOB);
+INSERT INTO journal VALUES (randomblob(32));
+CREATE TABLE marks (study BLOB PRIMARY KEY, rows INTEGER);
 CREATE TABLE seen (study BLOB, purpose INTEGER, round INTEGER, attempt INTEGER, PRIMARY KEY (study, purpose));
 CREATE TABLE consumed (
     study BLOB, purpose INTEGER, round INTEGER, model BLOB, roster BLOB, survivors BLOB, contribution BLOB,
@@ -76,6 +80,16 @@ class Journal:
         """Release the file. The journal cannot be used afterwards."""
         self._database.close()
 
+    def mark(self, study: bytes) -> Head:
+        """How many entries this journal has of ``study``, and the number that tells it from every other journal.
+
+        Whoever remembers a mark notices when the journal is put back to an older copy, or begun anew.
+        """
+        with self._transaction() as run:
+            (identity,) = run("SELECT id FROM journal").fetchone()
+            rows = run("SELECT rows FROM marks WHERE study=?", study).fetchone()
+        return Head(rows[0] if rows else 0, identity.hex())
+
     def history(self, announcement: Announcement, *, epoch: int) -> History:
         """What has been answered before of the announcement's study, purpose and model.
 
@@ -105,6 +119,7 @@ class Journal:
     def begin(self, announcement: Announcement, *, weight: int, epoch: int) -> None:
         """Record that this attempt is answered and with which weight; forget how to finish the purpose's last round."""
         with self._transaction() as run:
+            self._count(run, announcement.study)
             run("DELETE FROM open_rounds WHERE study=? AND purpose=?", announcement.study, announcement.purpose)
             run(
                 "INSERT OR REPLACE INTO seen VALUES (?,?,?,?)",
@@ -124,6 +139,7 @@ class Journal:
     def consume(self, announcement: Announcement, *, survivors: bytes, contribution: bytes, secret: bytes) -> None:
         """Record, in one step, that the round is consumed by a sum over ``survivors``, and replace what is kept."""
         with self._transaction() as run:
+            self._count(run, announcement.study)
             run(
                 "INSERT INTO consumed VALUES (?,?,?,?,?,?,?)",
                 announcement.study,
@@ -158,6 +174,9 @@ class Journal:
         """Delete what is kept to finish the study's open rounds."""
         with self._transaction() as run:
             run("DELETE FROM open_rounds WHERE study=?", study)
+
+    def _count(self, run: _Run, study: bytes) -> None:
+        run("INSERT INTO marks VALUES (?, 1) ON CONFLICT (study) DO UPDATE SET rows = rows + 1", study)
 
     def _keep(self, run: _Run, announcement: Announcement, secret: bytes) -> None:
         context, nonce = announcement.context(), secrets.token_bytes(_NONCE_BYTES)

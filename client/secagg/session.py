@@ -7,7 +7,7 @@ repeat their bytes for the same survivors, so that a lost reply or a restarted c
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from threading import Lock
 
@@ -20,7 +20,8 @@ from medfl.client.secagg.masked_input import masked_input
 from medfl.client.secagg.open_round import OpenRound
 from medfl.client.secagg.share_keys import Shared, share_keys
 from medfl.client.secagg.unmask import unmask
-from medfl.shared.errors import DataError, ProtocolError
+from medfl.shared.chain import Head
+from medfl.shared.errors import MedFLError, PolicyRefusal, ProtocolError
 from medfl.shared.secagg.announcement import Announcement, Purpose
 from medfl.shared.secagg.exchange import Phase, PhaseReply, PhaseRequest
 from medfl.shared.secagg.hashing import DIGEST_BYTES, ids_to_bytes
@@ -45,6 +46,7 @@ class SecureSite:
         self._least: dict[_Key, int] = {}  # sites, which the noise in what is held may count on
         self._told = 0
         self._open: dict[_Key, tuple[bytes, _State]] = {}  # with the context
+        self._marks: dict[bytes, Head] = {}  # by study: how far the journal was, as was noted elsewhere
         self._lock = Lock()
 
     @property
@@ -52,6 +54,27 @@ class SecureSite:
         """Least number of sites, this one included, whose sum this site helps to open."""
         self._told = self._enrolments.minimum_cohort
         return self._told
+
+    def mark(self, study: bytes) -> Head:
+        """How far the journal is in ``study``: to be noted elsewhere, for :meth:`expect`."""
+        with self._lock:
+            return self._journal.mark(study)
+
+    def expect(self, marks: Mapping[bytes, Head]) -> None:
+        """Answer no sum of these studies unless the journal is at the mark or beyond: an older copy answers twice."""
+        with self._lock:
+            self._marks = dict(marks)
+
+    def compare(self, study: bytes, mark: Head) -> None:
+        """Raise PolicyRefusal unless the journal is at ``mark`` or beyond."""
+        now = self.mark(study)
+        if now.digest != mark.digest or now.rows < mark.rows:
+            raise _restored()
+
+    def _check_journal(self, study: bytes) -> None:
+        noted, now = self._marks.get(study), self._journal.mark(study)
+        if noted is not None and (now.digest != noted.digest or now.rows < noted.rows):
+            raise _restored()
 
     def hold(self, contribution: Contribution) -> None:
         """Keep ``contribution`` for the sums of its study and purpose, in place of the one before."""
@@ -68,7 +91,7 @@ class SecureSite:
         with self._lock:
             try:
                 return self._state(start)[0][0]
-            except (ProtocolError, DataError):
+            except MedFLError:
                 return None
 
     def release(self, study: bytes) -> None:
@@ -110,6 +133,7 @@ class SecureSite:
                 "a sum was announced for which nothing is held here: this site restarted, or was not asked to train",
                 reason=Reason.NOTHING_HELD,
             )
+        self._check_journal(announcement.study)
         enrolment = self._enrolment(key, announcement)
         epoch = enrolment.roster.epoch
         history = self._journal.history(announcement, epoch=epoch)
@@ -193,9 +217,19 @@ class SecureSite:
         restored = OpenRound.from_bytes(kept)
         announcement = restored.masked.announcement
         self._enrolments.under(announcement.roster, finishing=True)
+        self._check_journal(announcement.study)
         key = announcement.study, announcement.purpose
         self._open[key] = (context, restored)
         return key, restored
+
+
+def _restored() -> PolicyRefusal:
+    return PolicyRefusal(
+        "the journal of secure sums is older than what this site has answered in this study (a restored backup?): "
+        "restore the newest one. Where it is lost, this site takes no part in secure sums of this study any more: a "
+        "round that it has forgotten could be opened twice",
+        reason=Reason.JOURNAL_RESTORED,
+    )
 
 
 def _out_of_order() -> ProtocolError:

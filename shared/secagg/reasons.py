@@ -28,3 +28,4 @@ class Reason(StrEnum):
     OUT_OF_ORDER = "out of order"
     MALFORMED = "malformed message"
     JOURNAL = "journal unavailable"
+    JOURNAL_RESTORED = "journal restored"

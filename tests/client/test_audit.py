@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from medfl.client.audit import Answer, Audit, Content, Form, Passage, Price, audit_file
+from medfl.client.audit import Audit, Price
 from medfl.shared import chain as chains
+from medfl.shared.audit_log import audit_file
 from medfl.shared.chain import inspect
 from medfl.shared.errors import ConfigError, PolicyRefusal
+from medfl.shared.passage import Answer, Content, Form, Passage
 
 STUDY = "5" * 64
 PASSAGE = Passage("train", STUDY, 3)
@@ -123,7 +125,8 @@ def test_a_full_disk_refuses_and_the_log_goes_on_when_there_is_space(
 WORKER = """
 import os, sys
 from pathlib import Path
-from medfl.client.audit import Answer, Audit, Content, Form, Passage
+from medfl.client.audit import Audit
+from medfl.shared.passage import Answer, Content, Form, Passage
 audit = Audit(Path(sys.argv[1]))
 os.write(1, b"ready\\n")
 for number in range(audit.head.rows, 10_000):

@@ -18,13 +18,14 @@ import pytest
 from consortium import found_consortium_folder
 from waiting import wait_for
 
-from medfl.client.audit import Answer, Audit, Content, Form, Passage, Price
+from medfl.client.audit import Audit, Price
 from medfl.client.audit_report import Report, as_csv, as_html, inspected, totals, verified
 from medfl.client.cli import main
 from medfl.client.config import load_site
 from medfl.client.runtime import site_rosters
 from medfl.shared import chain as chains
 from medfl.shared.errors import ConfigError, PolicyRefusal
+from medfl.shared.passage import Answer, Content, Form, Passage
 
 LUNGS, HEARTS = "1" * 64, "2" * 64
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medfl.client.audit import Answer, Audit, Content, Form, Passage, Price
+from medfl.client.audit import Audit, Price
 from medfl.client.metrics import Gauges
 from medfl.client.node import Phase
+from medfl.shared.passage import Answer, Content, Form, Passage
 
 
 def value(gauges: Gauges, name: str, **labels: str) -> float | None:

@@ -16,7 +16,7 @@ from medfl.client.privacy.ledger import Ceilings, Ledger
 from medfl.client.records import FolderRecords
 from medfl.client.site import Site
 from medfl.shared.errors import Code
-from medfl.shared.messages import EvaluateReply, Failure, Kind, LedgerHead, OfferAccepted, TrainReply
+from medfl.shared.messages import EvaluateReply, Failure, HeadsReply, HeadsRequest, Kind, Log, OfferAccepted, TrainReply
 from medfl.shared.study import Study
 
 PRIVACY: dict[str, Any] = {
@@ -96,15 +96,15 @@ def test_a_ledger_restored_from_a_backup_is_refused(study: Study, tmp_path: Path
     site = make_site(study, tmp_path)
     offer(site, study)
     train(site, study)
-    recorded = LedgerHead.parse_reply(call(site, Kind.LEDGER, LedgerHead(study.digest, 0, "").record()))
-    assert recorded.rows > 1
+    heads = HeadsReply.parse(call(site, Kind.HEADS, HeadsRequest(study.digest, 1).record())).heads
+    assert heads[Log.LEDGER].rows > 1
     site.close()
 
     shutil.rmtree(tmp_path / "north")
     shutil.copytree(tmp_path / "backup", tmp_path / "north")
     restored = make_site(study, tmp_path)
     offer(restored, study)
-    refused = Failure.parse(call(restored, Kind.LEDGER, recorded.record()))
+    refused = Failure.parse(call(restored, Kind.HEADS, HeadsRequest(study.digest, 2, heads).record()))
     assert (refused.code, refused.reason) == (Code.REFUSED, "ledger restored")
     restored.close()
 

@@ -19,15 +19,18 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.supercore.task_identity import TaskIdentity
 
 from medfl.client.app import build_client_app
-from medfl.client.audit import Audit, Form, audit_file
+from medfl.client.audit import Audit
 from medfl.client.node import Notice
 from medfl.client.policy import Policy
 from medfl.client.site import Site
-from medfl.client.witness import Witness, form_of, measured
+from medfl.client.witness import Witness
 from medfl.shared import chain as chains
+from medfl.shared.audit_log import audit_file
 from medfl.shared.chain import Row, inspect
 from medfl.shared.errors import Code, DataError, PolicyRefusal
-from medfl.shared.messages import Failure, Kind, LedgerHead, ModelRequest, StudyOffer, TrainReply, pack
+from medfl.shared.messages import Failure, HeadsRequest, Kind, ModelRequest, StudyOffer, TrainReply, pack
+from medfl.shared.observed import form_of, measured
+from medfl.shared.passage import Form
 from medfl.shared.study import Study
 
 PATIENT = "MUSTERMANN^ERIKA"
@@ -242,10 +245,10 @@ def test_the_number_of_images_that_goes_with_an_update_is_not_in_the_log(here: W
     assert {key for row in here.rows for key in row} == known | {"row", "previous", "time", "hash"}
 
 
-def test_a_ledgers_head_is_no_result(here: Witnessed, study: Study) -> None:
+def test_the_heads_of_logs_are_no_result(here: Witnessed, study: Study) -> None:
     here.offer(study)
-    here.call(Kind.LEDGER, LedgerHead(study.digest, 0, "").record())
-    assert (here.rows[-1]["outcome"], here.rows[-1]["form"]) == ("ledger", "no result")
+    here.call(Kind.HEADS, HeadsRequest(study.digest, 1).record())
+    assert (here.rows[-1]["outcome"], here.rows[-1]["form"]) == ("heads", "no result")
 
 
 def test_a_word_of_the_node_itself_is_there_or_refused(

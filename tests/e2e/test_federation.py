@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pydicom
 import pytest
 from safetensors.numpy import load_file
 from waiting import wait_for
 
+from medfl.shared.chain import inspect
 from medfl.shared.config import parse_settings
 from medfl.shared.study import Study
 from medfl.simulations.demo import (
@@ -98,6 +102,7 @@ def test_a_study_finishes_although_a_site_and_the_coordinator_are_killed(
     assert {name: codes[name] for name in hospitals.names} == dict.fromkeys(hospitals.names, 0)
 
     assert_nothing_of_a_patient_was_written(hospitals)
+    assert_both_sides_tell_the_same(hospitals)
     assert rows[-1]["site_scores"] == {}, "no policy releases site metrics here"
     assert read_rows(site_metrics(hospitals, "north", study))[-1]["scores"]["loss"] > 0
 
@@ -144,11 +149,63 @@ def check(module: str, option: str, file: Path, *more: str | Path) -> subprocess
 
 
 def assert_nothing_of_a_patient_was_written(places: Places) -> None:
-    """The phantoms' names and identifiers all hold PHANTOM-; no file outside the image folders may."""
+    """No file of either side, outside the image folders, holds a phantom's name, number or unique identifier."""
+    for name in places.names:  # what is searched for is what the images have
+        image = next(path for path in (places.hospital(name) / "dicom").resolve().rglob("*") if path.is_file())
+        header = pydicom.dcmread(image, stop_before_pixels=True)
+        for value in (header.PatientName, header.PatientID, header.StudyInstanceUID, header.SOPInstanceUID):
+            assert TRACES.search(str(value).encode())
     written = [path for path in places.root.rglob("*") if path.is_file() and "dicom" not in path.parts]
+    names = {path.name for path in written}
+    assert {"audit.jsonl", "heads.json", "fleet.db", "server.log", "metrics.jsonl", "medfl-client.log"} <= names
     assert len(written) > 20
-    guilty = [path for path in written if b"PHANTOM-" in path.read_bytes()]
+    guilty = [path for path in written if TRACES.search(path.read_bytes()) or TRACES.search(path.name.encode())]
     assert guilty == []
+
+
+def forms(text: bytes) -> list[bytes]:
+    """``text`` as it might be written: as it is, in UTF-16, as hexadecimal digits, and within base64."""
+    shifted = [base64.b64encode(b"x" * shift + text).rstrip(b"=")[:-1] for shift in (0, 1, 2)]
+    within = [form[4 if shift else 0 :] for shift, form in enumerate(shifted)]
+    return [text, text.decode().encode("utf-16-le"), text.hex().encode(), text.hex().upper().encode(), *within]
+
+
+TRACES = re.compile(b"|".join([*map(re.escape, forms(b"PHANTOM-")), rb"2\.25\.[0-9]{10}"]))
+
+
+@pytest.mark.parametrize("value", [b"PHANTOM-1-042", b"PHANTOM^PHANTOM-1-042", b"x2.25.12345678901234567890"])
+def test_the_search_for_patients_would_find_what_is_there(value: bytes) -> None:
+    assert TRACES.search(b"log: " + value + b" trained")
+    if b"PHANTOM" in value:
+        assert TRACES.search(value.decode().encode("utf-16-le"))
+        assert TRACES.search(json.dumps({"id": value.hex()}).encode())
+        for before in (b"", b"a", b"ab", b"abc"):
+            assert TRACES.search(base64.b64encode(before + value + b" trained"))
+    assert not TRACES.search(b"a phantom, round 2, 25.0 s")
+
+
+def assert_both_sides_tell_the_same(places: Places) -> None:
+    """Both audit logs hold together; what one side sent stands in the other's, and the sites hold good receipts."""
+    coordinator = inspect(places.coordinator / "state" / "audit.jsonl")
+    assert coordinator.problem is None
+    for name in places.names:
+        site = inspect(places.hospital(name) / "state" / "audit.jsonl")
+        assert site.problem is None
+        for one, other in (("in", "out"), ("out", "in")):
+            here = {row["sha256"] for row in site.rows if row["event"] == one and "sha256" in row}
+            there = {row["sha256"] for row in coordinator.rows
+                     if row["event"] == other and row["site"] == name and "sha256" in row}  # fmt: skip
+            # What was on its way when a process was killed stands on one side only.
+            taken, sent = (here, there) if one == "in" else (there, here)
+            assert taken <= sent
+            assert len(sent - taken) <= 6
+        command = [sys.executable, "-m", "medfl.client.cli", "--site", str(places.hospital(name) / "site.yaml")]
+        verified = subprocess.run([*command, "audit", "verify"], capture_output=True, text=True, timeout=120)
+        assert verified.returncode == 0, verified.stderr
+        assert "was countersigned by demo at" in verified.stdout
+    seen = [row for row in coordinator.rows if row["event"] == "head seen"]
+    assert {row["site"] for row in seen} == set(places.names)
+    assert {row["receipt"] for row in seen} == {"signed"}
 
 
 def test_a_client_stops_within_seconds_of_sigterm(hospitals: Places, running: Processes, study: Study) -> None:

@@ -19,13 +19,17 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.supercore.task_identity import TaskIdentity
 
+from medfl.shared.chain import Head
 from medfl.shared.errors import Code, ProtocolError
 from medfl.shared.messages import (
     PROTOCOL,
     TENSOR,
     EvaluateReply,
     Failure,
+    HeadsReply,
+    HeadsRequest,
     Kind,
+    Log,
     ModelRequest,
     OfferAccepted,
     Ready,
@@ -49,10 +53,14 @@ ALL: list[Any] = [
     Ready(),
     EvaluateReply(TALLY),
     EvaluateReply(),
+    HeadsRequest(DIGEST, 3, {Log.AUDIT: Head(7, DIGEST), Log.JOURNAL: Head(0, DIGEST)}, b"signed"),
+    HeadsRequest(DIGEST, 1),
+    HeadsReply({Log.AUDIT: Head(8, DIGEST), Log.LEDGER: Head(2, DIGEST)}, audit_held=False),
+    HeadsReply(),
     Failure(Code.TRAINING, "loss not finite"),
     Failure(Code.UNEXPECTED),
 ]
-REPLIES = [message for message in ALL if not isinstance(message, StudyOffer | ModelRequest)]
+REPLIES = [message for message in ALL if not isinstance(message, StudyOffer | ModelRequest | HeadsRequest)]
 
 
 def fields(message: Any) -> dict[str, Any]:
@@ -144,7 +152,7 @@ def test_a_field_of_another_kind_is_refused(message: Any, value: Any) -> None:
     for key in message.record()["config"]:
         content = message.record()
         content["config"][key] = value
-        if key != "nonce" and not (key == "canonical" and isinstance(value, bytes)):
+        if key != "nonce" and not (key in ("canonical", "receipt") and isinstance(value, bytes)):
             refused(type(message).parse, content)
 
 
@@ -310,7 +318,17 @@ contents = st.dictionaries(st.sampled_from(["config", "arrays", "tally", "x"]), 
 
 @given(contents)
 def test_any_records_give_a_message_or_a_protocol_error(content: RecordDict) -> None:
-    for kind in (StudyOffer, OfferAccepted, ModelRequest, TrainReply, Ready, EvaluateReply, Failure):
+    for kind in (
+        StudyOffer,
+        OfferAccepted,
+        ModelRequest,
+        TrainReply,
+        Ready,
+        EvaluateReply,
+        HeadsRequest,
+        HeadsReply,
+        Failure,
+    ):
         with contextlib.suppress(ProtocolError):
             kind.parse(content)  # type: ignore[attr-defined]
     with contextlib.suppress(ProtocolError):
@@ -326,3 +344,24 @@ def test_one_wrong_record_or_field_gives_the_message_or_a_protocol_error(message
         content["config"][data.draw(keys)] = data.draw(values)
     with contextlib.suppress(ProtocolError):
         type(message).parse(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"audit-head": "x" * 64}, {"audit-head": "ab"}, {"audit-head": None}, {"audit-rows": -1}, {"audit-rows": None}],
+    ids=str,
+)
+def test_half_a_head_or_a_malformed_one_is_refused(change: dict[str, Any]) -> None:
+    content = HeadsRequest(DIGEST, 1, {Log.AUDIT: Head(7, DIGEST)}).record()
+    for key, value in change.items():
+        if value is None:
+            del content["config"][key]
+        else:
+            content["config"][key] = value
+    with pytest.raises(ProtocolError):
+        HeadsRequest.parse(content)
+
+
+def test_a_receipt_of_any_length_is_not_taken() -> None:
+    with pytest.raises(ProtocolError, match="too long"):
+        HeadsRequest.parse(HeadsRequest(DIGEST, 1, receipt=bytes(5000)).record())

@@ -19,12 +19,15 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
+from medfl.shared.chain import Head
 from medfl.shared.errors import Code, ProtocolError
 from medfl.shared.messages import (
     PROTOCOL,
     EvaluateReply,
     Failure,
-    LedgerHead,
+    HeadsReply,
+    HeadsRequest,
+    Log,
     ModelRequest,
     OfferAccepted,
     Ready,
@@ -63,7 +66,7 @@ def test_the_stored_set_is_of_the_protocol_before() -> None:
 def test_answers_of_an_older_site_are_read() -> None:
     assert OfferAccepted.parse(stored("accepted")) == OfferAccepted()
     assert OfferAccepted.parse(stored("accepted with patients")) == OfferAccepted(12)
-    assert LedgerHead.parse_reply(stored("ledger reply")) == LedgerHead(DIGEST, 2, "ab" * 32)
+    assert HeadsReply.parse(stored("ledger reply")) == HeadsReply({Log.LEDGER: Head(2, "ab" * 32)})
     assert SecureReply.parse(stored("phase reply")).reply.control == b"control"
     masked = SecureReply.parse(stored("masked input")).reply
     assert masked.vector is not None
@@ -80,7 +83,9 @@ REQUESTS = {
     "model request": ModelRequest(DIGEST, 3, VECTOR, counted=2),
     "model request for a secure sum": ModelRequest(DIGEST, 3, VECTOR, b"encoding", counted=2),
     "weight request": WeightRequest(DIGEST, b"encoding"),
-    "ledger request": LedgerHead(DIGEST, 2, "ab" * 32),
+    "ledger request": HeadsRequest(
+        DIGEST, 3, {Log.LEDGER: Head(2, "ab" * 32), Log.AUDIT: Head(9, "cd" * 32)}, b"receipt"
+    ),
     "phase request": SecureRequest(Phase.SHARE_KEYS, b"control"),
 }
 

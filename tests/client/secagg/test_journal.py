@@ -148,3 +148,18 @@ for number in range(1000):
     process.stdout.close()
     after = history(Journal(tmp_path))
     assert told <= after.last_consumed <= after.last_seen[0]
+
+
+def test_a_mark_counts_what_is_answered_of_a_study_and_tells_one_journal_from_another(tmp_path: Path) -> None:
+    journal, other = Journal(tmp_path / "one"), Journal(tmp_path / "two")
+    announcement = WORLD.announcement()
+    assert journal.mark(STUDY).rows == 0
+    assert journal.mark(STUDY).digest != other.mark(STUDY).digest
+    journal.begin(announcement, weight=1, epoch=1)
+    journal.keep(announcement, b"shares")
+    journal.consume(announcement, survivors=b"\1\0\2\0", contribution=b"u" * 32, secret=b"shares")
+    journal.begin(WORLD.announcement(study=b"other" * 6 + b".."), weight=1, epoch=1)
+    assert journal.mark(STUDY).rows == 2  # begun, consumed
+    mark = journal.mark(STUDY)
+    journal.close()
+    assert Journal(tmp_path / "one").mark(STUDY) == mark

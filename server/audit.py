@@ -1,0 +1,119 @@
+"""The coordinator's audit log: what it sent and received, to and from whom, which heads of sites' logs it has seen.
+
+``audit.jsonl`` in the state folder, a :class:`~medfl.shared.chain.Chain` like that of a site. Rows hold kinds, digests,
+sizes and fixed words, and never what a message says. What goes out is on the disk before it leaves. What came in is
+on the disk before anything goes out after it, and when :meth:`Audit.flush` has returned: one write for many messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from threading import Lock
+
+from medfl.shared.audit_log import open_audit_log
+from medfl.shared.chain import Head
+from medfl.shared.passage import Answer, Content, Form, Passage
+
+
+class Event(StrEnum):
+    """What a row tells of."""
+
+    STARTED = "started"
+    STOPPED = "stopped"  # absent before the next start: the coordinator was killed, or its machine
+    STUDY = "study begun"  # or gone on with
+    ENDED = "study ended"
+    OUT = "out"  # is about to leave
+    IN = "in"
+    HEAD = "head seen"  # of a site's audit log
+    NOT_HELD = "head not held"  # a site's audit log does not have a row any more that it had
+
+
+class Audit:
+    """The open log. Every method raises PolicyRefusal, reason ``audit log unwritable``, where the disk refuses.
+
+    Raises on construction:
+        ConfigError: another process holds the log. PolicyRefusal: reasons ``audit log damaged``, ``... unwritable``.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._chain = open_audit_log(path, clock=clock)
+        self._waiting: list[dict[str, str | int]] = []
+        self._lock = Lock()
+
+    @property
+    def head(self) -> Head:
+        """How many rows are durable, and the hash of the last one."""
+        return self._chain.head
+
+    def started(self, *, release: str, configuration: str, roster: str = "", epoch: int | None = None) -> None:
+        """The coordinator begins: its release, SHA-256 of its settings, the roster of secure sums, if any."""
+        self._now(Event.STARTED, release=release, configuration=configuration, roster=roster, epoch=epoch)
+
+    def stopped(self) -> None:
+        """The coordinator ends as it should."""
+        self._now(Event.STOPPED)
+
+    def study_begun(self, study: str, name: str) -> None:
+        """A study begins, or goes on after a restart."""
+        self._now(Event.STUDY, study=study, name=name)
+
+    def study_ended(self, study: str, ending: str, round_number: int) -> None:
+        """It has ended after so many rounds."""
+        self._now(Event.ENDED, study=study, reason=ending, round=round_number)
+
+    def leaves(self, messages: list[tuple[str, Passage, Content]]) -> None:
+        """These are about to go to these sites."""
+        with self._lock:
+            for site, passage, content in messages:
+                self._add(Event.OUT, site=site, bytes=content.bytes, sha256=content.sha256, **passage.fields())
+            self._write()
+
+    def received(self, site: str, passage: Passage, answer: Answer, form: Form, content: Content | None) -> None:
+        """``site`` has answered what ``passage`` is about. Durable after :meth:`flush`, or with the next other row."""
+        with self._lock:
+            self._add(
+                Event.IN,
+                site=site,
+                outcome=answer.outcome,
+                code=answer.code,
+                reason=answer.reason,
+                form=form.value,
+                bytes=None if content is None else content.bytes,
+                sha256="" if content is None else content.sha256,
+                **passage.fields(),
+            )
+
+    def head_seen(self, site: str, head: Head, *, study: str, round_number: int, signed: bool) -> None:
+        """A site has told the head of its audit log; ``signed``: it will get a receipt."""
+        with self._lock:
+            self._add(Event.HEAD, site=site, rows=head.rows, head=head.digest, study=study, round=round_number,
+                      receipt="signed" if signed else "none")  # fmt: skip
+
+    def head_not_held(self, site: str, head: Head) -> None:
+        """A site's audit log was cut or begun anew: it does not hold ``head``, which was seen of it."""
+        self._now(Event.NOT_HELD, site=site, rows=head.rows, head=head.digest)
+
+    def flush(self) -> None:
+        """Make everything durable."""
+        with self._lock:
+            self._write()
+
+    def close(self) -> None:
+        """Let other processes write."""
+        self._chain.close()
+
+    def _now(self, event: Event, **fields: str | int | None) -> None:
+        with self._lock:
+            self._add(event, **fields)
+            self._write()
+
+    def _add(self, event: Event, **fields: str | int | None) -> None:
+        known = {key: value for key, value in fields.items() if value is not None and value != ""}
+        self._waiting.append({"event": event.value, **known})
+
+    def _write(self) -> None:
+        self._chain.append_all(self._waiting)
+        self._waiting = []
