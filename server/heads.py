@@ -68,8 +68,13 @@ class Heads:
                     f"{keeping.path} cannot be read: restore it from the latest backup; an older one is safe"
                 ) from None
 
-    def agree(self, number: int, cohort: Mapping[int, str]) -> tuple[dict[int, str], dict[str, str]]:
-        """The sites whose records are as they were seen, and a word about every other. Heads are durable on return."""
+    def agree(
+        self, number: int, cohort: Mapping[int, str], *, quorum: int = 0
+    ) -> tuple[dict[int, str], dict[str, str]]:
+        """The sites whose records are as they were seen, and a word about every other. Heads are durable on return.
+
+        Sites that were cut off are waited for while fewer than ``quorum`` have answered.
+        """
         messages = [
             Message(
                 HeadsRequest(self._study, number, self._recorded(site), self._receipt(site)).record(),
@@ -85,7 +90,7 @@ class Heads:
             return _AGREED
 
         outcomes: dict[str, str] = {}
-        self._stages.run(number, "records", messages, cohort, outcomes, take=take)
+        self._stages.run(number, "records", messages, cohort, outcomes, take=take, quorum=quorum)
         if self._keeping is not None:
             write_whole(self._keeping.path, json.dumps({site: _entry(s) for site, s in self._seen.items()}).encode())
         agreed = {node: site for node, site in cohort.items() if outcomes.get(site) == _AGREED}

@@ -12,6 +12,7 @@ In link_grid.py: ``flwr.supercore.inflatable``, ``flwr.app.message.message.remov
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -34,6 +36,7 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.task_identity import TaskIdentity
 
 from medfl.server.check_in_desk import CheckInDesk, Desk
+from medfl.server.connections import Doorway, Patience, allow_many_files, loop_with, protocol_with
 from medfl.server.guard import Guard, Limits
 from medfl.server.link_grid import LinkGrid
 from medfl.server.link_state import FleetState, fleet_app
@@ -69,7 +72,8 @@ class LinkSettings:
     state_dir: Path
     revoked: Path | None = None  # certificates of the authority that are no longer accepted, PEM
     limits: Limits = field(default_factory=Limits)
-    max_connections: int = 512
+    patience: Patience = field(default_factory=Patience)
+    max_connections: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class Link:
     def __enter__(self) -> Self:
         """Open the database, close what a dead coordinator left open, and serve."""
         _quieten()
+        allow_many_files()
         self._context = self._tls()
         front = self._tls()
         front.sni_callback = self._show_the_newest
@@ -117,6 +122,7 @@ class Link:
                 access_log=False,
                 lifespan="on",
                 ws="none",
+                http=protocol_with(self.settings.patience, listener),
                 proxy_headers=False,
                 server_header=False,
                 limit_concurrency=self.settings.max_connections,
@@ -124,7 +130,7 @@ class Link:
                 timeout_graceful_shutdown=2,
             )
             self._server = _Server(config)
-            self._thread = threading.Thread(target=self._server.run, args=([listener],), name="link", daemon=True)
+            self._thread = threading.Thread(target=self._serve, args=(listener,), name="link", daemon=True)
             self._thread.start()
             while not self._server.started:
                 if not self._thread.is_alive():
@@ -157,6 +163,10 @@ class Link:
     def _show_the_newest(self, connection: ssl.SSLObject, name: str | None, front: ssl.SSLContext) -> None:
         """Called at the beginning of every handshake."""
         connection.context = self._context
+
+    def _serve(self, listener: socket.socket) -> None:
+        with asyncio.Runner(loop_factory=partial(loop_with, self.settings.patience)) as runner:
+            runner.run(self._server.serve(sockets=[listener]))
 
     def enrol(self, roster: Mapping[str, str | bytes]) -> dict[str, int]:
         """Make the known nodes exactly those of ``roster`` (site name: public node key); returns their node ids.
@@ -255,7 +265,7 @@ class Link:
             context.load_verify_locations(settings.revoked)
         return context
 
-    def _listen(self) -> socket.socket:
+    def _listen(self) -> Doorway:
         host, port = self.settings.host, self.settings.port
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -263,7 +273,7 @@ class Link:
         except OSError as error:
             raise NetworkError(f"cannot listen on {host} port {port} ({error.strerror}): change host or port") from None
         self.port = listener.getsockname()[1]
-        return listener
+        return Doorway(listener, self.settings.patience)
 
     def _database(self) -> Path:
         path = private_folder(self.settings.state_dir) / "fleet.db"

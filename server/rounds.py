@@ -236,7 +236,7 @@ class Rounds:
         number = self._round + 1
         elsewhere: dict[str, str] = {}
         if self._heads is not None:
-            cohort, elsewhere = self._heads.agree(number, cohort)
+            cohort, elsewhere = self._heads.agree(number, cohort, quorum=self._study.rounds.minimum_sites)
         collected = self._train(number, cohort)
         collected.outcomes = elsewhere | collected.outcomes
         if collected.trained < self._study.rounds.minimum_sites or not collected.replies:

@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from scripted import Answer, ScriptedGrid
+from tiny import classes_study
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 from flwr.app import Message
 
+from medfl.server.admission import Admission
 from medfl.server.audit import Audit
 from medfl.server.heads import HeadKeeping, Heads
+from medfl.server.pace import Pace
 from medfl.server.reporter import Silent
 from medfl.server.stage import Stages
 from medfl.shared.chain import Head, inspect
@@ -69,7 +72,7 @@ class World:
 
 
 def stages_over(grid: ScriptedGrid) -> Stages:
-    return Stages(grid, Silent(), Event(), 5.0, lambda node: None)
+    return Stages(grid, Silent(), Event(), Pace(5.0), Admission(classes_study(), grid, grid))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from medfl.client.fleet import FleetSettings
 from medfl.client.node import App, Gate, Node, NodeSettings, Notice, Phase
 from medfl.client.transport import TransportSettings
+from medfl.server.connections import Patience
 from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
 from medfl.shared.certificates import Consortium, SiteFiles
@@ -71,14 +72,25 @@ class Lab:
     stack: ExitStack
     nodes: list[Node] = field(default_factory=list)
 
-    def link_settings(self, *, port: int = 0, limits: Limits | None = None) -> LinkSettings:
+    def link_settings(
+        self, *, port: int = 0, limits: Limits | None = None, patience: Patience | None = None
+    ) -> LinkSettings:
         c = self.consortium
         return LinkSettings(
-            "127.0.0.1", port, c.authority, c.certificate, c.key, self.folder / "server", limits=limits or Limits()
+            "127.0.0.1",
+            port,
+            c.authority,
+            c.certificate,
+            c.key,
+            self.folder / "server",
+            limits=limits or Limits(),
+            patience=patience or Patience(),
         )
 
-    def link(self, *, port: int = 0, limits: Limits | None = None, sites: int = 3) -> Link:
-        link = self.stack.enter_context(Link(self.link_settings(port=port, limits=limits)))
+    def link(
+        self, *, port: int = 0, limits: Limits | None = None, patience: Patience | None = None, sites: int = 3
+    ) -> Link:
+        link = self.stack.enter_context(Link(self.link_settings(port=port, limits=limits, patience=patience)))
         link.enrol(self.roster(sites))
         return link
 
