@@ -1,0 +1,13 @@
+"""Everything both commands import, for the process that the chaos suite forks them from; nothing is run."""
+
+import medfl.shared.environment
+
+# isort: split
+import monai.networks.nets  # noqa: F401
+import torch._dynamo  # noqa: F401 - torch.optim does, at its first step
+
+import medfl.client.commands.node
+import medfl.client.node
+import medfl.client.runtime
+import medfl.server.commands.serve
+import medfl.server.coordinator  # noqa: F401
