@@ -16,6 +16,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from medfl.client import trouble
 from medfl.client.site import Site
 from medfl.client.witness import Witness
 from medfl.shared.errors import Code, MedFLError
@@ -28,12 +29,26 @@ class _Reply(Protocol):
     def record(self) -> RecordDict: ...
 
 
-def build_client_app(site_of: Callable[[Context], Site], *, witness: Witness | None = None) -> ClientApp:
-    """A ClientApp that lets the site of each message's context answer it; ``witness`` logs it (virtual sites: None)."""
+def build_client_app(
+    site_of: Callable[[Context], Site],
+    *,
+    witness: Witness | None = None,
+    on_device_lost: Callable[[], None] = lambda: None,
+) -> ClientApp:
+    """A ClientApp that lets the site of each message's context answer it; ``witness`` logs it (virtual sites: None).
+
+    ``on_device_lost`` is called when the training device will not answer in this process any more.
+    """
     app = ClientApp()
 
     def answer(message: Message, work: Callable[[], _Reply]) -> Message:
-        return Message(_witnessed(message, work, witness), reply_to=message)
+        content = _witnessed(message, work, witness)
+        match content.config_records["config"].get("reason"):
+            case trouble.OUT_OF_MEMORY:
+                trouble.free_memory()
+            case trouble.DEVICE_LOST:
+                on_device_lost()
+        return Message(content, reply_to=message)
 
     @app.query("offer")
     def offer(message: Message, context: Context) -> Message:
@@ -94,6 +109,9 @@ def _content(message: Message, work: Callable[[], _Reply]) -> RecordDict:
         log.warning("%s: %s", message.metadata.message_type, error)
         return Failure(error.code, error.reason).record()
     except Exception as error:
+        if (known := trouble.in_words(error)) is not None:
+            log.error("%s: %s", message.metadata.message_type, known)
+            return Failure(known.code, known.reason).record()
         # The text of a library's error may hold a path or a header: only where it happened is logged.
         frames = "".join(traceback.format_tb(error.__traceback__))
         log.error("%s: unexpected %s at\n%s", message.metadata.message_type, type(error).__name__, frames)

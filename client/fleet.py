@@ -53,18 +53,21 @@ from medfl.client.transport import (
     LinkTrouble,
     Patience,
     TransportSettings,
+    certificate_on_disk,
     confine,
+    show_certificate,
     tls_context,
     trouble_of,
 )
 from medfl.shared.checkin import PATH
-from medfl.shared.errors import Code, ProtocolError
+from medfl.shared.errors import Code, ConfigError, ProtocolError
 from medfl.shared.keys import fingerprint, load_node_key, node_public_key, public_line
-from medfl.shared.passphrase import passphrase
 
 HEARTBEAT_S = 10  # the least Flower accepts; a node is gone after two
 PARALLEL = 4  # objects on the way at a time: on a slow line, latency is what costs
 MAX_SESSIONS = 5  # a reply is offered this often before it is given up
+
+log = logging.getLogger("medfl.node")
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -123,6 +126,7 @@ class Fleet:
         self._answered = False
         transport = settings.transport
         self._tls = tls_context(transport)
+        self._shown = certificate_on_disk(transport)
         self._client = FleetHttpClient(
             f"https://{transport.coordinator}",
             interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
@@ -162,9 +166,17 @@ class Fleet:
                 raise LinkTrouble(Kind.BUSY, f"{self.settings.transport.coordinator}: HTTP {status} to a check-in")
 
     def reload_certificate(self) -> None:
-        """Show the certificate that is on the disk now to new connections; those that are open stay."""
-        transport = self.settings.transport
-        self._tls.load_cert_chain(transport.certificate, transport.key, password=passphrase)
+        """Take up a certificate that was renewed on the disk; connections from now on show it."""
+        found = certificate_on_disk(self.settings.transport)
+        if found == self._shown:
+            return
+        try:
+            show_certificate(self._tls, self.settings.transport)
+        except ConfigError as error:  # half of it may have been copied by now
+            log.warning("the new certificate is not used: %s", error)
+            return
+        self._shown = found
+        log.info("this site's certificate on the disk is a new one: it is shown from now on")
 
     def check(self) -> None:
         """One connection, one authenticated request, no change at the coordinator.
@@ -196,6 +208,7 @@ class Fleet:
             LinkTrouble: above all NOT_ENROLLED, and BUSY while another node uses our key.
         """
         self._answered = False
+        self.reload_certificate()
         if former_id is not None:
             try:
                 self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=former_id))

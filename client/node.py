@@ -27,6 +27,7 @@ from flwr.app import Context, Message
 from medfl.client.fleet import HEARTBEAT_S, Fleet, FleetSettings, Order, Run, failure, refusal
 from medfl.client.states import SeriesStates
 from medfl.client.transport import Kind, LinkTrouble, Patience
+from medfl.client.trouble import in_words
 from medfl.shared.errors import Code, MedFLError, NetworkError, PolicyRefusal, ProtocolError
 from medfl.shared.files import write_whole
 from medfl.shared.lock import only_one
@@ -90,6 +91,7 @@ class Node:
     before the node answers in the app's place, which is always a code and no result; it may raise PolicyRefusal.
     ``check_in`` is called with the connection after joining and with each heartbeat, from one thread at a time.
     ``address`` says before each attempt to join where to dial, where that may change.
+    ``over`` is asked after each answer: True ends the node.
 
     Raises on construction:
         ConfigError: a key or certificate cannot be used.
@@ -105,6 +107,7 @@ class Node:
         on_own_word: Callable[[Notice, Code, str], None] = lambda notice, code, reason: None,
         check_in: Callable[[Fleet], None] = lambda fleet: None,
         address: Callable[[], str] | None = None,
+        over: Callable[[], bool] = lambda: False,
     ) -> None:
         self.settings = settings
         self._check_in = check_in
@@ -113,6 +116,7 @@ class Node:
         self._gate = gate
         self._on_change = on_change
         self._on_own_word = on_own_word
+        self._over = over
         self._fleet = Fleet(settings.fleet)
         self._stop = threading.Event()
         self._asker = ThreadPoolExecutor(1, thread_name_prefix="ask")
@@ -137,6 +141,9 @@ class Node:
                         self._session(patience)
                     except (NetworkError, ProtocolError) as trouble:
                         self._tell(Phase.WAITING, str(trouble))
+                        patience.pause()
+                    except OSError as error:  # the disk is full or read-only: the node's own id cannot be kept
+                        self._tell(Phase.WAITING, str(in_words(error) or f"the state folder: {error.strerror}"))
                         patience.pause()
                 self._leave()
             finally:
@@ -172,6 +179,8 @@ class Node:
                 if order is not None:
                     pause_s = POLL_S[0]
                     self._work(order)
+                    if self._over():
+                        self._stop.set()
                 elif time.monotonic() - asked_at < 0.5 * self.settings.fleet.wait_s:  # it was not held
                     self._stop.wait(pause_s * random.uniform(0.8, 1.2))
                     pause_s = min(pause_s * 1.5, POLL_S[1])
@@ -246,6 +255,9 @@ class Node:
             log.error("%s failed: %s", head.message_type, error)
             return self._own_word(order, notice, error.code)
         except Exception as error:
+            if (known := in_words(error)) is not None:
+                log.error("%s failed: %s", head.message_type, known)
+                return self._own_word(order, notice, known.code)
             # The text of a library's error may hold a path or a header: only where it happened is logged.
             frames = "".join(traceback.format_tb(error.__traceback__))
             log.error("%s: unexpected %s at\n%s", head.message_type, type(error).__name__, frames)
@@ -307,7 +319,7 @@ class Node:
     def _leave(self) -> None:
         node_id = self._former_id()
         if node_id is not None:
-            with suppress(NetworkError):
+            with suppress(NetworkError, OSError):
                 self._fleet.leave(node_id)
                 self._id_file.unlink()
         log.info("left")

@@ -75,16 +75,33 @@ def tls_context(settings: TransportSettings) -> ssl.SSLContext:
     Raises:
         ConfigError: a file is missing, malformed, readable by others, expired, or not of this consortium.
     """
-    check_certificate(settings.certificate, authority=settings.authority)
-    read_private(settings.key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    show_certificate(context, settings)
+    return context
+
+
+def show_certificate(context: ssl.SSLContext, settings: TransportSettings) -> None:
+    """Make new connections of ``context`` show the certificate that is on the disk now.
+
+    Raises:
+        ConfigError: as :func:`tls_context`; what was shown before is shown still.
+    """
+    check_certificate(settings.certificate, authority=settings.authority)
+    read_private(settings.key)
     try:
         context.load_verify_locations(settings.authority)
         context.load_cert_chain(settings.certificate, settings.key, password=passphrase)
     except ssl.SSLError:
         raise ConfigError(f"{settings.key}: does not belong to the certificate {settings.certificate}") from None
-    return context
+
+
+def certificate_on_disk(settings: TransportSettings) -> bytes:
+    """What tells one certificate from its renewal; empty where there is none now."""
+    try:
+        return settings.certificate.read_bytes()
+    except OSError:
+        return b""
 
 
 def confine(client: httpx.Client, max_answer_bytes: int) -> None:

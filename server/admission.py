@@ -9,6 +9,7 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from medfl.server.exchange import cut_off, nodes_word
 from medfl.shared.errors import BUDGET, Code, ProtocolError
 from medfl.shared.messages import Failure, Kind, OfferAccepted, StudyOffer, outcome
 from medfl.shared.study import Study
@@ -110,6 +111,8 @@ class Admission:
         if asked is None:
             return
         node, name = asked[0], online.get(asked[0], "a site that left")
+        if cut_off(reply):
+            return  # it is offered the study again as soon as it is back
         if (why := _refusal(reply)) == f"{Code.REFUSED.value}: {BUDGET}":
             self.has_spent(node)
         elif why:
@@ -125,7 +128,7 @@ class Admission:
 def _refusal(reply: Message) -> str | None:
     """Why the site does not take part, or None when it does."""
     if reply.has_error():
-        return "unavailable"
+        return nodes_word(reply)
     try:
         if outcome(reply.content) == "failed":
             failure = Failure.parse(reply.content)

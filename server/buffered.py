@@ -10,9 +10,9 @@ from flwr.app import ConfigRecord, Message
 
 from medfl.server.clear import ClearCollector
 from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_flower
-from medfl.server.exchange import Exchange
+from medfl.server.exchange import NO_ANSWER, Exchange
 from medfl.server.safeguards import shortened
-from medfl.server.stage import NO_ANSWER, Stages
+from medfl.server.stage import Stages
 from medfl.server.summation import FixedPointSum
 from medfl.shared.algorithms.fed_buff import staleness_weight
 from medfl.shared.messages import TrainReply, request_config

@@ -11,6 +11,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from medfl.server.pace import Pace
+from medfl.shared.errors import Code
+
+NO_ANSWER = "no answer"
+"""Outcome of a site that was silent."""
 
 _POLL_S = 0.05
 _RETURN_S = 20.0  # a site that was cut off is back in less, or is down
@@ -21,6 +25,12 @@ _CUT_OFF = (4, 5)  # Flower's codes of a reply that stopped arriving, and of a n
 def cut_off(reply: Message) -> bool:
     """Whether ``reply`` is the link's word that the site was cut off with the request in hand."""
     return reply.has_error() and reply.error.code in _CUT_OFF
+
+
+def nodes_word(reply: Message) -> str:
+    """What a node says in place of its app, a code with a reason; of a request that has expired, that it is silent."""
+    word = str(reply.error.reason or "")
+    return word[:80] if word.partition(":")[0] in set(Code) and word.isprintable() else NO_ANSWER
 
 
 @dataclass(slots=True)

@@ -32,14 +32,14 @@ from medfl.server.heads import HeadKeeping, Heads
 from medfl.server.pace import Pace
 from medfl.server.reporter import Reporter, RoundReport
 from medfl.server.safeguards import Good, Watch
-from medfl.server.secure import SecureCollector
-from medfl.server.stage import LOST, NO_ANSWER, Stages
+from medfl.server.secure import VOID, SecureCollector
+from medfl.server.stage import LOST, MALFORMED, Stages
 from medfl.server.weight_sum import SecureParts
 from medfl.shared.algorithms.beginning import Beginning, begin
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.algorithms.settings import FedBuffSettings
 from medfl.shared.arrays import as_numpy
-from medfl.shared.errors import ConfigError, ProtocolError
+from medfl.shared.errors import Code, ConfigError, ProtocolError
 from medfl.shared.messages import TENSOR, pack, request_config, tell_counted
 from medfl.shared.metrics import headline, read
 from medfl.shared.privacy.settings import NoPrivacy
@@ -55,6 +55,7 @@ T = TypeVar("T")
 _SETTLE_S = 30.0  # before the first round, sites that are still loading their images are awaited this long
 _RETURN_S = 10.0  # after a restart, those of the last round: a site dials again within half of that
 _VOID_ROUNDS = 5  # as many void rounds in a row, for what sites say and not for sites cut off, end the study
+_VOID_S = 1.0  # after a void round: who was cut off is about to be back
 _POLL_S = 0.1
 _DISK_S = 5.0  # between attempts to write to a full disk
 
@@ -141,7 +142,7 @@ class Rounds:
             cohort = self._gather(until=since + rounds.patience_s)
             if self._stop.is_set():
                 return Ending.STOPPED
-            if not self._admission.may_still_be(rounds.minimum_sites):
+            if not self._admission.may_still_be(self._quorum):
                 return Ending.BUDGET_SPENT
             if not cohort:
                 return Ending.NO_QUORUM
@@ -155,18 +156,25 @@ class Rounds:
             elif collected.replies:
                 void, since = 0, time.monotonic()
                 evaluated = self._attempt(partial(self._report, began, cohort)) is not None
-            elif self._admission.may_still_be(rounds.minimum_sites) and not self._stop.is_set():
+            elif self._admission.may_still_be(self._quorum) and not self._stop.is_set():
                 void += self._fault_of_sites(collected)
                 if void == _VOID_ROUNDS:
                     return Ending.VOID_ROUNDS
                 if time.monotonic() > since + rounds.patience_s:
                     return Ending.NO_QUORUM
+                self._stop.wait(_VOID_S)
         return Ending.CONVERGED if self._convergence.reached else Ending.DONE
 
     def _fault_of_sites(self, collected: Collected) -> bool:
         """Whether a round is void for what sites have said, and would be although those that were cut off came back."""
-        away = sum(word in (NO_ANSWER, LOST) for word in collected.outcomes.values())
-        return collected.trained + away < self._study.rounds.minimum_sites
+        faults = sum(_is_fault(word) for word in collected.outcomes.values())
+        return faults > 0 and len(collected.outcomes) - faults < self._quorum
+
+    @property
+    def _quorum(self) -> int:
+        """Sites that a round needs: secure sums are opened over no fewer than the roster says, whatever the study."""
+        least = 0 if self._rosters is None else self._rosters.choose(()).roster.minimum_cohort
+        return max(self._study.rounds.minimum_sites, least)
 
     @property
     def _epoch(self) -> int | None:
@@ -199,7 +207,7 @@ class Rounds:
         """Wait for a quorum; the sites of the next round, empty when none came in time or the study is stopped."""
         now = time.monotonic()
         settled, returned = now + (_SETTLE_S if self._round == 0 else 0.0), now + _RETURN_S
-        needed = self._study.rounds.minimum_sites
+        needed = self._quorum
         while not self._stop.is_set() and self._admission.may_still_be(needed):
             self._admission.refresh()
             ready = self._admission.taking_part()
@@ -239,7 +247,7 @@ class Rounds:
             cohort, elsewhere = self._heads.agree(number, cohort, quorum=self._study.rounds.minimum_sites)
         collected = self._train(number, cohort)
         collected.outcomes = elsewhere | collected.outcomes
-        if collected.trained < self._study.rounds.minimum_sites or not collected.replies:
+        if collected.trained < self._quorum or not collected.replies:
             collected.replies = []
             failed = ", ".join(f"{name}: {why}" for name, why in collected.outcomes.items() if why != TRAINED)
             log.warning("round %d is void: %d of %d sites trained (%s)", number, collected.trained, len(cohort), failed)
@@ -300,7 +308,6 @@ class Rounds:
 
     def _train(self, number: int, cohort: dict[int, str]) -> Collected:
         view = CohortGrid(self._grid, cohort)
-        quorum = self._study.rounds.minimum_sites
 
         def configure(config: ConfigRecord) -> list[Message]:
             messages = list(self._strategy.configure_train(number, pack(self._weights), config, view))
@@ -312,7 +319,7 @@ class Rounds:
         if (collected := self._collector.unfinished(self._weights, cohort)) is not None:
             configure(request_config(self._study.digest, number))  # strategies note what they sent
             return collected
-        return self._collector.train(number, self._weights, cohort, configure, quorum=quorum)
+        return self._collector.train(number, self._weights, cohort, configure, quorum=self._quorum)
 
     def _aggregate(self, number: int, collected: Collected) -> Flat:
         """Let the strategy make the new model of the mean update (one virtual reply), or of the single ones."""
@@ -376,6 +383,12 @@ class Rounds:
             except OSError as error:  # a restart would score this round again, and lose nothing
                 log.warning("that round %d is scored cannot be written (%s): free space", number, error)
         return report
+
+
+def _is_fault(word: str) -> bool:
+    """Whether an outcome is a site's own word that it failed or refuses, and not that it, or others, were away."""
+    word = word.removeprefix(VOID)
+    return word == MALFORMED or (word.partition(":")[0] in set(Code) and not word.endswith(LOST))
 
 
 def _collector(study: Study, stages: Stages, layout: Layout, secure: SecureParts | None) -> Collector:

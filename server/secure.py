@@ -36,6 +36,8 @@ from medfl.shared.weights import Flat, Layout, weights_digest
 log = logging.getLogger("medfl.server")
 
 UNCONFIRMED = "waits: a roster is not confirmed there, or elsewhere"
+VOID = "secure sum void: "
+"""How the outcome of a site begins when no sum came about; then why, where the site itself has said so."""
 
 
 class SecureCollector:
@@ -210,8 +212,7 @@ class SecureCollector:
 
     def _words(self, void: SumVoid, cohort: Mapping[int, str]) -> dict[str, str]:
         return {
-            site: f"secure sum void: {void.refusals.get(self._ids.get(site, 0), 'others are missing')}"
-            for site in cohort.values()
+            site: f"{VOID}{void.refusals.get(self._ids.get(site, 0), 'others are missing')}" for site in cohort.values()
         }
 
     def _exchange(self, cohort: Mapping[int, str]) -> GridExchange:

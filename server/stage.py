@@ -11,7 +11,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from medfl.server.admission import Admission
-from medfl.server.exchange import Exchange, cut_off
+from medfl.server.exchange import NO_ANSWER, Exchange, cut_off, nodes_word
 from medfl.server.pace import Pace
 from medfl.server.reporter import Reporter
 from medfl.shared.errors import BUDGET, Code, ProtocolError
@@ -19,7 +19,6 @@ from medfl.shared.messages import UNKNOWN_STUDY, Failure, outcome
 
 log = logging.getLogger("medfl.server")
 
-NO_ANSWER = "no answer"
 LOST = "unavailable"
 MALFORMED = "malformed reply"
 
@@ -79,7 +78,7 @@ class Stages:
         if reply.has_error():
             if cut_off(reply):
                 return LOST, False, False
-            word = _nodes_word(reply)
+            word = nodes_word(reply)
             if word.startswith(Code.REFUSED):
                 self.admission.forget(node)
             return word, True, False
@@ -95,9 +94,3 @@ class Stages:
         elif failure.code is Code.REFUSED or failure.reason == UNKNOWN_STUDY:
             self.admission.forget(node)
         return f"{failure.code.value}: {failure.reason}" if failure.reason else failure.code.value, True, False
-
-
-def _nodes_word(reply: Message) -> str:
-    """What a node says in place of its app, a code with a reason; of a request that has expired, that it is silent."""
-    word = str(reply.error.reason or "")
-    return word[:80] if word.partition(":")[0] in set(Code) and word.isprintable() else NO_ANSWER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def _node(options: argparse.Namespace) -> int:
     settings = load_site(options.site)
     from medfl.client.app import build_client_app
     from medfl.client.receipts import Receipts, reader_of
+    from medfl.client.trouble import DeviceLost
     from medfl.client.witness import Witness
     from medfl.shared.audit_log import audit_file
 
@@ -102,7 +104,8 @@ def _node(options: argparse.Namespace) -> int:
         site.expect_journal(audit.journal)
         receipts = Receipts(audit_file(settings.state), reader_of(settings.keys), site=settings.site)
         witness = Witness(audit, site, receipts)
-        app = build_client_app(lambda context: site, witness=witness)
+        lost = threading.Event()
+        app = build_client_app(lambda context: site, witness=witness, on_device_lost=lost.set)
         gate = gate_of(settings.policy)
         node = Node(
             node_settings(settings),
@@ -112,10 +115,13 @@ def _node(options: argparse.Namespace) -> int:
             on_own_word=witness.node_says,
             check_in=check_ins(settings, audit),
             address=lambda: coordinator_address(settings),
+            over=lost.is_set,
         )
         systemd = stack.enter_context(Supervision(node.alive))
         watchers.append(lambda phase, text: systemd.status(text))
         on_termination(node.stop)
         systemd.ready()
         node.run()
+    if lost.is_set():  # a new process may find it again; this one cannot
+        raise DeviceLost("the training device was lost: the service manager starts this node again")
     return 0

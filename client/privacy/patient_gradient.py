@@ -7,6 +7,7 @@ https://arxiv.org/abs/1607.00133; patients as the unit: McMahan et al. 2018, htt
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from medfl.client.privacy.bookkeeping.engine import clipped_sum_by_bookkeeping
 from medfl.client.privacy.clipped import ClippedSum, LossFunction, UnitData, clipped_sum_by_loop, trainable
 from medfl.client.privacy.opacus_engine import clipped_sum_by_opacus
 from medfl.client.privacy.randomness import NoiseSource, noisy
+from medfl.client.trouble import free_memory, out_of_memory
 from medfl.shared.errors import ConfigError
 from medfl.shared.privacy.settings import Engine
+
+log = logging.getLogger("medfl.site")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +87,15 @@ def private_gradients(
 def clipped_sum(
     network: nn.Module, loss: LossFunction, patients: Sequence[UnitData], clip_norm: float, engine: Engine
 ) -> ClippedSum:
-    """Sum of the patients' clipped gradients, by the fastest way the engine and the patients' shapes allow."""
+    """Sum of the patients' clipped gradients, by the fastest way the engine, the patients' shapes and memory allow."""
     shapes = {(images.shape, labels.shape) for images, labels in patients}
-    if len(shapes) == 1 and len(patients[0][0]) == 1:
-        match engine:
-            case Engine.BOOKKEEPING:
-                return clipped_sum_by_bookkeeping(network, loss, patients, clip_norm)
-            case Engine.OPACUS:
-                return clipped_sum_by_opacus(network, loss, patients, clip_norm)
-            case Engine.LOOP:
-                pass
+    if engine is not Engine.LOOP and len(shapes) == 1 and len(patients[0][0]) == 1:
+        together = clipped_sum_by_bookkeeping if engine is Engine.BOOKKEEPING else clipped_sum_by_opacus
+        try:
+            return together(network, loss, patients, clip_norm)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        free_memory()
+        log.warning("memory ran out: the step's patients are taken one after the other")
     return clipped_sum_by_loop(network, loss, patients, clip_norm)

@@ -10,6 +10,7 @@ from torch import nn
 
 from medfl.client.data.batches import in_order
 from medfl.client.data.tensors import TensorSet
+from medfl.client.trouble import free_memory, out_of_memory
 from medfl.shared.losses import build_loss
 from medfl.shared.metrics import EXAMPLES, LOSS, Scoring, patient_dice, tally_names
 from medfl.shared.study import Study
@@ -22,11 +23,7 @@ def evaluate(network: nn.Module, data: TensorSet, study: Study) -> dict[str, flo
     Segmentation is scored by patient (all slices together), classification by image. Not augmented, deterministic.
     """
     network.eval()
-    loss_of, logits, loss = build_loss(study.training.loss), [], 0.0
-    for images, labels, _ in in_order(data, study.training.batch_size):
-        logits.append(network(images))
-        loss += float(loss_of(logits[-1], labels)) * len(labels)
-    scores = torch.cat(logits)
+    scores, loss = _outputs(network, data, study, study.training.batch_size)
     tally = dict.fromkeys(tally_names(study.scoring, study.data.classes), 0.0)
     tally |= {LOSS: loss, EXAMPLES: float(len(data.labels))}
     match study.scoring:
@@ -37,6 +34,22 @@ def evaluate(network: nn.Module, data: TensorSet, study: Study) -> dict[str, flo
         case Scoring.PER_LABEL:
             _add_labels(tally, scores > 0, data, study.data.classes)
     return tally
+
+
+def _outputs(network: nn.Module, data: TensorSet, study: Study, at_once: int) -> tuple[torch.Tensor, float]:
+    """Logits of all images, and the sum of their losses; half as many images ``at_once`` when memory runs out."""
+    loss_of, logits, loss = build_loss(study.training.loss), [], 0.0
+    try:
+        for images, labels, _ in in_order(data, at_once):
+            logits.append(network(images))
+            loss += float(loss_of(logits[-1], labels)) * len(labels)
+        return torch.cat(logits), loss
+    except (RuntimeError, MemoryError) as error:
+        if at_once == 1 or not out_of_memory(error):
+            raise
+    logits.clear()
+    free_memory()
+    return _outputs(network, data, study, at_once // 2)
 
 
 def _add_dice(tally: dict[str, float], predicted: torch.Tensor, data: TensorSet, classes: Sequence[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from math import isfinite
 
 import torch
@@ -14,12 +16,15 @@ from medfl.client.data.augment import augmenter
 from medfl.client.data.batches import epoch
 from medfl.client.data.tensors import TensorSet
 from medfl.client.training.optimizers import build_optimizer
+from medfl.client.trouble import free_memory, in_words, out_of_memory
 from medfl.shared.algorithms.fed_prox import add_proximal_gradient
 from medfl.shared.algorithms.settings import FedProxSettings
 from medfl.shared.errors import TrainingError
-from medfl.shared.losses import build_loss
+from medfl.shared.losses import LossFunction, build_loss
 from medfl.shared.metrics import EXAMPLES, LOSS
 from medfl.shared.study import Study, Training
+
+log = logging.getLogger("medfl.site")
 
 AdjustGradients = Callable[[], None]
 """Called between backward and optimizer step: a strategy's site half adds its own term to the gradients."""
@@ -58,15 +63,15 @@ def train_plain(
     seen = 0
     network.train()
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    divisible, pieces = _divisible(network), 1
     with _seeded(seed, data) if _draws(network) else nullcontext():
         for step, (images, labels) in enumerate(_batches(data, study, generator, total)):
-            with enough_memory():
-                loss = loss_of(network(images), labels)
-                optimizer.zero_grad()
-                (loss + extra_loss(images) if extra_loss else loss).backward()  # type: ignore[no-untyped-call]
-                adjust()
-                optimizer.step()
-            losses.add_(loss.detach(), alpha=len(labels))
+            optimizer.zero_grad()
+            backward = partial(_backward, network, loss_of, extra_loss, images, labels)
+            loss, pieces = _within_memory(backward, pieces, limit=len(labels) if divisible else 1)
+            adjust()
+            optimizer.step()
+            losses.add_(loss, alpha=len(labels))
             seen += len(labels)
             if progress is not None:
                 progress(step + 1, total)
@@ -92,13 +97,54 @@ def gradient_rule(study: Study, parameters: Sequence[nn.Parameter]) -> AdjustGra
             return lambda: None
 
 
-@contextmanager
-def enough_memory() -> Iterator[None]:
-    """Raise TrainingError with the way out when the device's memory runs out inside."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise TrainingError("the device has no memory left: lower training.batch_size or free the device") from None
+def _backward(
+    network: nn.Module,
+    loss_of: LossFunction,
+    extra_loss: ExtraLoss | None,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    pieces: int,
+) -> torch.Tensor:
+    """Write the batch's gradient into ``p.grad``, its images in ``pieces``, one after the other; returns its loss.
+
+    The loss is a mean over images that do not see each other, so that the gradient is the same but for rounding.
+    """
+    if pieces == 1:
+        loss = loss_of(network(images), labels)
+        (loss + extra_loss(images) if extra_loss else loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+    network.zero_grad(set_to_none=True)  # of the attempt that ran out of memory
+    total = torch.zeros((), device=labels.device)
+    for some, theirs in zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
+        share = len(theirs) / len(labels)
+        loss = loss_of(network(some), theirs)
+        ((loss + extra_loss(some) if extra_loss else loss) * share).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach() * share
+    return total
+
+
+def _within_memory(backward: Callable[[int], torch.Tensor], pieces: int, *, limit: int) -> tuple[torch.Tensor, int]:
+    """What ``backward(pieces)`` returns, with twice as many pieces each time memory runs out; and how many it took.
+
+    Raises:
+        TrainingError: memory runs out with ``limit`` pieces, too.
+    """
+    while True:
+        try:
+            return backward(min(pieces, limit)), pieces
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if pieces >= limit:
+                raise in_words(error) or error from None
+        free_memory()  # not above: the exception holds the tensors of the failed attempt
+        pieces *= 2
+        log.warning("memory ran out: batches are computed in %d pieces", pieces)
+
+
+def _divisible(network: nn.Module) -> bool:
+    """Whether the images of a batch do not see each other in ``network``."""
+    return not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules())
 
 
 def _batches(

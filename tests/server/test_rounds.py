@@ -80,6 +80,7 @@ AVERAGED = classes_study(rounds={"count": 4, "average_last": 3})
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds_module, "_SETTLE_S", 0.2)
     monkeypatch.setattr(rounds_module, "_POLL_S", 0.01)
+    monkeypatch.setattr(rounds_module, "_VOID_S", 0.01)
 
 
 def failing(code: Code, reason: str = "", *, times: int = 10**9) -> Callable[[ModelRequest], Answer]:

@@ -38,6 +38,7 @@ from tiny import masks_study
 from medfl.client.audit import audit_file
 from medfl.server.checkpoint import _read as read_checkpoint
 from medfl.shared.chain import inspect
+from medfl.shared.files import write_whole
 from medfl.shared.study import Study
 from medfl.simulations.demo import Places, read_rows, run_folder, set_up
 
@@ -52,7 +53,7 @@ _MSA1 = {"mode": "msa1", "phase_deadline_s": 20}
 
 def studies(rounds: int, *, seed: int = 0) -> dict[str, Study]:
     """The three studies of a campaign."""
-    some = {"count": rounds, "minimum_sites": 3, "deadline_s": 60, "patience_s": 300}
+    some = {"count": rounds, "minimum_sites": 3, "deadline_s": 60, "patience_s": 600, "evaluate_every": rounds}
     training = {"learning_rate": 0.02, "epochs": 2}
     return {
         EXACT: masks_study(
@@ -90,7 +91,10 @@ def prepare(root: Path, chosen: list[Study]) -> Places:
         (places.coordinator / names[-1]).write_bytes(study.canonical())
     replace(places.coordinator / "consortium.yaml", r"studies: \[study.json\]", f"studies: [{', '.join(names)}]")
     approved = ", ".join(f'"{study.digest}"' for study in chosen)
-    for name in SITES:
+    for number, name in enumerate(SITES):
+        secret = places.hospital(name) / "state" / "secret"  # it decides who is held out
+        secret.unlink(missing_ok=True)
+        write_whole(secret, bytes([number]) * 32)
         site = places.hospital(name) / "site.yaml"
         replace(site, r"  source: dicom\n  folder: dicom\n", "  source: table\n  file: pictures/sites.csv\n")
         ceilings = "  max_epsilon_per_study: 8\n  max_epsilon_total: 100\n  max_delta: 0.001\n"
@@ -329,7 +333,9 @@ def campaigns(root: Path, *, kills: int, seed: int, rounds: int, pause_s: tuple[
         number += 1
         places = prepare(root / f"campaign-{number}", list(chosen.values()))
         before = sum(found.kills.values())
-        Disturbed(places, list(chosen.values()), draw, found).run(pause_s=pause_s, limit_s=limit_s)
+        Disturbed(places, list(chosen.values()), draw, found).run(
+            pause_s=pause_s, limit_s=limit_s, kills=kills - before
+        )
         for study in chosen.values():
             ended(places, study, found)
         if found.wrong:
@@ -359,7 +365,7 @@ def main() -> int:
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--rounds", type=int, default=8)
     made.add_argument(
-        "--pause", type=float, nargs=2, default=(1.0, 6.0), metavar=("FROM", "TO"), help="s between kills"
+        "--pause", type=float, nargs=2, default=(2.0, 8.0), metavar=("FROM", "TO"), help="s between kills"
     )
     made.add_argument("--limit", type=float, default=900.0, help="s for one campaign")
     made.add_argument("--keep", type=Path, help="a new folder for everything that is written; absent: a temporary one")
