@@ -1,7 +1,8 @@
 """The site's audit log: what came in and what left, each row durable before the message it tells of may leave.
 
 ``audit.jsonl`` in the state folder, a :class:`~medfl.shared.chain.Chain`. Rows hold kinds, digests, sizes, fixed words
-and epsilons: never what a message says, no name, no path, no number of patients.
+and epsilons, and who of the staff decided on a study: never what a message says, no patient, no path, no number of
+patients.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Event(StrEnum):
     STOPPED = "stopped"  # absent before the next start: the node was killed, or its machine
     ROSTER = "roster confirmed"
     NOT_HELD = "head not held"  # the coordinator has seen a row that this log does not have: it was cut or begun anew
+    APPROVED = "study approved"
+    WITHDRAWN = "study withdrawn"
     IN = "in"
     OUT = "out"  # is about to leave: the line may still break, or the coordinator's deadline pass
 
@@ -86,6 +89,10 @@ class Audit:
     def roster_confirmed(self, *, roster: str, epoch: int, members: int) -> None:
         """A person has compared the keys of the roster with this digest."""
         self._write(Event.ROSTER, roster=roster, epoch=epoch, members=members)
+
+    def decided(self, study: str, *, approved: bool, by: str, ethics: str = "") -> None:
+        """``by`` of this site's staff has approved, or withdrawn, the study with this digest."""
+        self._write(Event.APPROVED if approved else Event.WITHDRAWN, study=study, by=by, ethics=ethics)
 
     def received(self, passage: Passage, content: Content) -> None:
         """A message came in; nothing was done with it yet."""

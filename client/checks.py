@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 
 import medfl.shared.environment  # noqa: F401 - before flwr
@@ -14,9 +13,11 @@ from medfl.client.config import SiteSettings
 from medfl.client.data.contact_sheet import write_contact_sheet
 from medfl.client.node import check as check_reach
 from medfl.client.runtime import (
+    approvals_of,
     build_participant,
     coordinator_address,
     load_data,
+    local_day,
     node_settings,
     site_device,
     site_rosters,
@@ -47,7 +48,7 @@ def check_site(settings: SiteSettings, *, study_file: Path | None, console: Cons
         console.print("[yellow]the certificate expires soon: ask the coordinator for a new one[/yellow]")
     console.print(f"device: {site_device(settings)}")
     _check_roster(settings, console)
-    console.print(f"approved studies: {len(settings.policy.studies)}")
+    console.print(f"approved studies: {len(approvals_of(settings).approved())}")
     if study_file is not None:
         _check_study(settings, load_settings(study_file, Study), console)
     check_reach(node_settings(settings))
@@ -77,7 +78,7 @@ def _check_study(settings: SiteSettings, study: Study, console: Console) -> None
     sheet = settings.state / "contact-sheet.html"
     write_contact_sheet(data, study.data, sheet)
     console.print(f"look at the images and outlines in {sheet} (only this account can read it)", soft_wrap=True)
-    settings.policy.permit(study, today=settings.policy.local(datetime.datetime.now(datetime.UTC)).date())
+    approvals_of(settings).permit(study, today=local_day(settings))
     console.print("the policy permits this study")
     if settings.policy.hours:
         console.print(f"it may run at these hours: {'; '.join(settings.policy.hours)}")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from medfl.client.commands import audit, enroll, join, node, roster
+from medfl.client.commands import audit, enroll, join, node, roster, studies
 from medfl.shared.command import commands_of, parser, run
 
 _EXAMPLES = """\
@@ -14,6 +14,7 @@ _EXAMPLES = """\
   medfl-client --site site.yaml join invitation.json
   medfl-client --site site.yaml --check --study study.json
   medfl-client --site site.yaml
+  medfl-client --site site.yaml studies
   medfl-client --site site.yaml roster confirm
   medfl-client --site site.yaml audit report --from 2027-01-01 --out left.html"""
 
@@ -33,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--site", type=Path, required=True, metavar="FILE", help="the site, as YAML (any file name)")
     node.add(made)
     commands = commands_of(made)
-    for command in (enroll, join, roster, audit):
+    for command in (enroll, join, studies, roster, audit):
         command.add(commands)
     return made
 

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -119,6 +119,8 @@ class Node:
         self._over = over
         self._fleet = Fleet(settings.fleet)
         self._stop = threading.Event()
+        self._again = threading.Event()
+        self._question: Future[Order | None] | None = None
         self._asker = ThreadPoolExecutor(1, thread_name_prefix="ask")
         self._states = SeriesStates(settings.state_dir)
         self._runs: dict[int, Run] = {}
@@ -161,8 +163,13 @@ class Node:
         """Make :meth:`run` return: at once when idle, else when the app does."""
         self._stop.set()
 
+    def rejoin(self) -> None:
+        """Join anew after the message in hand: the coordinator then offers its study again. From any thread."""
+        self._again.set()
+
     def _session(self, patience: Patience) -> None:
         """Join, and answer messages for as long as nothing breaks."""
+        self._again.clear()
         self._follow()
         node_id = self._fleet.join(self._former_id())
         write_whole(self._id_file, str(node_id).encode())
@@ -172,7 +179,7 @@ class Node:
         self._check_in(self._fleet)
         pause_s = POLL_S[0]
         with self._heartbeat(node_id):
-            while not self._stop.is_set():
+            while not (self._stop.is_set() or self._again.is_set()):
                 asked_at = time.monotonic()
                 self._expected_by = time.time() + TURN_S
                 order = self._next_order(node_id)
@@ -198,10 +205,14 @@ class Node:
 
     def _next_order(self, node_id: int) -> Order | None:
         """Ask for work. A stop does not wait for the answer: the coordinator learns by our leaving what is lost."""
-        answer = self._asker.submit(self._fleet.next_order, node_id)
-        while not answer.done() and not self._stop.is_set():
+        answer = self._question or self._asker.submit(self._fleet.next_order, node_id)
+        self._question = answer  # stays open over a rejoining: an order may come with it
+        while not (answer.done() or self._stop.is_set() or self._again.is_set()):
             wait([answer], timeout=0.1)
-        return answer.result() if answer.done() else None
+        if not answer.done():
+            return None
+        self._question = None
+        return answer.result()
 
     def _work(self, order: Order) -> None:
         """Answer one message. What cannot be answered is dropped; a broken connection ends the session."""

@@ -13,6 +13,7 @@ from medfl.shared.config import Settings
 from medfl.shared.errors import OUTSIDE_HOURS, PolicyRefusal
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
+from medfl.shared.zoo import ModelTask
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -30,10 +31,39 @@ def _zone(name: str) -> str:
     return name
 
 
+class PreApproval(Settings):
+    """A class of studies that run without a decision of their own. All of it must hold, and the whole policy besides.
+
+    ``signer`` is the fingerprint of the key that must have signed them: the one that this site has pinned.
+    """
+
+    tasks: tuple[ModelTask, ...] = Field(min_length=1)
+    max_epsilon: float | None = Field(default=None, gt=0)  # absent: also studies without differential privacy
+    secure_aggregation: StrictBool = True  # False: also studies that send updates in clear
+    minimum_sites: int = Field(ge=2)  # fewer may not be a study's quorum
+    max_rounds: int = Field(ge=1)
+    signer: str = Field(pattern=r"^SHA256:[A-Za-z0-9+/]{43}$")
+
+    def covers(self, study: Study, signer: str) -> bool:
+        """Whether ``study``, signed by the key with fingerprint ``signer``, is of this class."""
+        cheap = self.max_epsilon is None or (
+            not isinstance(study.privacy, NoPrivacy) and study.privacy.epsilon <= self.max_epsilon
+        )
+        return (
+            signer == self.signer
+            and study.task in self.tasks
+            and cheap
+            and (study.secure_aggregation.mode != "none" or not self.secure_aggregation)
+            and study.rounds.minimum_sites >= self.minimum_sites
+            and study.rounds.count <= self.max_rounds
+        )
+
+
 class Policy(Settings):
     """``policy:`` in site.yaml. The coordinator can only ask for less than stands here."""
 
-    studies: tuple[Digest, ...] = ()  # digests the administrator has approved
+    studies: tuple[Digest, ...] = ()  # digests that are approved beforehand; medfl-client ... approve does it later
+    pre_approve: tuple[PreApproval, ...] = ()  # classes of studies that need no decision of their own
     allow_no_privacy: StrictBool = False
     require_secure_aggregation: StrictBool = True
     minimum_cohort: int = Field(default=3, ge=3, le=128)  # under secure aggregation: fewer sites are never summed
@@ -47,19 +77,22 @@ class Policy(Settings):
     hours: tuple[Annotated[str, AfterValidator(_window)], ...] = ()  # "mon-fri 19:00-06:00"; absent: at any time
     time_zone: Annotated[str, AfterValidator(_zone)] | None = None  # of hours and expires; absent: the machine's
 
-    def permit(self, study: Study, *, today: datetime.date) -> None:
-        """Return when ``study`` may run here today.
+    def permit_day(self, study: Study, *, today: datetime.date) -> None:
+        """Return when neither the policy nor ``study`` is past its last day. Raises PolicyRefusal."""
+        if self.expires is not None and today > self.expires:
+            raise PolicyRefusal(f"this site's policy expired on {self.expires}: renew policy.expires", reason="expired")
+        if study.last_day is not None and today > study.last_day:
+            raise PolicyRefusal(
+                f"study {study.name} was approved until {study.last_day}: a longer one is another study",
+                reason="study over",
+            )
+
+    def permit(self, study: Study) -> None:
+        """Return when ``study`` stays below every ceiling. Whether it is approved is for Approvals to say.
 
         Raises:
             PolicyRefusal: with the rule that forbids it and what the administrator can change.
         """
-        if self.expires is not None and today > self.expires:
-            raise PolicyRefusal(f"this site's policy expired on {self.expires}: renew policy.expires", reason="expired")
-        if study.digest not in self.studies:
-            raise PolicyRefusal(
-                f"study {study.name} is not approved here: to approve it, add {study.digest} to policy.studies",
-                reason="study not approved",
-            )
         if self.require_secure_aggregation and study.secure_aggregation.mode == "none":
             raise PolicyRefusal(
                 f"study {study.name} sends updates in clear, and policy.require_secure_aggregation is true",

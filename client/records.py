@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,11 +11,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from medfl.shared.errors import DataError, ProtocolError
-from medfl.shared.files import PRIVATE_FILE, private_folder, write_whole
+from medfl.client.data.secret import SiteKey, open_site_key
+from medfl.shared.errors import DataError, PolicyRefusal, ProtocolError
+from medfl.shared.files import PRIVATE_FILE, private_folder, sync_folder, write_whole
 from medfl.shared.messages import TrainReply
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
+
+CACHE_KEY = "cache.key"
+"""In the study's folder: opens the images that were cached for it, and nothing else."""
 
 
 class Records(Protocol):
@@ -26,6 +31,10 @@ class Records(Protocol):
 
     def study(self, digest: str) -> Study | None:
         """The study of that digest, or None when it was never offered here."""
+        ...
+
+    def forget(self, digest: str) -> None:
+        """Delete what was made of patients for a withdrawn study, and keep no more of it. The site's rows stay."""
         ...
 
     def note(self, digest: str, row: dict[str, Any]) -> None:
@@ -72,6 +81,10 @@ class MemoryRecords:
         """The study of that digest, or None."""
         return self._studies.get(digest)
 
+    def forget(self, digest: str) -> None:
+        """Let the personal tensors go."""
+        self._personal.pop(digest, None)
+
     def note(self, digest: str, row: dict[str, Any]) -> None:
         """Append one row to the metrics of a study."""
         self.rows.setdefault(digest, []).append(row)
@@ -100,11 +113,34 @@ class FolderRecords:
     def __init__(self, folder: Path) -> None:
         self._folder = private_folder(folder / "studies")
         self._studies: dict[str, Study] = {}
+        self._forgotten: set[str] = set()
+        self._writing = threading.Lock()  # of what may have to be deleted from another thread
 
     def remember(self, study: Study) -> None:
         """Keep ``study`` durably."""
         write_whole(private_folder(self._of(study.digest)) / "study.json", study.canonical())
         self._studies[study.digest] = study
+        self._forgotten.discard(study.digest)
+
+    def forget(self, digest: str) -> None:
+        """Delete personal tensors, the last result, and the key of the study's cache, which no longer opens then."""
+        with self._writing:
+            self._forgotten.add(digest)
+            for name in ("personal.safetensors", "answer.safetensors", CACHE_KEY):
+                (self._of(digest) / name).unlink(missing_ok=True)
+            if self._of(digest).is_dir():
+                sync_folder(self._of(digest))
+
+    def cache_key(self, digest: str) -> SiteKey:
+        """The key of the study's cache, made where there is none yet.
+
+        Raises:
+            ConfigError: it cannot be read or made. PolicyRefusal: the study was withdrawn just now.
+        """
+        with self._writing:
+            if digest in self._forgotten:
+                raise PolicyRefusal("the study was withdrawn here: no images are read for it", reason="study withdrawn")
+            return open_site_key(private_folder(self._of(digest)) / CACHE_KEY)
 
     def study(self, digest: str) -> Study | None:
         """The study of that digest, or None. A damaged file counts as absent: the coordinator offers again."""
@@ -130,8 +166,7 @@ class FolderRecords:
         """
         before = self.personal(digest, asked=asked, counted=counted)
         tensors = {"weights": weights} | ({} if before is None else {"before": before})
-        content = save(tensors, metadata={"asked": asked})
-        write_whole(private_folder(self._of(digest)) / "personal.safetensors", content)
+        self._write(digest, "personal.safetensors", save(tensors, metadata={"asked": asked}))
 
     def personal(self, digest: str, *, asked: str = "", counted: int | None = None) -> Flat | None:
         """The study's personal tensors, or None where none were kept yet."""
@@ -154,8 +189,7 @@ class FolderRecords:
     def keep_answer(self, digest: str, asked: str, reply: TrainReply) -> None:
         """Replace the study's last result, atomically."""
         about = {"asked": asked, "examples": reply.examples, "tally": dict(reply.tally)}
-        content = save({"update": reply.update}, metadata={"medfl": json.dumps(about)})
-        write_whole(private_folder(self._of(digest)) / "answer.safetensors", content)
+        self._write(digest, "answer.safetensors", save({"update": reply.update}, metadata={"medfl": json.dumps(about)}))
 
     def answer(self, digest: str, asked: str) -> TrainReply | None:
         """The study's last result when it is the one to ``asked``. A damaged file counts as absent: it is retrained."""
@@ -167,6 +201,11 @@ class FolderRecords:
                 return TrainReply(file.get_tensor("update"), about["examples"], about["tally"])
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
+
+    def _write(self, digest: str, name: str, content: bytes) -> None:
+        with self._writing:
+            if digest not in self._forgotten:
+                write_whole(private_folder(self._of(digest)) / name, content)
 
     def _of(self, digest: str) -> Path:
         return self._folder / digest

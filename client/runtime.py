@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import logging
@@ -11,33 +12,34 @@ from pathlib import Path
 
 import torch
 
+from medfl.client.approvals import Approvals, Standing
 from medfl.client.audit import Audit
 from medfl.client.checkin import CheckIns
 from medfl.client.config import SiteSettings
 from medfl.client.courtesy import courtesy_of
 from medfl.client.data.load import load_site_data, without_opted_out
-from medfl.client.data.secret import open_site_key
+from medfl.client.data.secret import SiteKey, open_site_key
 from medfl.client.data.tensors import SiteData
 from medfl.client.fleet import FleetSettings
 from medfl.client.node import NodeSettings, Notice
 from medfl.client.participant import Participant
 from medfl.client.pin import joined, load_pin
-from medfl.client.policy import Policy
 from medfl.client.records import FolderRecords
 from medfl.client.rosters import SiteRosters
 from medfl.client.secagg.enrolment import Rules
 from medfl.client.secagg.journal import Journal
 from medfl.client.secagg.live_enrolment import LiveEnrolments
 from medfl.client.secagg.session import SecureSite
-from medfl.client.site import Site
+from medfl.client.site import Site, no_key_pinned
 from medfl.client.transport import TransportSettings
 from medfl.client.workbench import Workbench
 from medfl.shared.audit_log import audit_file
 from medfl.shared.certificates import SiteFiles
 from medfl.shared.consortium import Membership
-from medfl.shared.errors import ConfigError, PolicyRefusal
-from medfl.shared.keys import load_site_key, public_line, read_public_key
+from medfl.shared.errors import ConfigError
+from medfl.shared.keys import fingerprint, load_site_key, public_line, read_public_key
 from medfl.shared.messages import Kind
+from medfl.shared.signing import Document, Signed
 from medfl.shared.study import Study
 
 log = logging.getLogger("medfl.site")
@@ -55,17 +57,36 @@ def node_settings(settings: SiteSettings) -> NodeSettings:
     return NodeSettings(FleetSettings(transport, files.node_key), settings.state)
 
 
-def gate_of(policy: Policy) -> Callable[[Notice], None]:
+def gate_of(approvals: Approvals) -> Callable[[Notice], None]:
     """Lets offers through, and for the rest only messages of approved studies: nothing else is even fetched."""
 
     def gate(notice: Notice) -> None:
-        if notice.message_type != Kind.OFFER.value and notice.digest not in policy.studies:
-            raise PolicyRefusal("a message of a study that is not approved here", reason="study not approved")
+        if notice.message_type != Kind.OFFER.value:
+            approvals.require(notice.digest)
 
     return gate
 
 
-def build_site(settings: SiteSettings) -> Site:
+def approvals_of(settings: SiteSettings) -> Approvals:
+    """The decisions of this site. Raises ConfigError, DataError: the pinned key or a decision cannot be read."""
+    signer = fingerprint(load_pin(settings.keys).key) if joined(settings.keys) else ""
+    return Approvals(settings.policy, settings.state, signer=signer)
+
+
+def verification(settings: SiteSettings) -> Callable[[Signed], bytes]:
+    """How this site checks that a study is its consortium's. Raises ConfigError when the pinned key cannot be read."""
+    if not joined(settings.keys):
+        return no_key_pinned
+    key = load_pin(settings.keys).key
+    return lambda signed: signed.content(key, Document.STUDY)
+
+
+def local_day(settings: SiteSettings) -> datetime.date:
+    """Today, on this site's clock."""
+    return settings.policy.local(datetime.datetime.now(datetime.UTC)).date()
+
+
+def build_site(settings: SiteSettings, approvals: Approvals) -> Site:
     """The site with its own data, device and memory.
 
     Raises:
@@ -78,15 +99,20 @@ def build_site(settings: SiteSettings) -> Site:
         records = FolderRecords(settings.state)
     except OSError as error:
         raise ConfigError(f"state: {settings.state} cannot be used ({error.strerror}): choose another folder") from None
+    for offered in approvals.offered():
+        if approvals.standing(offered.study.digest) is Standing.WITHDRAWN:
+            records.forget(offered.study.digest)  # once more: a kill may have come between the two
     courtesy = courtesy_of(settings.gpu, device)
     return Site(
         settings.site,
         policy=settings.policy,
-        load_data=lambda study: load_data(settings, study, device),
+        load_data=lambda study: load_data(settings, study, device, cache_key=records.cache_key(study.digest)),
         workbench=Workbench(device),
         records=records,
         ledger=settings.state / "ledger.jsonl",
         participant=build_participant(settings),
+        approvals=approvals,
+        verify=verification(settings),
         current=lambda data: without_opted_out(data, settings.data, open_site_key(settings.state / "secret")),
         device_free=(lambda: None) if courtesy is None else courtesy.permit,
         progress=None if courtesy is None else courtesy.between_batches,
@@ -172,14 +198,25 @@ def coordinator_address(settings: SiteSettings) -> str:
 
 
 def load_data(
-    settings: SiteSettings, study: Study, device: torch.device, progress: Callable[[str, int, int], None] | None = None
+    settings: SiteSettings,
+    study: Study,
+    device: torch.device,
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    cache_key: SiteKey | None = None,
 ) -> SiteData:
-    """Read the site's images as ``study`` wants them, onto ``device``. Raises DataError."""
+    """Read the site's images as ``study`` wants them, onto ``device``. Raises DataError.
+
+    Each study has a cache of its own under ``cache_key`` (None: from the disk), so that it can be made unreadable.
+    """
+    if cache_key is None:
+        cache_key = FolderRecords(settings.state).cache_key(study.digest)
     return load_site_data(
         settings.data,
         study.data,
         task=study.task.value,
         key=open_site_key(settings.state / "secret"),
+        cache_key=cache_key,
         device=device,
         cache_dir=settings.state / "cache",
         progress=progress,

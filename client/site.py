@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from medfl.client.approvals import Approvals, signed_offer
 from medfl.client.audit import Price
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
@@ -49,6 +50,7 @@ from medfl.shared.messages import (
 from medfl.shared.metrics import EXAMPLES, headline, read
 from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy, Unit
 from medfl.shared.secagg.exchange import PhaseRequest
+from medfl.shared.signing import Signed
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, weights_digest
 
@@ -63,8 +65,25 @@ class LoadData(Protocol):
         ...
 
 
+def ceilings_of(policy: Policy) -> Ceilings:
+    """What the ledger holds spending against."""
+    return Ceilings(policy.max_epsilon_per_study, policy.max_epsilon_total, policy.max_delta, Unit(policy.unit))
+
+
+def no_key_pinned(signed: Signed) -> bytes:
+    """What a site without its consortium's key makes of any study."""
+    raise PolicyRefusal(
+        "this site has not pinned the key that its consortium signs studies with: join the consortium first",
+        reason="no signing key",
+    )
+
+
 class Site:
-    """One hospital: its name, rules, data and memory around the process's one network."""
+    """One hospital: its name, rules, data and memory around the process's one network.
+
+    ``verify`` returns the content of a study that the consortium has signed, and raises PolicyRefusal for any other.
+    ``approvals`` says which studies may run here; absent: those that the policy allows by itself.
+    """
 
     def __init__(
         self,
@@ -76,6 +95,8 @@ class Site:
         records: Records,
         ledger: Path,
         participant: Participant | None = None,
+        approvals: Approvals | None = None,
+        verify: Callable[[Signed], bytes] = no_key_pinned,
         current: Callable[[SiteData], SiteData] = lambda data: data,
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
         device_free: Callable[[], None] = lambda: None,
@@ -83,6 +104,8 @@ class Site:
     ) -> None:
         self.name = name
         self._policy = policy
+        self._approvals = approvals or Approvals(policy)
+        self._verify = verify
         self._load_data = load_data
         self._workbench = workbench
         self._records = records
@@ -101,7 +124,9 @@ class Site:
         Raises:
             PolicyRefusal, ProtocolError, DataError: why not.
         """
-        study = Study.from_canonical(offer.canonical, digest=offer.digest)
+        signed = signed_offer(offer.canonical, offer.signature)
+        study = Study.from_canonical(self._verify(signed), digest=offer.digest)
+        self._approvals.offer(study, signed)
         self._permit(study)
         if study.secure_aggregation.mode != "none":
             self._require_participant()
@@ -170,9 +195,9 @@ class Site:
                     data,
                     round_number=request.round,
                     weights=given.weights,
-                    progress=self._progress,
+                    progress=self._between_batches(study),
                 )
-                self._note_spent(study, request.round, private, time.monotonic() - started)
+                self._note_spent(study, request, private, time.monotonic() - started)
                 # Equal weights and no tally: an exact count or loss would be a release of its own.
                 kept = bench.personal_weights() if bench.personal.tensors else None
                 return TrainReply(private.update, examples=1), kept
@@ -186,9 +211,9 @@ class Site:
                     given,
                     round_number=request.round,
                     survivors=self._require_participant().smallest_sum,
-                    progress=self._progress,
+                    progress=self._between_batches(study),
                 )
-                self._note_spent(study, request.round, private, time.monotonic() - started)
+                self._note_spent(study, request, private, time.monotonic() - started)
                 return TrainReply(private.update, examples=1), kept
             case NoPrivacy():
                 generator = _generator(study, self.name, request.round, data.labels.device)
@@ -199,10 +224,25 @@ class Site:
                     given,
                     generator=generator,
                     round_number=request.round,
-                    progress=self._progress,
+                    progress=self._between_batches(study),
                 )
-                self._note(study, request.round, "train", local.tally, time.monotonic() - started)
+                self._note(study, request, "train", local.tally, time.monotonic() - started)
                 return TrainReply(local.update, examples=len(data.labels), tally=local.tally), local.kept
+
+    def _between_batches(self, study: Study) -> Callable[[int, int], None]:
+        """Ends a training whose study was withdrawn meanwhile (PolicyRefusal); else what this machine wants."""
+
+        def look(step: int, steps: int) -> None:
+            self._approvals.require(study.digest, study)
+            if self._progress is not None:
+                self._progress(step, steps)
+
+        return look
+
+    def forget(self, digest: str) -> None:
+        """Let go of what is kept of a withdrawn study; from any thread. A training of it ends by itself."""
+        self._records.forget(digest)
+        self._data = None
 
     def hold_weight(self, request: WeightRequest) -> Ready:
         """Hold this site's weight, the number of its training images, for the secure sum of all weights.
@@ -286,7 +326,7 @@ class Site:
         bench.load_for_patients(study, request.weights, kept)
         started = time.monotonic()
         tally = evaluate(bench.network, self._split(study, Split.VALIDATION), study)
-        self._note(study, request.round, "validation", tally, time.monotonic() - started)
+        self._note(study, request, "validation", tally, time.monotonic() - started)
         self._permit(study)
         if study.secure_aggregation.mode != "none" and isinstance(study.privacy, NoPrivacy):
             return self._require_participant().hold_scores(study, request, tally)
@@ -312,9 +352,9 @@ class Site:
         return study
 
     def _permit(self, study: Study) -> None:
-        """Everything the policy has to say on ``study`` at this hour. Raises PolicyRefusal."""
+        """Everything the site's people and policy have to say on ``study`` at this hour. Raises PolicyRefusal."""
         now = self._now()
-        self._policy.permit(study, today=self._policy.local(now).date())
+        self._approvals.permit(study, today=self._policy.local(now).date())
         self._policy.permit_hour(now)
 
     def _permit_release(self, study: Study) -> None:
@@ -347,19 +387,16 @@ class Site:
     def _ledger(self) -> Ledger:
         """The site's ledger, opened at the first private round and then held against other processes."""
         if self._open_ledger is None:
-            policy = self._policy
-            ceilings = Ceilings(
-                policy.max_epsilon_per_study, policy.max_epsilon_total, policy.max_delta, Unit(policy.unit)
-            )
             private_folder(self._ledger_path.parent)
-            self._open_ledger = Ledger(self._ledger_path, cohort=self.name, ceilings=ceilings)
+            self._open_ledger = Ledger(self._ledger_path, cohort=self.name, ceilings=ceilings_of(self._policy))
         return self._open_ledger
 
-    def _note_spent(self, study: Study, round_number: int, private: PrivateRound, seconds: float) -> None:
+    def _note_spent(self, study: Study, request: ModelRequest, private: PrivateRound, seconds: float) -> None:
         spent, plan = private.spent, private.plan
         row = {
-            "round": round_number,
+            "round": request.round,
             "set": "train",
+            "model": weights_digest(request.weights),
             "seconds": round(seconds, 3),
             "epsilon": spent.study,
             "epsilon_total": spent.total,
@@ -370,7 +407,7 @@ class Site:
         self._records.note(study.digest, row)
         log.info(
             "round %d/%d trained: epsilon %.3f of %g spent on this study by each %s, %.3f in total, %.1f s",
-            round_number,
+            request.round,
             study.rounds.count,
             spent.study,
             plan.epsilon,
@@ -385,14 +422,15 @@ class Site:
             self._open_ledger.close()
             self._open_ledger = None
 
-    def _note(self, study: Study, round_number: int, what: str, tally: dict[str, float], seconds: float) -> None:
+    def _note(self, study: Study, request: ModelRequest, what: str, tally: dict[str, float], seconds: float) -> None:
         scores = read(tally)
-        row = {"round": round_number, "set": what, "seconds": round(seconds, 3), "scores": scores, "tally": tally}
+        row = {"round": request.round, "set": what, "seconds": round(seconds, 3), "scores": scores, "tally": tally}
+        row["model"] = weights_digest(request.weights)  # that was received: one of those that others have too
         self._records.note(study.digest, row)
         score = headline(scores)
         log.info(
             "round %d/%d %s: %d images, loss %.4f%s, %.1f s",
-            round_number,
+            request.round,
             study.rounds.count,
             what,
             tally[EXAMPLES],

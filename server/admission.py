@@ -28,18 +28,24 @@ class Directory(Protocol):
         """Names of all sites of the consortium, connected or not."""
         ...
 
+    def joined(self) -> Mapping[int, str]:
+        """Node id -> when it came online last, in whatever words, of those that are connected now."""
+        ...
+
 
 class Admission:
     """Offers the study without waiting, and collects the answers whenever it is asked."""
 
-    def __init__(self, study: Study, grid: Grid, directory: Directory) -> None:
+    def __init__(self, study: Study, grid: Grid, directory: Directory, signature: bytes = b"") -> None:
         self._study = study
+        self._signature = signature
         self._grid = grid
         self._directory = directory
         self._accepted: set[int] = set()
-        self._offered: dict[str, tuple[int, float]] = {}  # message id -> node, when it expires
+        self._offered: dict[str, tuple[int, float, str]] = {}  # message id -> node, when it expires, session
         self._ask_after: dict[int, float] = {}
         self._pause_s: dict[int, float] = {}
+        self._refused_in: dict[int, str] = {}  # node -> its session in which it refused
         self._spent: set[int] = set()
         self.refusals: dict[str, str] = {}  # site -> why not, in the site's own code words
 
@@ -47,7 +53,8 @@ class Admission:
         """Offer to whoever is new or due again, and take in what has been answered."""
         online, now = self._directory.online(), time.monotonic()
         self._collect(online, now)
-        waiting = {node for node, _ in self._offered.values()}
+        self._welcome_back()
+        waiting = {node for node, _, _ in self._offered.values()}
         due = [
             node
             for node in sorted(online.keys() - self._accepted - self._spent)
@@ -56,6 +63,15 @@ class Admission:
         if due:
             self._offer(due, now)
             self._collect(online, now)
+
+    def _welcome_back(self) -> None:
+        """Ask a site that refused and has joined anew without a pause: somebody there may have approved the study."""
+        if not self._refused_in:
+            return
+        joined = self._directory.joined()
+        for node in [node for node, session in self._refused_in.items() if joined.get(node, session) != session]:
+            for memory in (self._refused_in, self._ask_after, self._pause_s):
+                memory.pop(node, None)
 
     def online(self) -> Mapping[int, str]:
         """Node id -> site name, of all that are connected now."""
@@ -90,19 +106,21 @@ class Admission:
         return not self._spent or len(self._directory.enrolled()) - len(self._spent) >= needed
 
     def _offer(self, nodes: list[int], now: float) -> None:
-        offer = StudyOffer(self._study.digest, self._study.canonical())
-        deadline = self._study.rounds.deadline_s
+        offer = StudyOffer(self._study.digest, self._study.canonical(), self._signature)
+        deadline, joined = self._study.rounds.deadline_s, self._directory.joined()
         messages = [
             Message(offer.record(), dst_node_id=node, message_type=Kind.OFFER.value, ttl=deadline) for node in nodes
         ]
         for node, identity in zip(nodes, self._grid.push_messages(messages), strict=True):
-            self._offered[identity] = (node, now + deadline)
+            self._offered[identity] = (node, now + deadline, joined.get(node, ""))
 
     def _collect(self, online: Mapping[int, str], now: float) -> None:
         while replies := list(self._grid.pull_messages(set(self._offered))):
             for reply in replies:
                 self._take(reply, online, now)
-        gone = [identity for identity, (node, expires) in self._offered.items() if now > expires or node not in online]
+        gone = [
+            identity for identity, (node, expires, _) in self._offered.items() if now > expires or node not in online
+        ]
         for identity in gone:
             del self._offered[identity]
 
@@ -117,6 +135,7 @@ class Admission:
             self.has_spent(node)
         elif why:
             self.refusals[name] = why
+            self._refused_in[node] = asked[2]
             pause = self._pause_s.get(node, _ASK_AGAIN_S[0])
             self._ask_after[node], self._pause_s[node] = now + pause, min(2 * pause, _ASK_AGAIN_S[1])
         else:

@@ -6,14 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from medfl.server.commands import approve, init, renew, revoke, serve
+from medfl.server.commands import approve, init, renew, revoke, serve, studies
 from medfl.shared.command import commands_of, parser, run
 
 _EXAMPLES = """\
   medfl-server init consortium --host fl.example.org
   medfl-server --config consortium/consortium.yaml approve north.json
   medfl-server --config consortium/consortium.yaml --check
-  medfl-server --config consortium/consortium.yaml"""
+  medfl-server --config consortium/consortium.yaml
+  medfl-server --config consortium/consortium.yaml submit study.yaml
+  medfl-server --config consortium/consortium.yaml status"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add(made)
     commands = commands_of(made)
-    for command in (init, approve, revoke, renew):
+    for command in (init, approve, revoke, renew, studies):
         command.add(commands)
     return made
 

@@ -47,11 +47,11 @@ class ConsortiumSettings(Settings):
     tls: TlsFiles
     trust: TrustFiles
     state: LocalPath
-    studies: tuple[LocalPath, ...] = ()  # study files, run one after the other
+    studies: tuple[LocalPath, ...] = ()  # study files, submitted at each start; medfl-server submit does it later
     runs: LocalPath  # a folder for each study: model, metrics, checkpoints, logs
     health: LocalPort | None = None  # the gRPC health service, for Kubernetes and load balancers
     metrics: LocalPort | None = None  # Prometheus
-    when_done: Literal["exit", "stay"] = "exit"  # stay: keep serving sites after the last study
+    when_done: Literal["exit", "stay"] = "stay"  # stay: wait for further studies; exit: end after the last one
 
 
 def consortium_file(given: Path | None) -> Path:

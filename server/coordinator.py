@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -23,29 +24,35 @@ from medfl.server.audit import Audit
 from medfl.server.audited_grid import AuditedGrid
 from medfl.server.checkpoint import CheckpointFolder, save_model
 from medfl.server.config import ConsortiumSettings
+from medfl.server.desk import Desk
 from medfl.server.doorkeeper import Doorkeeper
 from medfl.server.guard import Limits
 from medfl.server.heads import HeadKeeping
 from medfl.server.link import Link, LinkSettings
 from medfl.server.negotiation import NegotiatingGrid
+from medfl.server.progress import run_folder
 from medfl.server.reporter import MetricsFile, Reporter, Several
 from medfl.server.rosters import RosterFolder
 from medfl.server.rounds import Ending, Result, Rounds
 from medfl.server.secagg.store import FolderStore
+from medfl.server.studies import Entry, Record, State
+from medfl.server.submission import desk_of, submit_listed
 from medfl.server.weight_sum import SecureParts
+from medfl.shared.admin import AdminSocket
 from medfl.shared.algorithms.beginning import begin_apart
 from medfl.shared.audit_log import audit_file
-from medfl.shared.config import load_settings
-from medfl.shared.errors import ConfigError
+from medfl.shared.errors import ConfigError, MedFLError, PolicyRefusal
 from medfl.shared.files import write_whole
 from medfl.shared.keys import load_site_key
 from medfl.shared.logs import quiet_libraries
 from medfl.shared.receipt import countersign
 from medfl.shared.study import Study
 from medfl.shared.supervision import Supervision
-from medfl.strategies.build import needs_of
+from medfl.shared.weights import weights_digest
 
 log = logging.getLogger("medfl.server")
+
+_LOOK_S = 1.0  # while no study waits: at the disk, where a command may have left one while we started
 
 
 class Members:
@@ -68,24 +75,9 @@ class Members:
         """All of them."""
         return self._link.sites.keys()
 
-
-def load_studies(settings: ConsortiumSettings) -> list[Study]:
-    """The consortium's studies, each checked against the rest of the configuration.
-
-    Raises:
-        ConfigError: a study is wrong, or could never run in this consortium.
-    """
-    studies = []
-    sites = len(RosterFolder.of(settings).newest().sites)
-    for path in settings.studies:
-        study = load_settings(path, Study)
-        needs_of(study)
-        if study.rounds.minimum_sites > sites:
-            raise ConfigError(
-                f"{path}: rounds.minimum_sites: is {study.rounds.minimum_sites}, and the consortium has {sites} sites"
-            )
-        studies.append(study)
-    return studies
+    def joined(self) -> Mapping[int, str]:
+        """Node id -> when it came online last."""
+        return self._link.joined()
 
 
 def link_settings(settings: ConsortiumSettings) -> LinkSettings:
@@ -102,25 +94,130 @@ def link_settings(settings: ConsortiumSettings) -> LinkSettings:
     )
 
 
-def coordinate(settings: ConsortiumSettings, studies: list[Study], *, reporter: Reporter, stop: Event) -> list[Ending]:
-    """Serve and run ``studies`` until they are done or ``stop`` is set; returns how each ended."""
-    endings = []
+def coordinate(settings: ConsortiumSettings, *, reporter: Reporter, stop: Event) -> list[Record]:
+    """Serve the sites and run the store's studies one after the other, until ``stop`` is set.
+
+    Where ``when_done`` is ``exit``, until no study waits any more. Returns what became of the studies that the
+    configuration names, and of those that ran.
+
+    Raises:
+        ConfigError: another coordinator uses the state folder, or a file is missing or damaged.
+    """
+    desk = desk_of(settings, running=True)
     with ExitStack() as held:
         link = held.enter_context(Link(link_settings(settings)))
         audit = held.enter_context(_open_audit(settings))
         systemd = held.enter_context(Supervision(link.alive))
+        admin = held.enter_context(AdminSocket(settings.state))
         quiet_libraries()  # again: Flower sets up its logger when it is imported
         door = held.enter_context(Doorkeeper(settings, link))
-        members = Members(link)
+        turns = _Turns(settings, desk, link, door, audit, Several(reporter, desk.live), stop)
+        ran = submit_listed(settings, desk)
+        desk.serve(admin)
         systemd.ready()
-        for study in studies:
-            if stop.is_set():
+        idle = False
+        while not stop.is_set():
+            entry = desk.next()
+            if entry is not None:
+                idle = False
+                ran.append(entry.digest)
+                turns.take(entry)
+                continue
+            if settings.when_done == "exit":
                 break
-            endings.append(_run_study(settings, study, link, door, members, audit, reporter, stop))
-        if settings.when_done == "stay" and not stop.is_set():
-            log.info("all studies have ended: sites are still served until this process is stopped")
-            stop.wait()
-    return endings
+            if not idle:
+                log.info("no study waits: sites are served, and studies are taken (medfl-server submit)")
+                idle = True
+            while not (stop.is_set() or desk.news.wait(_LOOK_S)):
+                if desk.store.next() is not None:
+                    break
+    return [desk.store.entry(digest).record for digest in dict.fromkeys(ran)]
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """What every study needs that runs here."""
+
+    settings: ConsortiumSettings
+    desk: Desk
+    link: Link
+    door: Doorkeeper
+    audit: Audit
+    reporter: Reporter
+    stop: Event
+
+    def take(self, entry: Entry) -> None:
+        """Run one study until it ends, is stopped, or the process is; what became of it is then on the disk.
+
+        A study that fails does not take the coordinator with it: the next one has its turn.
+        """
+        store = self.desk.store
+        with self.desk.turn_of(entry, self.stop) as to_end:
+            try:
+                result = self._run(entry, to_end)
+            except (PolicyRefusal, OSError):
+                raise  # this machine's disk or audit log: the study goes on when they are mended
+            except MedFLError as error:
+                log.error("study %s failed: %s", entry.study.name, error)
+                store.mark(entry.digest, State.ENDED, reason=f"failed: {error}"[:200])
+                return
+            except Exception as error:
+                log.exception("study %s failed", entry.study.name)
+                reason = f"failed: unexpected {type(error).__name__}: see server.log"
+                store.mark(entry.digest, State.ENDED, reason=reason)
+                return
+            if result.ending is not Ending.STOPPED:
+                state, reason = State.ENDED, result.ending.value
+            elif to_end.by_a_person:
+                state, reason = State.STOPPED, result.ending.value
+            else:
+                state, reason = State.WAITING, ""  # goes on when the coordinator is started again
+            store.mark(entry.digest, state, reason=reason, round_number=result.round)
+
+    def _run(self, entry: Entry, to_end: Event) -> Result:
+        study, folder = entry.study, run_folder(self.settings.runs, entry.study)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "study.json", study.canonical(), mode=0o644)
+        log_file = logging.FileHandler(folder / "server.log", encoding="utf-8")
+        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        logging.getLogger("medfl").addHandler(log_file)
+        results: list[Result] = []
+        try:
+            with self.link.run(_series(folder), name=study.name, digest=study.digest) as run:
+                write_whole(folder / "series.json", json.dumps({"series": run.series_id}).encode())
+
+                self.audit.study_begun(study.digest, study.name)
+                members = Members(self.link)
+
+                def work(grid: Grid, context: Context) -> None:
+                    rounds = Rounds(
+                        study,
+                        AuditedGrid(NegotiatingGrid(grid), self.audit, study=study.digest, members=members),
+                        members,
+                        checkpoints=CheckpointFolder(folder),
+                        reporter=Several(MetricsFile(folder / "metrics.jsonl"), self.reporter),
+                        stop=to_end,
+                        series=run.series_id,
+                        beginning=begin_apart(study),
+                        secure=_secure_parts(self.settings, study, folder, self.door),
+                        keeping=_head_keeping(self.settings, self.audit),
+                        signature=entry.signature,
+                    )
+                    results.append(rounds.run())
+
+                build_server_app(work)(run.grid, run.context)
+            result = results[0]
+            self.audit.study_ended(study.digest, result.ending.value, result.round)
+            ending = {"ending": result.ending.value, "round": result.round, "study": study.digest}
+            if result.round:
+                path = folder / "model.safetensors"
+                save_model(path, study, result.layout, result.weights, round_number=result.round)
+                ending["model"] = weights_digest(result.weights)  # as sites note it of what they receive
+            write_whole(folder / "ending.json", json.dumps(ending).encode(), mode=0o644)
+            return result
+        finally:
+            logging.getLogger("medfl").removeHandler(log_file)
+            log_file.close()
 
 
 @contextmanager
@@ -151,57 +248,6 @@ def _head_keeping(settings: ConsortiumSettings, audit: Audit) -> HeadKeeping:
         log.warning("heads of the sites' audit logs are remembered here, and sites get no receipts for them: %s", why)
         return HeadKeeping(settings.consortium, path, audit)
     return HeadKeeping(settings.consortium, path, audit, partial(countersign, key))
-
-
-def _run_study(
-    settings: ConsortiumSettings,
-    study: Study,
-    link: Link,
-    door: Doorkeeper,
-    members: Members,
-    audit: Audit,
-    reporter: Reporter,
-    stop: Event,
-) -> Ending:
-    folder = settings.runs / f"{study.name}-{study.digest[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "study.json", study.canonical(), mode=0o644)
-    log_file = logging.FileHandler(folder / "server.log", encoding="utf-8")
-    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    logging.getLogger("medfl").addHandler(log_file)
-    results: list[Result] = []
-    try:
-        with link.run(_series(folder), name=study.name, digest=study.digest) as run:
-            write_whole(folder / "series.json", json.dumps({"series": run.series_id}).encode())
-
-            audit.study_begun(study.digest, study.name)
-
-            def work(grid: Grid, context: Context) -> None:
-                rounds = Rounds(
-                    study,
-                    AuditedGrid(NegotiatingGrid(grid), audit, study=study.digest, members=members),
-                    members,
-                    checkpoints=CheckpointFolder(folder),
-                    reporter=Several(MetricsFile(folder / "metrics.jsonl"), reporter),
-                    stop=stop,
-                    series=run.series_id,
-                    beginning=begin_apart(study),
-                    secure=_secure_parts(settings, study, folder, door),
-                    keeping=_head_keeping(settings, audit),
-                )
-                results.append(rounds.run())
-
-            build_server_app(work)(run.grid, run.context)
-        result = results[0]
-        audit.study_ended(study.digest, result.ending.value, result.round)
-        if result.round:
-            save_model(folder / "model.safetensors", study, result.layout, result.weights, round_number=result.round)
-        ending = {"ending": result.ending.value, "round": result.round, "study": study.digest}
-        write_whole(folder / "ending.json", json.dumps(ending).encode(), mode=0o644)
-        return result.ending
-    finally:
-        logging.getLogger("medfl").removeHandler(log_file)
-        log_file.close()
 
 
 def _secure_parts(settings: ConsortiumSettings, study: Study, folder: Path, door: Doorkeeper) -> SecureParts | None:

@@ -198,8 +198,13 @@ class Link:
 
     def online(self) -> set[int]:
         """Ids of the enrolled nodes that have been heard of within two heartbeats."""
-        online = {node.node_id for node in self._state.get_node_info(statuses=["online"])}
-        return online & set(self._sites.values())
+        return set(self.joined())
+
+    def joined(self) -> dict[int, str]:
+        """When each of them came online last."""
+        enrolled = set(self._sites.values())
+        nodes = self._state.get_node_info(statuses=["online"])
+        return {node.node_id: str(node.last_activated_at) for node in nodes if node.node_id in enrolled}
 
     @contextmanager
     def run(self, series_id: int | None, *, name: str, digest: str) -> Iterator[OpenRun]:

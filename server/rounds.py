@@ -97,11 +97,12 @@ class Rounds:
         secure: SecureParts | None = None,
         beginning: Beginning | None = None,
         keeping: HeadKeeping | None = None,
+        signature: bytes = b"",
     ) -> None:
         """Prepare the study; ``secure`` is needed where the study asks for secure aggregation.
 
         ``beginning`` is the study's first model (absent: made here). ``keeping`` remembers over restarts how long the
-        sites' records were; virtual sites have none.
+        sites' records were; virtual sites have none. Without the consortium's ``signature`` no site takes part.
         """
         self._study = study
         self._grid = grid
@@ -109,7 +110,7 @@ class Rounds:
         self._reporter = reporter
         self._stop = stop
         self._series = series
-        self._admission = Admission(study, grid, directory)
+        self._admission = Admission(study, grid, directory, signature)
         self._directory = directory
         self._strategy = build_strategy(study)
         beginning = beginning or begin(study)

@@ -39,10 +39,14 @@ UNKNOWN_STUDY = "unknown study"
 
 _COUNTED = "counted"
 
-_NEW = frozenset({_COUNTED})
+_SIGNATURE = "signature"
+
+_NEW = frozenset({_COUNTED, _SIGNATURE})
 """Fields of requests that the protocol before does not have; a site that speaks it does without."""
 
 _LONGEST_NAME = 200  # of a tally's entry: "confusion/", and two names of classes of at most 64 letters
+
+_SIGNATURE_BYTES = 64  # Ed25519
 
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
@@ -78,17 +82,28 @@ class StudyOffer:
 
     digest: str
     canonical: bytes
+    signature: bytes  # the consortium's, of the canonical form as a study (medfl.shared.signing)
 
     def record(self) -> RecordDict:
         """As Flower records."""
-        return _config({"study": self.digest, "canonical": self.canonical, "protocol": PROTOCOL})
+        return _config(
+            {
+                "study": self.digest,
+                "canonical": self.canonical,
+                "protocol": PROTOCOL,
+                _SIGNATURE: self.signature,
+            }
+        )
 
     @classmethod
     def parse(cls, content: RecordDict) -> StudyOffer:
         """Raises ProtocolError when malformed."""
-        config = _read_config(content, {"study", "canonical", "protocol"}, others=set())
+        config = _read_config(content, {"study", "canonical", _SIGNATURE, "protocol"}, others=set())
         _check_protocol(config)
-        return cls(_digest(config), _value(config, "canonical", bytes))
+        signature = config.get(_SIGNATURE)
+        if not isinstance(signature, bytes) or len(signature) != _SIGNATURE_BYTES:
+            raise ProtocolError("the offer has no signature: the coordinator must submit the study with medfl-server")
+        return cls(_digest(config), _value(config, "canonical", bytes), signature)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from math import cos, pi
@@ -22,7 +22,7 @@ from medfl.shared.algorithms.needs import demands_of, misfit
 from medfl.shared.algorithms.settings import FedAvgSettings, FedBNSettings, PersonalLayersSettings, StrategySettings
 from medfl.shared.config import Settings, later
 from medfl.shared.data_spec import DataSpec
-from medfl.shared.errors import ProtocolError
+from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.metrics import Scoring
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy, PrivacySettings
 from medfl.shared.safeguards import Safeguards, unguarded
@@ -283,3 +283,21 @@ def _parsed(data: bytes) -> Study:
     if study.canonical() != data:
         raise ProtocolError("the study is not in canonical form: both sides must run releases that agree on it")
     return study
+
+
+def named(given: str, studies: Iterable[Study]) -> Study:
+    """The one of ``studies`` that ``given`` means: the beginning of its digest (4 digits or more), or its name.
+
+    Raises:
+        ConfigError: none, or several.
+    """
+    known = {study.digest: study for study in studies}
+    wanted = given.lower()
+    found = [study for digest, study in known.items() if len(wanted) >= 4 and digest.startswith(wanted)]
+    found = found or [study for study in known.values() if study.name == given]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        choices = ", ".join(study.digest[:12] for study in found)
+        raise ConfigError(f"{len(found)} studies are called {given}: say which by its digest: {choices}")
+    raise ConfigError(f"no study here is called {given}: list them first, and give a name or the digest's beginning")

@@ -38,6 +38,7 @@ from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.secagg.roster import Member, make_roster
+from medfl.shared.signing import Document, sign
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.simulations.config import Attacker, Failures
@@ -103,7 +104,7 @@ def federate(
     Each virtual site's ledger lives as long as the study: what a researcher tries does not add up on real patients.
     """
     device = device or torch.device("cpu")
-    policy = permissive_policy(study)
+    policy, signer = permissive_policy(study), Ed25519PrivateKey.generate()
     logging.getLogger("medfl.site").setLevel(logging.WARNING)  # a line for each virtual site and round is too much
     workbench = Workbench(device)
     ledgers = TemporaryDirectory(prefix="medfl-ledgers-")
@@ -118,6 +119,7 @@ def federate(
             records=records[name],
             ledger=Path(ledgers.name) / name / "ledger.jsonl",
             participant=participants.get(name),
+            verify=lambda signed: signed.content(signer.public_key(), Document.STUDY),
         )
         for name, data in sites.items()
     }
@@ -143,6 +145,7 @@ def federate(
             reporter=Several(history, *([reporter] if reporter else [])),
             stop=stop or Event(),
             secure=secure,
+            signature=sign(signer, Document.STUDY, study.canonical()).signature,
         )
         outcome.append(rounds.run())
 

@@ -39,6 +39,10 @@ class VirtualGrid(Grid):
         """All of them."""
         return self._names.values()
 
+    def joined(self) -> Mapping[int, str]:
+        """All came at the beginning."""
+        return dict.fromkeys(self._names, "")
+
     def get_node_ids(self) -> Iterable[int]:
         """All virtual nodes."""
         return list(self._names)

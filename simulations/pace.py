@@ -62,6 +62,10 @@ class PacedGrid(Grid):
         """All, joined or not."""
         return self._grid.enrolled()
 
+    def joined(self) -> Mapping[int, str]:
+        """None joins anew."""
+        return dict.fromkeys(self.online(), "")
+
     def get_node_ids(self) -> Iterable[int]:
         """Those that have joined."""
         return list(self.online())

@@ -60,6 +60,7 @@ def _node(options: argparse.Namespace) -> int:
     from medfl.client.config import load_site
     from medfl.client.node import Node, Phase
     from medfl.client.runtime import (
+        approvals_of,
         build_site,
         check_ins,
         coordinator_address,
@@ -67,17 +68,20 @@ def _node(options: argparse.Namespace) -> int:
         node_settings,
         open_audit,
     )
+    from medfl.shared.admin import AdminSocket
     from medfl.shared.command import on_termination
     from medfl.shared.supervision import Supervision
 
     settings = load_site(options.site)
     from medfl.client.app import build_client_app
+    from medfl.client.decisions import Decisions
     from medfl.client.receipts import Receipts, reader_of
     from medfl.client.trouble import DeviceLost
     from medfl.client.witness import Witness
     from medfl.shared.audit_log import audit_file
 
-    site = build_site(settings)
+    approvals = approvals_of(settings)
+    site = build_site(settings, approvals)
     with ExitStack() as stack:
         stack.callback(site.close)
         watchers: list[Callable[[Phase, str], None]] = []
@@ -106,7 +110,7 @@ def _node(options: argparse.Namespace) -> int:
         witness = Witness(audit, site, receipts)
         lost = threading.Event()
         app = build_client_app(lambda context: site, witness=witness, on_device_lost=lost.set)
-        gate = gate_of(settings.policy)
+        gate = gate_of(approvals)
         node = Node(
             node_settings(settings),
             app,
@@ -117,6 +121,8 @@ def _node(options: argparse.Namespace) -> int:
             address=lambda: coordinator_address(settings),
             over=lost.is_set,
         )
+        decisions = Decisions(approvals, audit, forget=site.forget, changed=node.rejoin)
+        decisions.serve(stack.enter_context(AdminSocket(settings.state)))
         systemd = stack.enter_context(Supervision(node.alive))
         watchers.append(lambda phase, text: systemd.status(text))
         on_termination(node.stop)

@@ -46,13 +46,15 @@ def load_site_data(
     *,
     task: Task,
     key: SiteKey,
+    cache_key: SiteKey | None = None,
     device: torch.device | str = "cpu",
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> SiteData:
     """Find, read, check, preprocess and split the site's cases, and put them on ``device``.
 
-    A case that cannot be read safely is left out and counted by reason in the report.
+    A case that cannot be read safely is left out and counted by reason in the report. ``cache_key`` opens the study's
+    cache below ``cache_dir`` (None: ``key`` does).
 
     Raises:
         DataError: nothing to train on: no folder, no images, no labels, or too few patients. One line, no file name
@@ -60,7 +62,7 @@ def load_site_data(
     """
     started = time.monotonic()
     findings = Findings()
-    cache, memo = _open_cache(settings, key, cache_dir)
+    cache, memo = _open_cache(settings, cache_key or key, cache_dir)
     cases = find_cases(settings, spec, task, key, findings, progress, memo)
     if not cases:
         raise DataError(f"no case has an image and a label that can be used{_because(findings)}")

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from medfl.shared.chain import Chain, Head, Role, Row
+from medfl.shared.chain import Chain, Head, Role, Row, inspect
 from medfl.shared.errors import BUDGET, PolicyRefusal
 from medfl.shared.files import write_whole
 from medfl.shared.privacy.accounting import SampledGaussian, check_delta, epsilon
@@ -66,6 +66,19 @@ class Remaining:
     spent: Spent
     after_next_round: Spent
     rounds_left: int  # of this cost, until the study's or the site's ceiling; counted up to MAX_ROUNDS_AHEAD
+
+
+def spent_in_total(path: Path, ceilings: Ceilings) -> float:
+    """Epsilon over all studies by the ledger at ``path``, read beside the node that may be writing it.
+
+    Raises:
+        PolicyRefusal: reason ``ledger damaged``. OSError: it cannot be read.
+    """
+    found = inspect(path)
+    if found.problem is not None:
+        raise PolicyRefusal(f"{path}: {found.problem}. {LEDGER.when_damaged}", reason="ledger damaged")
+    costs = [SampledGaussian(**row["cost"]) for row in found.rows if row["kind"] == "charge"]
+    return epsilon([_counted(cost, ceilings) for cost in costs], ceilings.delta)
 
 
 class Ledger:
@@ -263,7 +276,7 @@ class Ledger:
         return None
 
     def _counted(self, cost: SampledGaussian) -> SampledGaussian:
-        return cost if self._ceilings.unit is Unit.PATIENT else replace(cost, images_per_patient=1)
+        return _counted(cost, self._ceilings)
 
     def _spent_with(self, study: str, plan: TrainingPlan | None, *more: SampledGaussian) -> Spent:
         extra = [self._counted(cost) for cost in more]
@@ -301,3 +314,7 @@ class Ledger:
                 "was spent (a restored backup?). Restore the newest copy; training with this one would spend twice",
                 reason="ledger restored",
             )
+
+
+def _counted(cost: SampledGaussian, ceilings: Ceilings) -> SampledGaussian:
+    return cost if ceilings.unit is Unit.PATIENT else replace(cost, images_per_patient=1)

@@ -23,10 +23,12 @@ def work(options: argparse.Namespace) -> int:
 
     from medfl.server.config import consortium_file, load_consortium
     from medfl.server.console import reporter_for
-    from medfl.server.coordinator import coordinate, load_studies
+    from medfl.server.coordinator import coordinate
+    from medfl.server.desk import FINISHED
     from medfl.server.reporter import Several
     from medfl.server.rosters import RosterFolder
-    from medfl.server.rounds import Ending
+    from medfl.server.studies import State, StudyStore
+    from medfl.server.submission import listed_studies
     from medfl.shared.certificates import WARN_DAYS, check_certificate
     from medfl.shared.command import on_termination
     from medfl.shared.errors import ConfigError
@@ -36,7 +38,7 @@ def work(options: argparse.Namespace) -> int:
     set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose, file=options.log_file)
     file = consortium_file(options.config)
     settings = load_consortium(file)
-    studies = load_studies(settings)
+    studies = listed_studies(settings)
     days = check_certificate(settings.tls.certificate, authority=settings.tls.authority)
     read_private(settings.tls.key)
     membership = RosterFolder.of(settings).newest()
@@ -48,8 +50,8 @@ def work(options: argparse.Namespace) -> int:
         for study in studies:
             print(f"study {study.name}: {study.digest}")
         return 0
-    if not studies and settings.when_done == "exit":
-        raise ConfigError(f"{file}: studies: is empty: name a study file, or set when_done: stay")
+    if settings.when_done == "exit" and not studies and StudyStore(settings.state).next() is None:
+        raise ConfigError(f"{file}: no study waits: submit one, name one under studies:, or set when_done: stay")
     stop = Event()
     on_termination(stop.set)
     with ExitStack() as stack:
@@ -66,5 +68,5 @@ def work(options: argparse.Namespace) -> int:
             gauges = Gauges()
             stack.enter_context(MetricsPort(gauges.registry, settings.metrics.port, host=settings.metrics.host))
             reporter = Several(reporter, gauges)
-        endings = coordinate(settings, studies, reporter=reporter, stop=stop)
-    return 0 if all(ending in (Ending.DONE, Ending.CONVERGED, Ending.STOPPED) for ending in endings) else 1
+        records = coordinate(settings, reporter=reporter, stop=stop)
+    return 0 if all(record.state is not State.ENDED or record.reason in FINISHED for record in records) else 1

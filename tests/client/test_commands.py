@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from tiny import masks_study
 
 from medfl.client import checks
+from medfl.client.approvals import Approvals
 from medfl.client.cli import main
 from medfl.client.config import SiteSettings
 from medfl.client.node import Notice
@@ -82,7 +83,11 @@ def test_check_tells_everything_that_is_well(home: Path, capsys: pytest.CaptureF
         (lambda home: (home / "pictures" / "sites.csv").write_text("patient,image,mask\n"), 4, "has no rows"),
         (lambda home: [p.unlink() for p in (home / "pictures").glob("m*.png")], 4, "no case"),
         (lambda home: [p.write_bytes(b"no picture") for p in (home / "pictures").glob("p*.png")], 4, "left out: "),
-        (lambda home: write_site(home, policy=""), 3, "is not approved here: to approve it, add " + STUDY.digest),
+        (
+            lambda home: write_site(home, policy=""),
+            3,
+            "is not approved here: read it with",
+        ),
         (lambda home: write_site(home, policy=f"{{studies: [{STUDY.digest}]}}"), 3, "require_secure_aggregation"),
     ],
 )
@@ -197,7 +202,7 @@ def notice(kind: Kind, digest: str) -> Notice:
 
 
 def test_the_gate_lets_offers_in_and_of_the_rest_only_what_is_approved() -> None:
-    gate = gate_of(Policy(studies=(STUDY.digest,)))
+    gate = gate_of(Approvals(Policy(studies=(STUDY.digest,))))
     gate(notice(Kind.OFFER, "0" * 64))
     for kind in (kind for kind in Kind if kind is not Kind.OFFER):
         gate(notice(kind, STUDY.digest))
@@ -219,7 +224,7 @@ def test_a_state_folder_that_cannot_be_used_is_a_configuration_error(home: Path)
     (home / "file").write_text("")
     write_site(home, state="file/state")
     with pytest.raises(ConfigError, match="state: "):
-        build_site(load_settings(home / "site.yaml", SiteSettings))
+        build_site(load_settings(home / "site.yaml", SiteSettings), Approvals(Policy()))
 
 
 def test_the_nodes_state_and_keys_are_where_the_file_says(home: Path) -> None:

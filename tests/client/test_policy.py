@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 from tiny import classes_study, masks_study
 
+from medfl.client.approvals import Approvals
 from medfl.client.policy import Policy
 from medfl.shared.errors import PolicyRefusal
 from medfl.shared.study import Study
@@ -31,7 +32,7 @@ def private_policy(study: Study = PRIVATE, **changes: Any) -> Policy:
 
 def refusal(policy: Policy, study: Study, today: datetime.date = TODAY) -> tuple[str, str]:
     with pytest.raises(PolicyRefusal) as caught:
-        policy.permit(study, today=today)
+        Approvals(policy).permit(study, today=today)
     return caught.value.reason, str(caught.value)
 
 
@@ -41,9 +42,9 @@ def test_an_absent_policy_denies_everything() -> None:
 
 
 def test_what_the_policy_permits_may_run() -> None:
-    plain_policy().permit(PLAIN, today=TODAY)
-    private_policy().permit(PRIVATE, today=TODAY)
-    private_policy(BY_IMAGE, unit="image").permit(BY_IMAGE, today=TODAY)
+    Approvals(plain_policy()).permit(PLAIN, today=TODAY)
+    Approvals(private_policy()).permit(PRIVATE, today=TODAY)
+    Approvals(private_policy(BY_IMAGE, unit="image")).permit(BY_IMAGE, today=TODAY)
 
 
 def test_a_study_that_is_not_approved_is_refused_with_the_digest_to_add() -> None:
@@ -88,7 +89,7 @@ def test_images_as_the_unit_are_too_weak_for_a_site_that_asks_for_patients() -> 
 
 def test_a_policy_holds_through_its_last_day() -> None:
     policy = plain_policy(expires=TODAY)
-    policy.permit(PLAIN, today=TODAY)
+    Approvals(policy).permit(PLAIN, today=TODAY)
     reason, text = refusal(policy, PLAIN, TODAY + datetime.timedelta(days=1))
     assert reason == "expired"
     assert "renew policy.expires" in text

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from signer import signature_of
 from sites import NOON, call, evaluate, make_site, offer, policy_for, start, train
 from tiny import classes_study, labels_study, masks_study, site_data
 
@@ -115,7 +116,8 @@ def test_an_update_above_the_ceiling_does_not_leave(study: Study, tmp_path: Path
 def test_an_offer_whose_digest_is_another_is_a_protocol_error(study: Study, tmp_path: Path) -> None:
     site = make_site(study, tmp_path)
     changed = study.canonical().replace(b'"seed":0', b'"seed":1')
-    failed(call(site, Kind.OFFER, StudyOffer(study.digest, changed).record()), Code.PROTOCOL)
+    signed = signature_of(study.model_copy(update={"seed": 1}))
+    failed(call(site, Kind.OFFER, StudyOffer(study.digest, changed, signed).record()), Code.PROTOCOL)
     failed(train(site, study), Code.PROTOCOL, UNKNOWN_STUDY)
 
 

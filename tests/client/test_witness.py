@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from signer import offer_of
 from sites import make_site, policy_for, start
 from tiny import LOGISTIC_VALUES, classes_study
 
@@ -28,7 +29,7 @@ from medfl.shared import chain as chains
 from medfl.shared.audit_log import audit_file
 from medfl.shared.chain import Row, inspect
 from medfl.shared.errors import Code, DataError, PolicyRefusal
-from medfl.shared.messages import Failure, HeadsRequest, Kind, ModelRequest, StudyOffer, TrainReply, pack
+from medfl.shared.messages import Failure, HeadsRequest, Kind, ModelRequest, TrainReply, pack
 from medfl.shared.observed import form_of, measured
 from medfl.shared.passage import Form
 from medfl.shared.study import Study
@@ -61,7 +62,7 @@ class Witnessed:
         return self._app(message, context).content
 
     def offer(self, study: Study) -> RecordDict:
-        return self.call(Kind.OFFER, StudyOffer(study.digest, study.canonical()).record())
+        return self.call(Kind.OFFER, offer_of(study).record())
 
     def train(self, study: Study, number: int = 1) -> RecordDict:
         return self.call(Kind.TRAIN, ModelRequest(study.digest, number, start(study)).record())
@@ -268,6 +269,6 @@ def test_without_a_witness_nothing_is_written(study: Study, tmp_path: Path) -> N
     site = make_site(study, tmp_path)
     app = build_client_app(lambda _: site)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    message = Message(StudyOffer(study.digest, study.canonical()).record(), dst_node_id=2, message_type="query.offer")
+    message = Message(offer_of(study).record(), dst_node_id=2, message_type="query.offer")
     app(message, Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={}))
     assert list(tmp_path.iterdir()) == []

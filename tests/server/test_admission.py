@@ -57,7 +57,7 @@ def names(admission: Admission) -> list[str]:
 def test_every_site_is_offered_the_very_study_once() -> None:
     sites = {"a": Answering(), "b": Answering()}
     grid = ScriptedGrid(sites)
-    admission = Admission(STUDY, grid, grid)
+    admission = Admission(STUDY, grid, grid, bytes(64))
     for _ in range(3):
         admission.refresh()
     assert names(admission) == ["a", "b"]
@@ -68,7 +68,7 @@ def test_every_site_is_offered_the_very_study_once() -> None:
 def test_a_site_that_comes_online_is_offered_the_study_then() -> None:
     grid = ScriptedGrid({"a": Answering(), "b": Answering()})
     grid.offline = {"b"}
-    admission = Admission(STUDY, grid, grid)
+    admission = Admission(STUDY, grid, grid, bytes(64))
     admission.refresh()
     assert names(admission) == ["a"]
     grid.offline = set()
@@ -79,7 +79,7 @@ def test_a_site_that_comes_online_is_offered_the_study_then() -> None:
 def test_a_site_that_is_offline_does_not_take_part_now_but_needs_no_second_offer() -> None:
     site = Answering()
     grid = ScriptedGrid({"a": site})
-    admission = Admission(STUDY, grid, grid)
+    admission = Admission(STUDY, grid, grid, bytes(64))
     admission.refresh()
     grid.offline = {"a"}
     assert names(admission) == []
@@ -103,7 +103,7 @@ def test_a_refusal_is_kept_with_its_reason_until_the_site_accepts(clock: Clock, 
 
     site = Answering(answer, OfferAccepted().record())
     grid = ScriptedGrid({"a": site})
-    admission = Admission(STUDY, grid, grid)
+    admission = Admission(STUDY, grid, grid, bytes(64))
     admission.refresh()
     assert names(admission) == []
     assert admission.refusals == {"a": why}
@@ -119,7 +119,7 @@ def test_a_refusal_is_kept_with_its_reason_until_the_site_accepts(clock: Clock, 
 def test_a_site_that_keeps_refusing_is_asked_less_and_less_often(clock: Clock) -> None:
     site = Answering(Failure(Code.REFUSED, "no").record())
     grid = ScriptedGrid({"a": site})
-    admission = Admission(STUDY, grid, grid)
+    admission = Admission(STUDY, grid, grid, bytes(64))
     asked_at = []
     for _ in range(1500):
         before = len(site.offers)
@@ -134,7 +134,7 @@ def test_a_site_that_keeps_refusing_is_asked_less_and_less_often(clock: Clock) -
 def test_a_silent_site_is_awaited_until_the_offer_expires_and_then_asked_again(clock: Clock) -> None:
     site = Answering(None)
     grid = ScriptedGrid({"a": site})
-    admission = Admission(STUDY, grid, grid)
+    admission = Admission(STUDY, grid, grid, bytes(64))
     admission.refresh()
     assert admission.awaited == 1
     clock.now += STUDY.rounds.deadline_s + 1
@@ -145,7 +145,7 @@ def test_a_silent_site_is_awaited_until_the_offer_expires_and_then_asked_again(c
 
 def test_a_site_that_leaves_while_it_is_asked_is_not_awaited() -> None:
     grid = ScriptedGrid({"a": Answering(None)})
-    admission = Admission(STUDY, grid, grid)
+    admission = Admission(STUDY, grid, grid, bytes(64))
     admission.refresh()
     grid.offline = {"a"}
     admission.refresh()
@@ -155,7 +155,7 @@ def test_a_site_that_leaves_while_it_is_asked_is_not_awaited() -> None:
 def test_a_site_that_forgot_the_study_is_offered_it_again() -> None:
     site = Answering()
     grid = ScriptedGrid({"a": site})
-    admission = Admission(STUDY, grid, grid)
+    admission = Admission(STUDY, grid, grid, bytes(64))
     admission.refresh()
     (node,) = admission.taking_part()
     admission.forget(node)
@@ -167,6 +167,23 @@ def test_a_site_that_forgot_the_study_is_offered_it_again() -> None:
 
 def test_an_offer_lives_as_long_as_a_stage() -> None:
     grid = ScriptedGrid({"a": Answering()})
-    Admission(STUDY, grid, grid).refresh()
+    Admission(STUDY, grid, grid, bytes(64)).refresh()
     assert grid.times_to_live == [STUDY.rounds.deadline_s]
     assert grid.asked == [("a", Kind.OFFER.value)]
+
+
+def test_a_site_that_refused_and_joins_anew_is_asked_at_once(clock: Clock) -> None:
+    site = Answering(Failure(Code.REFUSED, "study not approved").record())
+    grid = ScriptedGrid({"a": site})
+    admission = Admission(STUDY, grid, grid, bytes(64))
+    for _ in range(3):
+        admission.refresh()
+    assert len(site.offers) == 1
+    assert admission.refusals == {"a": "refused: study not approved"}
+    grid.sessions["a"] = "second"  # somebody has approved it there
+    site.answers.clear()
+    admission.refresh()
+    admission.refresh()
+    assert len(site.offers) == 2
+    assert names(admission) == ["a"]
+    assert admission.refusals == {}

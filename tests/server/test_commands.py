@@ -11,10 +11,11 @@ from tiny import classes_study, masks_study
 
 from medfl.server.cli import main
 from medfl.server.config import ConsortiumSettings
-from medfl.server.coordinator import link_settings, load_studies
+from medfl.server.coordinator import link_settings
 from medfl.server.enrolling import Registrar
 from medfl.server.founding import found
 from medfl.server.rosters import RosterFolder
+from medfl.server.submission import listed_studies
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.study import Study
@@ -150,7 +151,7 @@ def test_studies_are_loaded_in_their_order(root: Path) -> None:
     path = with_study(root, classes_study())
     (root / "fl" / "second.yaml").write_bytes(masks_study(name="second").canonical())
     path.write_text(path.read_text().replace("[study.json]", "[study.json, second.yaml]"))
-    studies: list[Study] = load_studies(load_settings(path, ConsortiumSettings))
+    studies: list[Study] = listed_studies(load_settings(path, ConsortiumSettings))
     assert [study.name for study in studies] == ["tiny", "second"]
 
 

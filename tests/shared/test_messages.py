@@ -44,7 +44,7 @@ VECTOR = np.array([1.5, -2.25, 0.0], np.float32)
 TALLY = {"loss": 1.5, "examples": 3.0}
 
 ALL: list[Any] = [
-    StudyOffer(DIGEST, b"{}"),
+    StudyOffer(DIGEST, b"{}", bytes(64)),
     OfferAccepted(),
     OfferAccepted(12),
     ModelRequest(DIGEST, 3, VECTOR),
@@ -172,7 +172,7 @@ def test_one_kind_of_reply_is_not_taken_for_another() -> None:
 
 @pytest.mark.parametrize("digest", ["", "0" * 63, "0" * 65, "G" * 64, "A" * 64, "../" * 21 + "a"])
 def test_a_study_is_named_by_its_digest_and_nothing_else(digest: str) -> None:
-    refused(StudyOffer.parse, StudyOffer(digest, b"{}").record(), "digest")
+    refused(StudyOffer.parse, StudyOffer(digest, b"{}", bytes(64)).record(), "digest")
     refused(ModelRequest.parse, ModelRequest(digest, 1, VECTOR).record(), "digest")
 
 

@@ -96,9 +96,16 @@ def test_requests_to_an_older_site_are_byte_for_byte_as_its_own_release_wrote_th
 
 
 def test_an_offer_to_an_older_site_holds_the_same_study_under_the_same_digest() -> None:
-    offer = StudyOffer.parse(stored("offer"))
-    study = Study.from_canonical(offer.canonical, digest=DIGEST)
-    assert wire(written_as(StudyOffer(study.digest, study.canonical()).record(), 1)) == wire(stored("offer"))
+    canonical = stored("offer")["config"]["canonical"]
+    assert isinstance(canonical, bytes)
+    study = Study.from_canonical(canonical, digest=DIGEST)
+    offer = StudyOffer(study.digest, study.canonical(), bytes(64))
+    assert wire(written_as(offer.record(), 1)) == wire(stored("offer"))
+
+
+def test_an_offer_of_an_older_coordinator_is_not_signed_and_therefore_none() -> None:
+    with pytest.raises(ProtocolError, match="no signature"):
+        StudyOffer.parse(stored("offer"))
 
 
 def test_what_a_strategy_adds_reaches_an_older_site_too() -> None:

@@ -18,6 +18,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid
 from flwr.simulation import run_simulation
+from signer import signature_of
 from sites import make_site
 from tiny import classes_study, site_data
 
@@ -50,6 +51,9 @@ class AllNodes:
     def enrolled(self) -> Collection[str]:
         return self.online().values()
 
+    def joined(self) -> Mapping[int, str]:
+        return dict.fromkeys(self.online(), "")
+
 
 def main(folder: Path) -> None:
     """Simulate with two SuperNodes."""
@@ -65,7 +69,15 @@ def main(folder: Path) -> None:
     digests: list[str] = []
 
     def work(grid: Grid, context: Context) -> None:
-        rounds = Rounds(study(), grid, AllNodes(grid), checkpoints=None, reporter=Silent(), stop=Event())
+        rounds = Rounds(
+            study(),
+            grid,
+            AllNodes(grid),
+            checkpoints=None,
+            reporter=Silent(),
+            stop=Event(),
+            signature=signature_of(study()),
+        )
         result = rounds.run()
         digests.append(f"{result.ending.value} {result.round} {weights_digest(result.weights)}")
 

@@ -76,12 +76,16 @@ class ScriptedGrid(Grid):
         self.offline: set[str] = set()
         self.asked: list[tuple[str, str]] = []  # (site, message type), in order
         self.times_to_live: list[float] = []
+        self.sessions: dict[str, str] = {}  # site -> when it joined last
 
     def online(self) -> Mapping[int, str]:
         return {node: name for node, name in self._names.items() if name not in self.offline}
 
     def enrolled(self) -> Collection[str]:
         return self._names.values()
+
+    def joined(self) -> Mapping[int, str]:
+        return {node: self.sessions.get(name, "first") for node, name in self.online().items()}
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.online())

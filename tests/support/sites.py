@@ -12,18 +12,22 @@ import torch
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
+import signer
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from signer import offer_of
 from tiny import site_data
 
 from medfl.client.app import build_client_app
+from medfl.client.approvals import Approvals
 from medfl.client.data.tensors import SiteData
 from medfl.client.policy import Policy
 from medfl.client.records import MemoryRecords, Records
 from medfl.client.site import Site
 from medfl.client.workbench import Workbench
 from medfl.shared.algorithms.travel import build_study_network, layouts
-from medfl.shared.messages import Kind, ModelRequest, StudyOffer
+from medfl.shared.messages import Kind, ModelRequest
+from medfl.shared.signing import Signed
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 
@@ -47,6 +51,8 @@ def make_site(
     policy: Policy | None = None,
     data: SiteData | Callable[[Study], SiteData] | None = None,
     records: Records | None = None,
+    approvals: Approvals | None = None,
+    verify: Callable[[Signed], bytes] = signer.verify,
     now: Callable[[], datetime.datetime] = lambda: NOON,
 ) -> Site:
     """A site with made-up pictures that permits ``study``."""
@@ -59,6 +65,8 @@ def make_site(
         workbench=Workbench(CPU),
         records=records or MemoryRecords(),
         ledger=folder / name / "ledger.jsonl",
+        approvals=approvals,
+        verify=verify,
         now=now,
     )
 
@@ -73,7 +81,7 @@ def call(site: Site, kind: Kind, content: RecordDict) -> RecordDict:
 
 def offer(site: Site, study: Study) -> RecordDict:
     """Offer ``study``."""
-    return call(site, Kind.OFFER, StudyOffer(study.digest, study.canonical()).record())
+    return call(site, Kind.OFFER, offer_of(study).record())
 
 
 def start(study: Study) -> Flat:

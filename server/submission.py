@@ -1,0 +1,81 @@
+"""Submitting a study: would it ever run in this consortium, and the signature without which no site looks at it."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from medfl.server.config import ConsortiumSettings
+from medfl.server.desk import FINISHED, Checks, Desk, Named, Submission
+from medfl.server.rosters import RosterFolder
+from medfl.server.studies import State, StudyStore
+from medfl.shared.config import load_settings
+from medfl.shared.errors import ConfigError
+from medfl.shared.keys import load_site_key
+from medfl.shared.signing import Document, Signed, load_signing_public_key, sign
+from medfl.shared.study import Study
+from medfl.strategies.build import needs_of
+
+
+def check_study(settings: ConsortiumSettings, study: Study, *, source: str) -> None:
+    """Return when ``study`` could run in this consortium; ``source`` stands before what is wrong.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    needs_of(study)
+    sites = len(RosterFolder.of(settings).newest().sites)
+    if study.rounds.minimum_sites > sites:
+        raise ConfigError(
+            f"{source}: rounds.minimum_sites: is {study.rounds.minimum_sites}, and the consortium has {sites} sites"
+        )
+    if study.last_day is not None and study.last_day < datetime.datetime.now(datetime.UTC).date():
+        raise ConfigError(f"{source}: last_day: {study.last_day} is over: no site would train")
+
+
+def sign_study(settings: ConsortiumSettings, study: Study, *, source: Path) -> Signed:
+    """``study``, checked, under the consortium's signature.
+
+    Raises:
+        ConfigError: it could never run here, or the signing key cannot be had.
+    """
+    check_study(settings, study, source=str(source))
+    return sign(load_site_key(settings.trust.signing_key), Document.STUDY, study.canonical())
+
+
+def desk_of(settings: ConsortiumSettings, *, running: bool = False) -> Desk:
+    """The administrator's functions over this consortium's files. Raises ConfigError: its public key cannot be read."""
+    private = settings.trust.signing_key
+    key = load_signing_public_key(private.with_name(f"{private.name}.pub"))
+    checks = Checks(
+        verify=lambda signed: signed.content(key, Document.STUDY),
+        fits=lambda study: check_study(settings, study, source=f"study {study.name}"),
+    )
+    return Desk(StudyStore(settings.state), settings.runs, checks, running=running)
+
+
+def submit_listed(settings: ConsortiumSettings, desk: Desk) -> list[str]:
+    """Submit the studies that the configuration names, and let those of them that failed try again; their digests.
+
+    Raises:
+        ConfigError: a study is wrong, or the signing key is needed and cannot be had.
+    """
+    known = {entry.digest: entry.record for entry in desk.store.entries()}
+    digests = []
+    for path in settings.studies:
+        study = load_settings(path, Study)
+        digests.append(study.digest)
+        record = known.get(study.digest)
+        if record is None:
+            desk.submit(Submission(signed=sign_study(settings, study, source=path).to_bytes().decode()))
+        elif record.state is State.ENDED and record.reason not in FINISHED:
+            desk.resume(Named(digest=study.digest))
+    return digests
+
+
+def listed_studies(settings: ConsortiumSettings) -> list[Study]:
+    """The studies that the configuration names, each checked. Raises ConfigError."""
+    studies = [load_settings(path, Study) for path in settings.studies]
+    for path, study in zip(settings.studies, studies, strict=True):
+        check_study(settings, study, source=str(path))
+    return studies

@@ -1,0 +1,181 @@
+"""Real processes: studies submitted, approved, stopped, resumed and withdrawn while coordinator and sites run."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from consortium import found_consortium_folder, write_pictures
+from tiny import masks_study
+from waiting import wait_for
+
+from medfl.client.cli import main as client
+from medfl.server.cli import main as server
+from medfl.shared.chain import inspect
+from medfl.shared.study import Study
+from medfl.simulations.processes import Processes
+
+pytestmark = pytest.mark.e2e
+
+SITES = ("north", "south")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def study(name: str, **changes: Any) -> Study:
+    """Small pictures, as many short rounds as asked for."""
+    rounds = {"count": 4, "minimum_sites": 2, "deadline_s": 120, "patience_s": 240, **changes.pop("rounds", {})}
+    data = {"preprocessing": {"normalise": "scale_255", "size": [8, 8]}}
+    return masks_study(name=name, data=data, rounds=rounds, **changes)
+
+
+class World:
+    """A consortium on disk and its processes."""
+
+    def __init__(self, root: Path, running: Processes) -> None:
+        self.root, self.running = root, running
+        found_consortium_folder(root, sites=SITES)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.config = root / "fl" / "consortium.yaml"
+        self.config.write_text(self.config.read_text().replace("9443", str(port)))
+        for name in SITES:
+            write_pictures(root / name / "pictures", seed=len(name))
+            (root / name / "site.yaml").write_text(
+                f"site: {name}\ncoordinator: 127.0.0.1:{port}\nkeys: keys\nstate: state\nthreads: 1\ndevice: cpu\n"
+                "data: {source: table, file: pictures/sites.csv}\n"
+                "policy: {allow_no_privacy: true, require_secure_aggregation: false}\n"
+            )
+
+    def start_server(self) -> Any:
+        arguments = ["--config", str(self.config)]
+        log = self.root / "fl" / "server.log"
+        return self.running.start("server", "medfl.server.cli", arguments, log=log, environment=ONE_THREAD)
+
+    def start_site(self, name: str) -> Any:
+        arguments = ["--site", str(self.root / name / "site.yaml")]
+        log = self.root / name / "client.log"
+        return self.running.start(name, "medfl.client.cli", arguments, log=log, environment=ONE_THREAD)
+
+    def submit(self, study: Study) -> int:
+        path = self.root / "fl" / f"{study.name}.json"
+        path.write_bytes(study.canonical())
+        return server(["--config", str(self.config), "submit", str(path)])
+
+    def ask(self, *arguments: str) -> int:
+        return server(["--config", str(self.config), *arguments])
+
+    def at(self, site: str, *arguments: str) -> int:
+        return client(["--site", str(self.root / site / "site.yaml"), *arguments])
+
+    def offered(self, site: str, study: Study) -> bool:
+        return (self.root / site / "state" / "studies" / study.digest / "offer.signed").exists()
+
+    def approve(self, study: Study) -> None:
+        for site in SITES:
+            assert self.at(site, "approve", study.digest[:12], "--by", "Dr A. Example", "--ethics", "2027-12") == 0
+
+    def rows(self, study: Study) -> list[dict[str, Any]]:
+        path = self.folder(study) / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def folder(self, study: Study) -> Path:
+        return self.root / "fl" / "runs" / f"{study.name}-{study.digest[:8]}"
+
+    def ending(self, study: Study) -> str:
+        path = self.folder(study) / "ending.json"
+        return json.loads(path.read_text())["ending"] if path.exists() else ""
+
+    def state(self, study: Study) -> str:
+        path = self.root / "fl" / "state" / "studies" / study.digest / "record.json"
+        return str(json.loads(path.read_text())["state"])
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with Processes() as running:
+        yield World(tmp_path, running)
+
+
+@pytest.mark.timeout(600)
+def test_two_studies_one_after_the_other_and_a_third_that_a_site_leaves(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = study("first"), study("second", rounds={"count": 40})
+    coordinator = world.start_server()
+    for name in SITES:
+        world.start_site(name)
+    wait_for(lambda: (world.root / "fl" / "state" / "admin" / "socket").exists())
+
+    # Submitted and approved while everything runs: training begins within seconds.
+    assert world.submit(first) == 0
+    wait_for(lambda: all(world.offered(site, first) for site in SITES))
+    wait_for(lambda: said(world, capsys, "status").count("does not take part: refused: study not approved") == 2)
+    capsys.readouterr()
+    assert world.at("north", "studies") == 0
+    assert "waits for approval" in capsys.readouterr().out
+    world.approve(first)
+    wait_for(lambda: len(world.rows(first)) >= 1, 20)  # pauses between offers grow to minutes: a site joins anew
+    assert world.submit(second) == 0
+    listed = json.loads(said(world, capsys, "list", "--json"))
+    assert [entry["study"] for entry in listed["studies"]] == ["first", "second"]
+    assert listed["running"] is True
+
+    # The next one has its turn by itself; stopped in the middle, it keeps its checkpoint.
+    wait_for(lambda: world.state(first) == "ended")
+    assert world.ending(first) == "done"
+    wait_for(lambda: all(world.offered(site, second) for site in SITES))
+    world.approve(second)
+    wait_for(lambda: len(world.rows(second)) >= 2)
+    assert world.ask("stop", "second") == 0
+    wait_for(lambda: world.state(second) == "stopped", 20)
+    done = len(world.rows(second))
+    assert world.ending(second) == "stopped"
+    assert 2 <= done < 40
+
+    # Submitted while the coordinator is dead, between kill -9 and start; the stopped one goes on where it was.
+    coordinator.kill()
+    coordinator.wait()
+    third = study("third", training={"steps": 500_000, "epochs": None})
+    assert world.submit(third) == 0
+    assert world.ask("resume", "second") == 0
+    assert "does not run" in said(world, capsys, "list")
+    coordinator = world.start_server()
+    wait_for(lambda: world.state(second) == "ended")
+    assert [row["round"] for row in world.rows(second)] == list(range(1, 41))
+    assert world.rows(second)[done - 1]["round"] == done
+    model = json.loads((world.folder(second) / "ending.json").read_text())["model"]
+
+    # A training in progress is left at once.
+    wait_for(lambda: all(world.offered(site, third) for site in SITES))
+    world.approve(third)
+    key = world.root / "north" / "state" / "studies" / third.digest / "cache.key"
+    wait_for(key.exists)
+    log = world.root / "north" / "client.log"
+    wait_for(lambda: said(world, capsys, "status", "third").count(" training") >= 1)
+    capsys.readouterr()
+    assert world.at("north", "withdraw", "third", "--by", "Dr A. Example") == 0
+    assert "has trained no round" in capsys.readouterr().out
+    assert not key.exists()
+    wait_for(lambda: "study third was withdrawn here" in log.read_text(), 10)
+    assert world.at("north", "withdraw", second.digest[:12], "--by", "Dr A. Example") == 0
+    assert model in "".join(capsys.readouterr().out.split()), "the finished model, by the digest of its weights"
+    assert world.ask("stop", "third") == 0
+    wait_for(lambda: world.state(third) == "stopped", 20)
+
+    codes = world.running.stop_all()
+    assert {name: codes[name] for name in SITES} == dict.fromkeys(SITES, 0)
+    events = [row["event"] for row in inspect(world.root / "north" / "state" / "audit.jsonl").rows]
+    assert events.count("study approved") == 3
+    assert events.count("study withdrawn") == 2
+
+
+def said(world: World, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command of the coordinator prints."""
+    capsys.readouterr()
+    assert world.ask(*arguments) == 0
+    return capsys.readouterr().out
