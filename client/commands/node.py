@@ -107,9 +107,10 @@ def _node(options: argparse.Namespace) -> int:
         audit = stack.enter_context(open_audit(settings, options.site, on_row=on_row))
         site.expect_journal(audit.journal)
         receipts = Receipts(audit_file(settings.state), reader_of(settings.keys), site=settings.site)
-        witness = Witness(audit, site, receipts)
         lost = threading.Event()
-        app = build_client_app(lambda context: site, witness=witness, on_device_lost=lost.set)
+        app = build_client_app(
+            lambda context: site, witness=(witness := Witness(audit, site, receipts)), on_device_lost=lost.set
+        )
         gate = gate_of(approvals)
         node = Node(
             node_settings(settings),
@@ -121,8 +122,8 @@ def _node(options: argparse.Namespace) -> int:
             address=lambda: coordinator_address(settings),
             over=lost.is_set,
         )
-        decisions = Decisions(approvals, audit, forget=site.forget, changed=node.rejoin)
-        decisions.serve(stack.enter_context(AdminSocket(settings.state)))
+        admin = stack.enter_context(AdminSocket(settings.state))
+        Decisions(approvals, audit, forget=site.forget, changed=node.rejoin).serve(admin)
         systemd = stack.enter_context(Supervision(node.alive))
         watchers.append(lambda phase, text: systemd.status(text))
         on_termination(node.stop)
