@@ -29,6 +29,7 @@ from medfl.shared.algorithms.settings import (
     FedAvgSettings,
     FedBNSettings,
     FedBuffSettings,
+    FedDCSettings,
     FedDynSettings,
     FedNovaSettings,
     FedProxSettings,
@@ -45,6 +46,7 @@ from medfl.shared.errors import ConfigError
 from medfl.shared.study import Study
 from medfl.strategies.bulyan import bulyan
 from medfl.strategies.fed_buff import fed_buff
+from medfl.strategies.fed_dc import MEAN_UPDATE, fed_dc
 from medfl.strategies.fed_dyn import fed_dyn
 from medfl.strategies.fed_nova import fed_nova
 from medfl.strategies.geometric_median import geometric_median
@@ -114,6 +116,8 @@ def build_strategy(study: Study) -> Strategy:  # noqa: PLR0912 - one branch an a
             return RuleStrategy(scaffold(learning_rate=rate), sends=CONTROL)
         case FedNovaSettings():
             return RuleStrategy(fed_nova)
+        case FedDCSettings():
+            return RuleStrategy(fed_dc, sends=MEAN_UPDATE)
         case FedDynSettings(alpha=alpha):
             return RuleStrategy(fed_dyn(alpha=alpha))
         case FedBuffSettings(learning_rate=rate):

@@ -12,11 +12,12 @@ import torch
 from medfl.client.data.tensors import TensorSet
 from medfl.client.training.plain import AdjustGradients, ExtraLoss, planned_steps, train_plain
 from medfl.client.workbench import Bench
-from medfl.shared.algorithms import fed_dyn, fed_nova, scaffold
+from medfl.shared.algorithms import fed_dc, fed_dyn, fed_nova, scaffold
 from medfl.shared.algorithms.fed_prox import add_proximal_gradient
 from medfl.shared.algorithms.moon import Representation, contrastive_loss
 from medfl.shared.algorithms.settings import (
     DittoSettings,
+    FedDCSettings,
     FedDynSettings,
     FedNovaSettings,
     MoonSettings,
@@ -101,6 +102,8 @@ def train_local(
     match study.strategy:
         case ScaffoldSettings():
             return _scaffold(work)
+        case FedDCSettings(alpha=alpha):
+            return _fed_dc(work, alpha)
         case FedDynSettings(alpha=alpha):
             return _fed_dyn(work, alpha)
         case FedNovaSettings():
@@ -133,6 +136,33 @@ def _scaffold(work: _Work) -> Local:
     change = scaffold.control_change(given.beside, update, steps=work.steps, learning_rate=rate)
     change[~bench.trainable()] = 0  # running statistics have no gradient
     return Local(np.concatenate([update, change]), own + change, tally)
+
+
+def _fed_dc(work: _Work, alpha: float) -> Local:
+    bench, given, training = work.bench, work.given, work.study.training
+    nothing = np.zeros_like(given.weights)
+    drift, last = (nothing, nothing) if given.kept is None else np.split(given.kept, 2)
+    rate = training.learning_rate_of(work.round_number, work.study.rounds.count)
+    term = fed_dc.gradient_term(last, given.beside, steps=work.steps, learning_rate=rate)
+    if given.kept is None:  # a site that joins has no last update: nothing to compare with
+        term = nothing
+    terms, shifts, parameters = bench.on_parameters(term), bench.on_parameters(drift), work.parameters
+    anchors = [
+        parameter.detach().clone() if shift is None else parameter.detach() - shift
+        for parameter, shift in zip(parameters, shifts, strict=True)
+    ]
+
+    def adjust() -> None:
+        add_proximal_gradient(parameters, anchors, mu=alpha)
+        for parameter, of_parameter in zip(parameters, terms, strict=True):
+            if parameter.grad is not None and of_parameter is not None:
+                parameter.grad.add_(of_parameter)
+
+    tally = work.train(adjust)
+    update = bench.update_from(given.weights)
+    own = np.where(bench.trainable(), update, np.float32(0))  # running statistics do not drift
+    drift = fed_dc.next_drift(drift, own)
+    return Local(np.concatenate([fed_dc.corrected(update, drift), own]), np.concatenate([drift, own]), tally)
 
 
 def _fed_dyn(work: _Work, alpha: float) -> Local:

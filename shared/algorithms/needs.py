@@ -14,6 +14,7 @@ from medfl.shared.algorithms.settings import (
     FedAvgSettings,
     FedBNSettings,
     FedBuffSettings,
+    FedDCSettings,
     FedDynSettings,
     FedNovaSettings,
     FedProxSettings,
@@ -29,7 +30,7 @@ from medfl.shared.algorithms.settings import (
 )
 
 SUM_ONLY = (
-    "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad, fedbn, personal-layers, scaffold, fednova, feddyn, "
+    "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad, fedbn, personal-layers, scaffold, fednova, feddyn, feddc, "
     "ditto or moon"
 )
 """Algorithms that run under secure aggregation, in words."""
@@ -83,7 +84,7 @@ def demands_of(strategy: StrategySettings) -> Demands:
             return Demands()
         case FedBNSettings() | PersonalLayersSettings():
             return Demands(site_state=True)
-        case ScaffoldSettings():
+        case ScaffoldSettings() | FedDCSettings():
             return Demands(
                 beside=Beside.A_MODEL,
                 site_state=True,

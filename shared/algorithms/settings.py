@@ -75,6 +75,13 @@ class FedDynSettings(Settings):
     alpha: float = Field(default=0.1, gt=0, le=100)
 
 
+class FedDCSettings(Settings):
+    """Local drift kept apart and corrected (Gao et al. 2022, https://arxiv.org/abs/2203.11751)."""
+
+    name: Literal["feddc"] = "feddc"
+    alpha: float = Field(default=0.1, gt=0, le=100)
+
+
 class DittoSettings(Settings):
     """FedAvg, and at each site a model of its own near it (Li et al. 2021, https://arxiv.org/abs/2012.04221)."""
 
@@ -153,6 +160,7 @@ StrategySettings = Annotated[
     | ScaffoldSettings
     | FedNovaSettings
     | FedDynSettings
+    | FedDCSettings
     | DittoSettings
     | MoonSettings
     | FedBuffSettings

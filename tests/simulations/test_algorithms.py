@@ -22,6 +22,7 @@ from medfl.shared.weights import Flat
 from medfl.simulations import misbehaviour
 from medfl.simulations.config import Attacker, Failures
 from medfl.simulations.federation import Federation, federate
+from medfl.simulations.misbehaviour import with_flipped_labels
 
 ROUNDS = 40
 
@@ -132,6 +133,11 @@ def test_feddyn_reaches_the_common_optimum_where_fedavg_drifts() -> None:
     assert feddyn < 0.1 * fedavg
 
 
+def test_feddc_reaches_the_common_optimum_where_fedavg_drifts() -> None:
+    feddc = distance(federate(study({"name": "feddc", "alpha": 0.1}), opposed()))
+    assert feddc < 0.1 * distance(fed_avg())
+
+
 def test_fedprox_drifts_less_than_fedavg() -> None:
     fedavg = distance(fed_avg())
     assert distance(federate(study({"name": "fedprox", "mu": 0.5}), opposed())) < 0.8 * fedavg
@@ -213,7 +219,30 @@ def test_robust_rules_survive_sites_that_flip_their_updates_and_the_mean_does_no
     assert loss({"name": "fedavg"}, attackers) > honest + 0.4
 
 
-@pytest.mark.parametrize("name", ["scaffold", "fednova", "feddyn", "ditto"])
+@pytest.mark.parametrize(
+    "strategy", [*ROBUST[2:4], {"name": "median"}, {"name": "trimmed-mean", "trim": 0.4}], ids=lambda s: s["name"]
+)
+def test_robust_rules_survive_sites_that_flip_their_labels_and_the_mean_does_not(strategy: dict[str, Any]) -> None:
+    # two of five sites teach the opposite of what is right
+    sites = {f"s{n}": skewed(0.5, 40, seed=4 * n) for n in range(5)}
+    flipped = {n: with_flipped_labels(d, 2) if n in ("s0", "s1") else d for n, d in sites.items()}
+
+    def loss(settings: dict[str, Any], data: dict[str, SiteData]) -> float:
+        made = classes_study(
+            strategy=settings,
+            training={"learning_rate": 0.3, "steps": 5, "weight_decay": 0.05},
+            rounds={"count": 15, "evaluate_every": 15, "minimum_sites": 5},
+        )
+        scores = federate(made, data).site_scores
+        return sum(scores[site]["loss"] for site in ("s2", "s3", "s4")) / 3
+
+    honest = loss({"name": "fedavg"}, sites)
+    broken = loss({"name": "fedavg"}, flipped)
+    assert broken > honest + 0.2
+    assert loss(strategy, flipped) < honest + 0.6 * (broken - honest)
+
+
+@pytest.mark.parametrize("name", ["scaffold", "fednova", "feddyn", "feddc", "ditto"])
 def test_vectors_beside_the_model_go_through_secure_sums_as_they_go_in_clear(name: str) -> None:
     sites = {f"s{n}": skewed(0.2 + 0.2 * n, 20 + 4 * n, seed=n) for n in range(4)}
     rounds = {"count": 3, "evaluate_every": 3, "minimum_sites": 4}
@@ -233,12 +262,12 @@ def test_vectors_beside_the_model_go_through_secure_sums_as_they_go_in_clear(nam
     assert np.abs(clear.weights - masked.weights).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["scaffold", "feddyn", "ditto"])
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "feddc", "ditto"])
 def test_what_a_site_keeps_survives_a_restart_and_is_not_counted_twice(name: str, tmp_path: Path) -> None:
     made = study({"name": name})
     data = skewed(0.3, 20, seed=0)
     length = 2 * 16 + 2
-    beside = np.full(length, 0.01, np.float32) if name == "scaffold" else np.zeros(0, np.float32)
+    beside = np.full(length, 0.01, np.float32) if name in ("scaffold", "feddc") else np.zeros(0, np.float32)
     asked = [np.concatenate([np.full(length, 0.1 * n, np.float32), beside]) for n in (1, 2)]
 
     def answer(site: Any, number: int) -> Flat:

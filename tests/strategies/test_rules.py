@@ -15,6 +15,7 @@ from medfl.shared.errors import ProtocolError
 from medfl.shared.messages import TENSOR, Kind, pack, request_config
 from medfl.shared.weights import Flat
 from medfl.strategies.bulyan import bulyan, krum_order, nearest_mean
+from medfl.strategies.fed_dc import fed_dc
 from medfl.strategies.fed_dyn import fed_dyn
 from medfl.strategies.fed_nova import fed_nova
 from medfl.strategies.geometric_median import geometric_median, smoothed_weiszfeld
@@ -53,6 +54,11 @@ def test_feddyn_corrects_by_the_memory_of_all_updates() -> None:
     # h = -0.5 + 0.25 * 4 = 0.5; model = 3 - 4 - 1 = -2
     model, memory = rule(Turn(model, (update(vector(-4)),), share=0.5), memory)
     assert (model.tolist(), memory["h"].tolist()) == ([-2.0], [0.5])
+
+
+def test_feddc_takes_the_mean_and_hands_out_the_mean_of_the_updates() -> None:
+    model, memory = fed_dc(Turn(vector(1, 1), (update(vector(2, -2), vector(4, 8)),), share=0.5), {})
+    assert (model.tolist(), memory["mean-update"].tolist()) == ([3.0, -1.0], [4.0, 8.0])
 
 
 def test_q_zero_is_the_plain_mean_over_sites() -> None:

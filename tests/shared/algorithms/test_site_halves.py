@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from medfl.shared.algorithms import fed_dyn, fed_nova, scaffold
+from medfl.shared.algorithms import fed_dc, fed_dyn, fed_nova, scaffold
 from medfl.shared.algorithms.moon import Representation, contrastive_loss
 from medfl.shared.algorithms.personal_layers import layer_tensors
 from medfl.shared.errors import ConfigError
@@ -45,6 +45,18 @@ def test_normalised_updates_come_back_as_steps() -> None:
 
 def test_feddyn_keeps_what_pulled_the_site_away() -> None:
     assert fed_dyn.next_own(vector(0, 1), vector(2, -2), alpha=0.5).tolist() == [-1.0, 2.0]
+
+
+def test_feddc_sends_its_model_with_the_drift_it_has_gathered() -> None:
+    # drift 1 and an update of -3: drift -2, sent -3 + -2
+    drift = fed_dc.next_drift(vector(1, 0), vector(-3, 2))
+    assert drift.tolist() == [-2.0, 2.0]
+    assert fed_dc.corrected(vector(-3, 2), drift).tolist() == [-5.0, 4.0]
+
+
+def test_feddc_pulls_by_what_its_last_update_differed_from_the_mean() -> None:
+    # the site moved by -4, all by -1: in 3 steps of rate 0.5 its gradients were larger by 2, which is taken off
+    assert fed_dc.gradient_term(vector(-4), vector(-1), steps=3, learning_rate=0.5).tolist() == [-2.0]
 
 
 def test_the_contrastive_loss_is_low_near_the_global_and_high_near_the_last_model() -> None:
