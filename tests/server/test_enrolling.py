@@ -1,0 +1,166 @@
+"""Approve, revoke, renew: each change one signed epoch, and the same command again does no harm."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from medfl.server.cli import main
+from medfl.server.config import load_consortium
+from medfl.server.enrolling import Registrar
+from medfl.server.founding import found
+from medfl.shared.certificates import common_name, hosts_of, load_certificate, revoked_serials, signed_by
+from medfl.shared.enrolment import Invitation, Request, make_keys
+from medfl.shared.errors import ConfigError
+
+
+@pytest.fixture
+def registrar(tmp_path: Path) -> Registrar:
+    found(tmp_path / "fl", hosts=["fl.example.org"], port=9443)
+    return Registrar(load_consortium(tmp_path / "fl" / "consortium.yaml"))
+
+
+def request(root: Path, site: str, keys: str = "keys") -> Request:
+    return make_keys(root / site / keys, site)
+
+
+def test_several_requests_make_one_epoch_and_each_gets_an_invitation(registrar: Registrar, tmp_path: Path) -> None:
+    approved = registrar.approve([request(tmp_path, name) for name in ("north", "south", "west")])
+    assert [(outcome.site, outcome.what) for outcome in approved] == [
+        ("north", "new"),
+        ("south", "new"),
+        ("west", "new"),
+    ]
+    newest = registrar.rosters.newest()
+    assert (newest.epoch, newest.floor) == (2, 1)
+    assert [(site.id, site.name) for site in newest.sites] == [(1, "north"), (2, "south"), (3, "west")]
+    for outcome in approved:
+        invitation = Invitation.read(outcome.invitation)
+        assert invitation.fingerprint == registrar.fingerprint
+        assert common_name(invitation.certificate) == outcome.site
+        assert signed_by(invitation.certificate, invitation.authority)
+
+
+def test_a_request_that_is_approved_again_gets_a_certificate_and_no_new_epoch(
+    registrar: Registrar, tmp_path: Path
+) -> None:
+    north = request(tmp_path, "north")
+    first, again = registrar.approve([north])[0], registrar.approve([north])[0]
+    assert (again.what, registrar.rosters.newest_epoch) == ("known", 2)
+    assert first.invitation == again.invitation
+
+
+def test_a_lost_key_is_replaced_under_the_same_id_and_the_old_certificate_revoked(
+    registrar: Registrar, tmp_path: Path
+) -> None:
+    (first,) = registrar.approve([request(tmp_path, "north")])
+    old = Invitation.read(first.invitation).certificate
+    registrar.approve([request(tmp_path, "south")])
+    (second,) = registrar.approve([request(tmp_path, "north", "new-keys")])
+    assert second.what == "replaced"
+    newest = registrar.rosters.newest()
+    assert (newest.epoch, newest.floor) == (4, 4)  # nothing before it may be summed under
+    assert newest.by_name["north"].id == 1
+    revoked = revoked_serials(tmp_path / "fl" / "revoked.pem")
+    assert revoked == {old.serial_number}
+    assert Invitation.read(second.invitation).certificate.serial_number not in revoked
+
+
+def test_a_revoked_site_is_gone_and_neither_its_id_nor_its_certificate_comes_back(
+    registrar: Registrar, tmp_path: Path
+) -> None:
+    registrar.approve([request(tmp_path, name) for name in ("north", "south")])
+    after = registrar.revoke("south")
+    assert (after.epoch, after.floor, [site.name for site in after.sites]) == (3, 3, ["north"])
+    registrar.approve([request(tmp_path, "west")])
+    assert registrar.rosters.newest().by_name["west"].id == 3
+    issued = [load_certificate(path) for path in (tmp_path / "fl" / "certificates").glob("south-*.pem")]
+    assert {certificate.serial_number for certificate in issued} == revoked_serials(tmp_path / "fl" / "revoked.pem")
+    with pytest.raises(ConfigError, match="has no site south: its sites are north, west"):
+        registrar.revoke("south")
+
+
+def test_the_list_of_revoked_certificates_is_signed_by_the_authority(registrar: Registrar, tmp_path: Path) -> None:
+    listed = x509.load_pem_x509_crl((tmp_path / "fl" / "revoked.pem").read_bytes())
+    assert listed.is_signature_valid(load_certificate(tmp_path / "fl" / "authority.pem").public_key())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("twin", ["site.key", "node.key"])
+def test_two_sites_do_not_share_a_key(registrar: Registrar, tmp_path: Path, twin: str) -> None:
+    registrar.approve([request(tmp_path, "north")])
+    (tmp_path / "south" / "keys").mkdir(parents=True)
+    for name in (twin, f"{twin}.pub"):
+        shutil.copy(tmp_path / "north" / "keys" / name, tmp_path / "south" / "keys")
+    with pytest.raises(ConfigError, match="same keys as south"):
+        registrar.approve([request(tmp_path, "south")])
+    assert registrar.rosters.newest_epoch == 2
+
+
+def test_the_signing_key_alone_revokes_although_the_authority_is_offline(registrar: Registrar, tmp_path: Path) -> None:
+    registrar.approve([request(tmp_path, "north")])
+    (tmp_path / "fl" / "authority.key").unlink()
+    with pytest.raises(ConfigError, match=r"authority\.key"):
+        registrar.revoke("north")
+    assert registrar.rosters.newest().sites == ()  # cut off all the same
+    with pytest.raises(ConfigError, match=r"authority\.key"):
+        registrar.approve([request(tmp_path, "south")])
+    assert registrar.rosters.newest_epoch == 3
+
+
+def test_a_move_is_a_new_epoch_and_a_renewal_is_not(registrar: Registrar, tmp_path: Path) -> None:
+    certificate = tmp_path / "fl" / "coordinator.pem"
+    before = load_certificate(certificate)
+    registrar.renew_server((), None)
+    assert registrar.rosters.newest_epoch == 1
+    assert load_certificate(certificate).serial_number != before.serial_number
+    assert load_certificate(certificate).public_key() == before.public_key()
+    registrar.renew_server(["new.example.org", "10.0.0.7"], 443)
+    newest = registrar.rosters.newest()
+    assert (newest.epoch, newest.floor, newest.coordinator) == (2, 1, "new.example.org:443")
+    assert hosts_of(load_certificate(certificate)) == ["new.example.org", "10.0.0.7"]
+
+
+def approve(root: Path, *more: str) -> int:
+    config = str(root / "fl" / "consortium.yaml")
+    return main(["--config", config, "approve", str(root / "north" / "keys" / "request.json"), *more])
+
+
+def test_approve_shows_the_fingerprint_and_does_nothing_without_a_yes(
+    registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    north = request(tmp_path, "north")
+    for answer, status, epoch in (("no", 3, 1), ("yes", 0, 2)):
+        monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
+        assert approve(tmp_path) == status
+        assert registrar.rosters.newest_epoch == epoch
+        assert north.fingerprint in capsys.readouterr().out
+
+
+def test_approve_takes_fingerprints_heard_by_telephone_and_no_others(
+    registrar: Registrar, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    north = request(tmp_path, "north")
+    assert approve(tmp_path, "--fingerprint", "SHA256:another") == 3
+    assert "site north has none of the fingerprints given" in capsys.readouterr().err
+    assert registrar.rosters.newest_epoch == 1
+    assert approve(tmp_path, "--fingerprint", "SHA256:another", north.fingerprint) == 0
+    assert "[x] 3." in capsys.readouterr().out
+
+
+def test_revoke_and_renew_on_the_command_line(
+    registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registrar.approve([request(tmp_path, "north")])
+    monkeypatch.setenv("MEDFL_CONSORTIUM", str(tmp_path / "fl" / "consortium.yaml"))
+    assert main(["revoke", "south"]) == 2
+    assert main(["revoke", "north"]) == 0
+    assert main(["renew", "--host", "new.example.org"]) == 0
+    assert "sites dial new.example.org:9443 (roster epoch 4)" in capsys.readouterr().out
+
+
+def test_two_commands_do_not_change_the_roster_at_once(registrar: Registrar, tmp_path: Path) -> None:
+    with registrar.alone(), pytest.raises(ConfigError, match="in use by another process"), registrar.alone():
+        pass
