@@ -22,7 +22,7 @@ from medfl.client.config import SiteSettings
 from medfl.client.fleet import Fleet
 from medfl.client.joining import join
 from medfl.client.node import Node
-from medfl.client.runtime import check_ins, node_settings, site_rosters
+from medfl.client.runtime import check_ins, coordinator_address, node_settings, site_rosters
 from medfl.client.transport import Kind, LinkTrouble
 from medfl.server.config import ConsortiumSettings, load_consortium
 from medfl.server.coordinator import link_settings
@@ -39,6 +39,7 @@ from medfl.shared.certificates import (
 )
 from medfl.shared.enrolment import Invitation, make_keys, make_request
 from medfl.shared.keys import load_site_key
+from medfl.simulations.demo import free_port
 
 
 class World:
@@ -286,3 +287,58 @@ def test_a_running_node_follows_the_consortium_and_its_log_says_so(world: World)
     until(lambda: b'"roster confirmed"' in audit_file(site.state).read_bytes(), 15)
     assert b'"epoch": 3' in audit_file(site.state).read_bytes() or b'"epoch":3' in audit_file(site.state).read_bytes()
     assert len(world.link.online()) == 1
+
+
+def test_a_coordinator_that_moves_tells_its_sites_where_to(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    site = world.site("north").model_copy(update={"state": world.root / "moved-state", "coordinator": None})
+    site.state.mkdir()
+    (site.state / "roster").symlink_to(world.site("north").state / "roster")
+    audit = Audit(audit_file(site.state))
+    world.stack.callback(audit.close)
+    world.registrar.renew_server(["127.0.0.1"], world.link.port)  # where it is reached now
+    site_rosters(site).receive(world.registrar.rosters.newest_signed())
+    node = Node(
+        node_settings(site),
+        echo,
+        let_in,
+        check_in=check_ins(site, audit),
+        address=lambda: coordinator_address(site),
+    )
+    thread = threading.Thread(target=node.run, daemon=True)
+    thread.start()
+    world.stack.callback(thread.join, 10)
+    world.stack.callback(node.stop)
+    until(lambda: len(world.link.online()) == 1)
+
+    port = free_port()
+    world.registrar.renew_server(["127.0.0.1"], port)
+    until(lambda: coordinator_address(site) == f"127.0.0.1:{port}", 15)
+    assert len(world.link.online()) == 1  # nobody is cut off by the announcement
+    world.door.__exit__()
+    world.link.__exit__()
+    text = (world.root / "fl" / "consortium.yaml").read_text()
+    (world.root / "fl" / "consortium.yaml").write_text(text.replace("port: 0", f"port: {port}"))
+    settings = load_consortium(world.root / "fl" / "consortium.yaml")
+    with Link(link_settings(settings)) as link, Doorkeeper(settings, link):
+        until(lambda: len(link.online()) == 1, 30)
+        node.stop()
+        thread.join(10)
+
+
+def test_the_desk_answers_sites_only_and_survives_whatever_is_posted(world: World) -> None:
+    fleet = world.fleet("north")
+    for body in (b"", b"\n", b"x" * 100_000, b"{}", b"AAAA\n{}"):
+        with pytest.raises(LinkTrouble) as caught:
+            fleet.check_in(body)
+        assert caught.value.kind is Kind.NOT_ENROLLED
+    assert fleet._client._client.get(f"https://127.0.0.1:{world.link.port}{checkin.PATH}").status_code == 404
+    fleet.check()
+
+
+def test_a_damaged_list_of_revoked_certificates_changes_nothing_and_is_told(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR, "medfl"):
+        world.settings.trust.revoked.write_text("nonsense")
+        until(lambda: "not a list of revoked certificates" in caplog.text, 5)
+    world.fleet("north").check()
