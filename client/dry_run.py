@@ -36,7 +36,8 @@ def dry_run(settings: SiteSettings, study_file: Path, console: Console) -> None:
     device = site_device(settings)
     with LoadingBar(console) as loading:
         data = load_data(settings, study, device, loading).splits[Split.TRAIN]
-    bench = make_bench(study, device)
+    # Whatever weights it begins with, a study's update has the same form.
+    bench = make_bench(study.model_copy(update={"initial_weights": None}), device)
     weights = bench.layout.flatten(bench.network.state_dict())
     one_step = study.model_copy(update={"training": study.training.model_copy(update={"steps": 1, "epochs": None})})
     tally = train_plain(bench.network, data, one_step, generator=torch.Generator(device).manual_seed(0))

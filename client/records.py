@@ -37,6 +37,14 @@ class Records(Protocol):
         """Delete what was made of patients for a withdrawn study, and keep no more of it. The site's rows stay."""
         ...
 
+    def keep_initial(self, digest: str, content: bytes) -> None:
+        """Keep the file of the weights a study begins with."""
+        ...
+
+    def initial(self, digest: str) -> bytes | None:
+        """The file of the weights a study begins with, or None."""
+        ...
+
     def note(self, digest: str, row: dict[str, Any]) -> None:
         """Append one row to the site's own metrics of a study."""
         ...
@@ -70,6 +78,7 @@ class MemoryRecords:
 
     def __init__(self) -> None:
         self._studies: dict[str, Study] = {}
+        self._initial: dict[str, bytes] = {}
         self._personal: dict[str, tuple[str, Flat, Flat | None]] = {}  # asked, what stays, what stood before
         self.rows: dict[str, list[dict[str, Any]]] = {}
 
@@ -84,6 +93,14 @@ class MemoryRecords:
     def forget(self, digest: str) -> None:
         """Let the personal tensors go."""
         self._personal.pop(digest, None)
+
+    def keep_initial(self, digest: str, content: bytes) -> None:
+        """Keep the file of the weights a study begins with."""
+        self._initial[digest] = content
+
+    def initial(self, digest: str) -> bytes | None:
+        """The file of the weights a study begins with, or None."""
+        return self._initial.get(digest)
 
     def note(self, digest: str, row: dict[str, Any]) -> None:
         """Append one row to the metrics of a study."""
@@ -151,6 +168,17 @@ class FolderRecords:
             except (OSError, ProtocolError):
                 return None
         return self._studies[digest]
+
+    def keep_initial(self, digest: str, content: bytes) -> None:
+        """Keep the file of the weights a study begins with, durably."""
+        write_whole(private_folder(self._of(digest)) / "initial.safetensors", content)
+
+    def initial(self, digest: str) -> bytes | None:
+        """The file of the weights a study begins with, or None."""
+        try:
+            return (self._of(digest) / "initial.safetensors").read_bytes()
+        except OSError:
+            return None
 
     def note(self, digest: str, row: dict[str, Any]) -> None:
         """Append one row to the study's ``metrics.jsonl``."""

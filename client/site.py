@@ -32,7 +32,9 @@ from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.chain import Head
 from medfl.shared.errors import DataError, PolicyRefusal, ProtocolError
 from medfl.shared.files import private_folder
+from medfl.shared.initial_weights import digest_of
 from medfl.shared.messages import (
+    NO_INITIAL_WEIGHTS,
     UNKNOWN_STUDY,
     EvaluateReply,
     HeadsReply,
@@ -130,7 +132,8 @@ class Site:
         self._permit(study)
         if study.secure_aggregation.mode != "none":
             self._require_participant()
-        bench = self._workbench.open(study)
+        self._take_initial(study, offer)
+        bench = self._bench(study)
         data = self._split(study, Split.TRAIN)
         if isinstance(study.privacy, DpSgd):
             require_private_network(
@@ -367,7 +370,29 @@ class Site:
         study = self._approved(request.study)
         if request.round > study.rounds.count:
             raise ProtocolError(f"round {request.round} is beyond the study's {study.rounds.count}")
-        return study, self._workbench.open(study)
+        return study, self._bench(study)
+
+    def _bench(self, study: Study) -> Bench:
+        return self._workbench.open(study, lambda: self._initial(study))
+
+    def _initial(self, study: Study) -> bytes | None:
+        """The file that ``study`` begins with. Raises ProtocolError, so that it is sent again, when it is gone."""
+        kept = self._records.initial(study.digest)
+        if study.initial_weights is not None and (kept is None or digest_of(kept) != study.initial_weights):
+            raise ProtocolError("the study's initial weights are not here any more", reason=UNKNOWN_STUDY)
+        return kept
+
+    def _take_initial(self, study: Study, offer: StudyOffer) -> None:
+        """Keep the weights that ``study`` begins with: the file its digest names, and no other. ProtocolError."""
+        wanted, kept = study.initial_weights, self._records.initial(study.digest)
+        if wanted is None or (kept is not None and digest_of(kept) == wanted):
+            return
+        if digest_of(offer.initial) != wanted:
+            raise ProtocolError(
+                f"study {study.name} begins with weights that are not here yet: they are asked for",
+                reason=NO_INITIAL_WEIGHTS,
+            )
+        self._records.keep_initial(study.digest, offer.initial)
 
     def _kept(self, study: Study, asked: str = "", counted: int | None = None) -> Flat | None:
         """What the site has kept of the study's earlier rounds; None for strategies without memory at sites."""

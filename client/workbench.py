@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -99,17 +100,21 @@ class Workbench:
         self._digest: str | None = None
         self._bench: Bench | None = None
 
-    def open(self, study: Study) -> Bench:
-        """The bench of ``study``; the one of any other study is let go."""
+    def open(self, study: Study, initial: Callable[[], bytes | None] = lambda: None) -> Bench:
+        """The bench of ``study``, which may begin with ``initial`` weights; the one of any other study is let go."""
         digest = study.digest
         if self._bench is None or self._digest != digest:
             self._bench = None  # free the old network first
-            self._bench, self._digest = make_bench(study, self.device), digest
+            self._bench, self._digest = make_bench(study, self.device, initial()), digest
         return self._bench
 
 
-def make_bench(study: Study, device: torch.device) -> Bench:
-    """Build the network of ``study`` on ``device``. Raises ConfigError when its strategy does not fit its network."""
-    network = build_study_network(study).to(device)
+def make_bench(study: Study, device: torch.device, initial: bytes | None = None) -> Bench:
+    """Build the network of ``study`` on ``device``, from ``initial`` weights where the study names some.
+
+    Raises:
+        ConfigError: its strategy or its initial weights do not fit its network.
+    """
+    network = build_study_network(study, initial).to(device)
     travel, stay = layouts(study, network)
     return Bench(network, travel, stay, stay.flatten(network.state_dict()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from flwr.app import Message
@@ -11,9 +12,10 @@ from flwr.serverapp import Grid
 
 from medfl.server.exchange import cut_off, nodes_word
 from medfl.shared.errors import BUDGET, Code, ProtocolError
-from medfl.shared.messages import Failure, Kind, OfferAccepted, StudyOffer, outcome
+from medfl.shared.messages import NO_INITIAL_WEIGHTS, Failure, Kind, OfferAccepted, StudyOffer, outcome
 from medfl.shared.study import Study
 
+_LACKING = f"{Code.PROTOCOL.value}: {NO_INITIAL_WEIGHTS}"
 _ASK_AGAIN_S = (10.0, 300.0)  # first and longest pause: a site may have to read all its images to say no again
 
 
@@ -36,9 +38,14 @@ class Directory(Protocol):
 class Admission:
     """Offers the study without waiting, and collects the answers whenever it is asked."""
 
-    def __init__(self, study: Study, grid: Grid, directory: Directory, signature: bytes = b"") -> None:
+    def __init__(
+        self, study: Study, grid: Grid, directory: Directory, signature: bytes = b"", initial: bytes | None = None
+    ) -> None:
+        """``initial`` is the file of the weights the study begins with, for sites that have none yet."""
         self._study = study
         self._signature = signature
+        self._initial = initial
+        self._lacking: set[int] = set()  # nodes that have asked for that file, and are offered the study with it
         self._grid = grid
         self._directory = directory
         self._accepted: set[int] = set()
@@ -106,10 +113,17 @@ class Admission:
         return not self._spent or len(self._directory.enrolled()) - len(self._spent) >= needed
 
     def _offer(self, nodes: list[int], now: float) -> None:
-        offer = StudyOffer(self._study.digest, self._study.canonical(), self._signature)
+        bare = StudyOffer(self._study.digest, self._study.canonical(), self._signature)
+        full = replace(bare, initial=self._initial or b"")
         deadline, joined = self._study.rounds.deadline_s, self._directory.joined()
         messages = [
-            Message(offer.record(), dst_node_id=node, message_type=Kind.OFFER.value, ttl=deadline) for node in nodes
+            Message(
+                (full if node in self._lacking else bare).record(),
+                dst_node_id=node,
+                message_type=Kind.OFFER.value,
+                ttl=deadline,
+            )
+            for node in nodes
         ]
         for node, identity in zip(nodes, self._grid.push_messages(messages), strict=True):
             self._offered[identity] = (node, now + deadline, joined.get(node, ""))
@@ -133,13 +147,17 @@ class Admission:
             return  # it is offered the study again as soon as it is back
         if (why := _refusal(reply)) == f"{Code.REFUSED.value}: {BUDGET}":
             self.has_spent(node)
+        elif why == _LACKING and self._initial is not None and node not in self._lacking:
+            self._lacking.add(node)
         elif why:
+            self._lacking.discard(node)
             self.refusals[name] = why
             self._refused_in[node] = asked[2]
             pause = self._pause_s.get(node, _ASK_AGAIN_S[0])
             self._ask_after[node], self._pause_s[node] = now + pause, min(2 * pause, _ASK_AGAIN_S[1])
         else:
             self._accepted.add(node)
+            self._lacking.discard(node)
             self._pause_s.pop(node, None)
             self.refusals.pop(name, None)
 

@@ -152,18 +152,17 @@ def _digest(tensors: Mapping[str, NDArray[np.float32]], about: Mapping[str, Any]
     return hashlib.sha256(f"{names!r}{said}".encode()).hexdigest()
 
 
-def save_model(path: Path, study: Study, layout: Layout, weights: Flat, *, round_number: int) -> None:
+def save_model(
+    path: Path, study: Study, layout: Layout, weights: Flat, *, round_number: int, initial: bytes | None = None
+) -> None:
     """Write the model as safetensors under the network's own tensor names; the study travels in the metadata.
 
     Layers that the study did not train are written too, so that the file is a whole model.
     """
-    if study.training.train_only == "head":
-        from medfl.shared.algorithms.travel import build_study_network  # imports PyTorch
+    if study.training.train_only != "all":
+        from medfl.shared.algorithms.travel import whole_model  # imports PyTorch
 
-        network = build_study_network(study)
-        layout.load(weights, network)
-        layout = Layout.of(network)
-        weights = layout.flatten(network.state_dict())
+        layout, weights = whole_model(study, layout, weights, initial)
     tensors: dict[str, Flat] = {}
     start = 0
     for name, shape in layout.tensors:

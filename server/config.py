@@ -48,6 +48,7 @@ class ConsortiumSettings(Settings):
     trust: TrustFiles
     state: LocalPath
     studies: tuple[LocalPath, ...] = ()  # study files, submitted at each start; medfl-server submit does it later
+    initial_weights: tuple[LocalPath, ...] = ()  # safetensors files that studies begin with, each by its SHA-256
     runs: LocalPath  # a folder for each study: model, metrics, checkpoints, logs
     health: LocalPort | None = None  # the gRPC health service, for Kubernetes and load balancers
     metrics: LocalPort | None = None  # Prometheus

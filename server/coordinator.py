@@ -36,7 +36,7 @@ from medfl.server.rosters import RosterFolder
 from medfl.server.rounds import Ending, Result, Rounds
 from medfl.server.secagg.store import FolderStore
 from medfl.server.studies import Entry, Record, State
-from medfl.server.submission import desk_of, submit_listed
+from medfl.server.submission import desk_of, initial_of, submit_listed
 from medfl.server.weight_sum import SecureParts
 from medfl.shared.admin import AdminSocket
 from medfl.shared.algorithms.beginning import begin_apart
@@ -182,6 +182,7 @@ class _Turns:
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         logging.getLogger("medfl").addHandler(log_file)
         results: list[Result] = []
+        initial = initial_of(self.settings, study)
         try:
             with self.link.run(_series(folder), name=study.name, digest=study.digest) as run:
                 write_whole(folder / "series.json", json.dumps({"series": run.series_id}).encode())
@@ -198,10 +199,11 @@ class _Turns:
                         reporter=Several(MetricsFile(folder / "metrics.jsonl"), self.reporter),
                         stop=to_end,
                         series=run.series_id,
-                        beginning=begin_apart(study),
+                        beginning=begin_apart(study, initial),
                         secure=_secure_parts(self.settings, study, folder, self.door),
                         keeping=_head_keeping(self.settings, self.audit),
                         signature=entry.signature,
+                        initial=initial,
                     )
                     results.append(rounds.run())
 
@@ -211,7 +213,7 @@ class _Turns:
             ending = {"ending": result.ending.value, "round": result.round, "study": study.digest}
             if result.round:
                 path = folder / "model.safetensors"
-                save_model(path, study, result.layout, result.weights, round_number=result.round)
+                save_model(path, study, result.layout, result.weights, round_number=result.round, initial=initial)
                 ending["model"] = weights_digest(result.weights)  # as sites note it of what they receive
             write_whole(folder / "ending.json", json.dumps(ending).encode(), mode=0o644)
             return result

@@ -98,11 +98,13 @@ class Rounds:
         beginning: Beginning | None = None,
         keeping: HeadKeeping | None = None,
         signature: bytes = b"",
+        initial: bytes | None = None,
     ) -> None:
         """Prepare the study; ``secure`` is needed where the study asks for secure aggregation.
 
-        ``beginning`` is the study's first model (absent: made here). ``keeping`` remembers over restarts how long the
-        sites' records were; virtual sites have none. Without the consortium's ``signature`` no site takes part.
+        ``beginning`` is the study's first model (absent: made here), ``initial`` the file of the weights it names.
+        ``keeping`` remembers over restarts how long the sites' records were; virtual sites have none. Without the
+        consortium's ``signature`` no site takes part.
         """
         self._study = study
         self._grid = grid
@@ -110,10 +112,10 @@ class Rounds:
         self._reporter = reporter
         self._stop = stop
         self._series = series
-        self._admission = Admission(study, grid, directory, signature)
+        self._admission = Admission(study, grid, directory, signature, initial)
         self._directory = directory
         self._strategy = build_strategy(study)
-        beginning = beginning or begin(study)
+        beginning = beginning or begin(study, initial)
         self._layout, self._weights = beginning.layout, beginning.weights
         self._round = 0
         self._answers = Answers()

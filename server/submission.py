@@ -9,8 +9,10 @@ from medfl.server.config import ConsortiumSettings
 from medfl.server.desk import FINISHED, Checks, Desk, Named, Submission
 from medfl.server.rosters import RosterFolder
 from medfl.server.studies import State, StudyStore
+from medfl.shared.algorithms.beginning import begin_apart
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
+from medfl.shared.initial_weights import digest_of, read_initial
 from medfl.shared.keys import load_site_key
 from medfl.shared.signing import Document, Signed, load_signing_public_key, sign
 from medfl.shared.study import Study
@@ -24,6 +26,8 @@ def check_study(settings: ConsortiumSettings, study: Study, *, source: str) -> N
         ConfigError: it could not.
     """
     needs_of(study)
+    if study.initial_weights is not None:
+        begin_apart(study, initial_of(settings, study))
     sites = len(RosterFolder.of(settings).newest().sites)
     if study.rounds.minimum_sites > sites:
         raise ConfigError(
@@ -31,6 +35,18 @@ def check_study(settings: ConsortiumSettings, study: Study, *, source: str) -> N
         )
     if study.last_day is not None and study.last_day < datetime.datetime.now(datetime.UTC).date():
         raise ConfigError(f"{source}: last_day: {study.last_day} is over: no site would train")
+
+
+def initial_of(settings: ConsortiumSettings, study: Study) -> bytes | None:
+    """The file of the weights ``study`` begins with; None where it begins with its seed's, or no file is the one.
+
+    Raises:
+        ConfigError: a file that is named cannot be read.
+    """
+    if study.initial_weights is None:
+        return None
+    files = (read_initial(path) for path in settings.initial_weights)
+    return next((content for content in files if digest_of(content) == study.initial_weights), None)
 
 
 def sign_study(settings: ConsortiumSettings, study: Study, *, source: Path) -> Signed:

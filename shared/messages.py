@@ -37,6 +37,10 @@ TENSOR = "float32"
 UNKNOWN_STUDY = "unknown study"
 """Reason of the failure after which the coordinator offers its study again."""
 
+NO_INITIAL_WEIGHTS = "initial weights wanted"
+"""Reason of the failure after which the coordinator offers its study again, with the weights it begins with."""
+
+_FILE = "file"
 _COUNTED = "counted"
 
 _SIGNATURE = "signature"
@@ -83,10 +87,11 @@ class StudyOffer:
     digest: str
     canonical: bytes
     signature: bytes  # the consortium's, of the canonical form as a study (medfl.shared.signing)
+    initial: bytes = b""  # the file of initial weights, for a site that has asked for it
 
     def record(self) -> RecordDict:
         """As Flower records."""
-        return _config(
+        content = _config(
             {
                 "study": self.digest,
                 "canonical": self.canonical,
@@ -94,16 +99,26 @@ class StudyOffer:
                 _SIGNATURE: self.signature,
             }
         )
+        if self.initial:
+            content["initial"] = _arrays(**{_FILE: np.frombuffer(self.initial, dtype=np.uint8)})
+        return content
 
     @classmethod
     def parse(cls, content: RecordDict) -> StudyOffer:
         """Raises ProtocolError when malformed."""
-        config = _read_config(content, {"study", "canonical", _SIGNATURE, "protocol"}, others=set())
+        others = {"initial"} if "initial" in content else set()
+        config = _read_config(content, {"study", "canonical", _SIGNATURE, "protocol"}, others=others)
         _check_protocol(config)
         signature = config.get(_SIGNATURE)
         if not isinstance(signature, bytes) or len(signature) != _SIGNATURE_BYTES:
             raise ProtocolError("the offer has no signature: the coordinator must submit the study with medfl-server")
-        return cls(_digest(config), _value(config, "canonical", bytes), signature)
+        initial = b""
+        if others:
+            file = _array(content, "initial", _FILE, {_FILE})
+            if file.dtype != np.uint8:
+                raise ProtocolError("the initial weights are not the bytes of a file")
+            initial = file.tobytes()
+        return cls(_digest(config), _value(config, "canonical", bytes), signature, initial)
 
 
 @dataclass(frozen=True, slots=True)

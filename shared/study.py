@@ -26,10 +26,11 @@ from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.metrics import Scoring
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy, PrivacySettings
 from medfl.shared.safeguards import Safeguards, unguarded
-from medfl.shared.zoo import ModelSpec, ModelTask, UNetSpec, check_size, tasks_of
+from medfl.shared.zoo import LogisticSpec, ModelSpec, ModelTask, UNetSpec, check_size, tasks_of
 
 MAX_STUDY_BYTES = 256 * 1024
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
 
@@ -69,7 +70,9 @@ class Training(Settings):
     decay: Literal["none", "cosine"] = "none"  # cosine: from learning_rate in round 1 towards 0 after the last round
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     momentum: float = Field(default=0.0, ge=0, lt=1)  # sgd only
-    train_only: Literal["all", "head"] = "all"  # head: the last layer; the others keep the weights they begin with
+    # head: the last layer; adapters: a narrow convolution beside each one, norms, and the last layer;
+    train_only: Literal["all", "head", "adapters"] = "all"  # what is not trained stays as it begins
+    adapter_rank: int = later(4, ge=1, le=256)  # channels of an adapter
     batch_size: int = Field(default=8, ge=1, le=4096)
     epochs: int | None = Field(default=None, ge=1, le=1000)
     steps: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -150,6 +153,7 @@ class Study(Settings):
     secure_aggregation: SecureAggregation  # no default either
     strategy: StrategySettings = FedAvgSettings()
     safeguards: Safeguards = later(Safeguards())
+    initial_weights: Sha256 | None = later(None)  # of a safetensors file at the coordinator; absent: from the seed
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
@@ -211,14 +215,21 @@ class Study(Settings):
             return
         if getattr(self.model, "norm", None) == "batch":
             raise ValueError(
-                "training.train_only: head keeps all other layers as they are, and batch norm would change with the "
-                "images: use model.norm: group or instance"
+                f"training.train_only: {self.training.train_only} keeps other layers as they are, and batch norm would "
+                "change with the images: use model.norm: group or instance"
             )
         if isinstance(self.strategy, FedBNSettings | PersonalLayersSettings):
             raise ValueError(
-                f"strategy {self.strategy.name} keeps layers at the sites, and training.train_only: head trains one "
-                "layer only: use strategy fedavg or fedprox, or train_only: all"
+                f"strategy {self.strategy.name} keeps layers at the sites, and training.train_only: "
+                f"{self.training.train_only} trains few layers: use strategy fedavg or fedprox, or train_only: all"
             )
+        if self.training.train_only == "adapters" and getattr(self.model, "weight_standardisation", False):
+            raise ValueError(
+                "training.train_only: adapters could not be folded into standardised weights: set "
+                "model.weight_standardisation: false, or use train_only: head"
+            )
+        if self.training.train_only == "adapters" and isinstance(self.model, LogisticSpec):
+            raise ValueError("training.train_only: adapters needs convolutions: use train_only: all")
 
     def canonical(self) -> bytes:
         """The study as JSON with sorted keys and no spaces: the bytes that are sent, signed and hashed.

@@ -124,6 +124,7 @@ class SimulationSettings(Settings):
     failures: Failures = Failures()
     variants: dict[Name, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     baselines: Baselines = Baselines()
+    initial_weights: LocalPath | None = None  # the safetensors file whose SHA-256 the study names
     examples: StrictBool = True  # pictures of a held-out patient of each site in the report
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(default=(0,), min_length=1)
     output: LocalPath = Path("runs")

@@ -24,6 +24,7 @@ from medfl.server.reporter import MetricsFile, Reporter, Several
 from medfl.server.rounds import Ending
 from medfl.shared.errors import DataError, TrainingError
 from medfl.shared.files import write_whole
+from medfl.shared.initial_weights import read_initial, shelve
 from medfl.shared.metrics import headline
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
@@ -68,6 +69,8 @@ def run_experiment(
     device = choose_device(settings.device)
     folder = settings.output / f"{settings.study.name}-{settings.study.digest[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
+    if settings.initial_weights is not None:
+        shelve(read_initial(settings.initial_weights))
     cells: list[Cell] = []
     patients: dict[str, int] = {}
     for seed in settings.seeds:

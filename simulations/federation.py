@@ -35,6 +35,7 @@ from medfl.server.rounds import Result, Rounds
 from medfl.server.secagg.store import MemoryStore
 from medfl.server.weight_sum import OneRoster, SecureParts
 from medfl.shared.algorithms.needs import demands_of
+from medfl.shared.initial_weights import shelved
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.secagg.roster import Member, make_roster
@@ -101,6 +102,7 @@ def federate(
 
     ``failures`` and ``attackers`` (by site) are what :func:`medfl.simulations.misbehaviour.misbehaving` makes of them,
     ``rhythms`` (by site) what :class:`medfl.simulations.pace.PacedGrid` does.
+    Weights that the study begins with must be on this process's shelf (:mod:`medfl.shared.initial_weights`).
     Each virtual site's ledger lives as long as the study: what a researcher tries does not add up on real patients.
     """
     device = device or torch.device("cpu")
@@ -109,6 +111,10 @@ def federate(
     workbench = Workbench(device)
     ledgers = TemporaryDirectory(prefix="medfl-ledgers-")
     records = {name: MemoryRecords() for name in sites}
+    initial = shelved(study.initial_weights)
+    if initial is not None:
+        for remembered in records.values():
+            remembered.keep_initial(study.digest, initial)  # one copy for all
     secure, participants = _secure_parts(study, list(sites))
     residents = {
         name: Site(
@@ -146,6 +152,7 @@ def federate(
             stop=stop or Event(),
             secure=secure,
             signature=sign(signer, Document.STUDY, study.canonical()).signature,
+            initial=initial,
         )
         outcome.append(rounds.run())
 

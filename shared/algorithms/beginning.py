@@ -20,31 +20,36 @@ from medfl.shared.weights import Flat, Layout
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """The weights of a study's first model, which its seed decides, and how they are laid out."""
+    """The weights of a study's first model, which its seed or a file decides, and how they are laid out."""
 
     layout: Layout
     weights: Flat
 
 
-def begin(study: Study) -> Beginning:
-    """Make the first model here. Raises ConfigError when the study's strategy does not fit its network."""
+def begin(study: Study, initial: bytes | None = None) -> Beginning:
+    """Make the first model here, of ``initial`` weights where the study names some.
+
+    Raises:
+        ConfigError: the study's strategy or its initial weights do not fit its network.
+    """
     from medfl.shared.algorithms.travel import build_study_network, layouts
 
-    network = build_study_network(study)
+    network = build_study_network(study, initial)
     layout, _ = layouts(study, network)
     return Beginning(layout, layout.flatten(network.state_dict()))
 
 
-def begin_apart(study: Study) -> Beginning:
+def begin_apart(study: Study, initial: bytes | None = None) -> Beginning:
     """As :func:`begin`, in a process of its own: this one never imports PyTorch.
 
     Raises:
-        ConfigError: the study's strategy does not fit its network. MedFLError: the process died.
+        ConfigError: the study's strategy or initial weights do not fit its network. MedFLError: the process died.
     """
     from safetensors.numpy import load
 
-    command = [sys.executable, "-m", "medfl.shared.algorithms.beginning", study.digest]
-    made = subprocess.run(command, input=study.canonical(), capture_output=True, check=False)
+    canonical = study.canonical()
+    command = [sys.executable, "-m", "medfl.shared.algorithms.beginning", study.digest, str(len(canonical))]
+    made = subprocess.run(command, input=canonical + (initial or b""), capture_output=True, check=False)
     if made.returncode:
         said = made.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         kind = ConfigError if made.returncode == ConfigError.exit_status else MedFLError
@@ -55,16 +60,19 @@ def begin_apart(study: Study) -> Beginning:
     return Beginning(layout, weights)
 
 
-def main(digest: str) -> int:
-    """The process: the study's canonical form comes in on standard input, safetensors go out on standard output."""
+def main(digest: str, length: int) -> int:
+    """The process: a study's canonical form of ``length`` bytes, and the file of its initial weights where it names
+    one, come in on standard input; safetensors go out on standard output.
+    """
     from safetensors.numpy import save
 
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # whatever a library prints is no part of the model
-    made = begin(Study.from_canonical(sys.stdin.buffer.read(), digest=digest))
+    study = Study.from_canonical(sys.stdin.buffer.read(length), digest=digest)
+    made = begin(study, sys.stdin.buffer.read() or None)
     out.write(save({"weights": made.weights}, {"layout": json.dumps(made.layout.tensors)}))
     out.flush()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run("first model", lambda: main(sys.argv[1])))
+    sys.exit(run("first model", lambda: main(sys.argv[1], int(sys.argv[2]))))

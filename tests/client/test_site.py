@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from signer import signature_of
 from sites import NOON, call, evaluate, make_site, offer, policy_for, start, train
 from tiny import classes_study, labels_study, masks_study, site_data
@@ -17,9 +18,13 @@ from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.client.policy import Policy
 from medfl.client.records import FolderRecords, MemoryRecords
+from medfl.client.site import Site
 from medfl.client.training import plain
+from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.errors import Code, DataError
+from medfl.shared.initial_weights import digest_of
 from medfl.shared.messages import (
+    NO_INITIAL_WEIGHTS,
     UNKNOWN_STUDY,
     EvaluateReply,
     Failure,
@@ -345,3 +350,56 @@ def test_evaluation_does_not_change_what_training_gives(study: Study, tmp_path: 
     offer(other, study)
     request = ModelRequest(study.digest, 1, start(study))
     assert site.train(request).update.tobytes() == other.train(request).update.tobytes()  # type: ignore[union-attr]
+
+
+def with_initial(value: float = 0.25) -> tuple[Study, bytes]:
+    tensors = {
+        name: torch.full_like(tensor, value) for name, tensor in build_study_network(masks_study()).state_dict().items()
+    }
+    content = save(tensors)
+    return masks_study(training={"train_only": "head"}, initial_weights=digest_of(content)), content
+
+
+def offer_with(site: Site, study: Study, content: bytes) -> Any:
+    return call(site, Kind.OFFER, StudyOffer(study.digest, study.canonical(), signature_of(study), content).record())
+
+
+def test_initial_weights_are_asked_for_checked_and_kept_over_a_restart(tmp_path: Path) -> None:
+    study, content = with_initial()
+    site = make_site(study, tmp_path, records=FolderRecords(tmp_path / "state"))
+    for reply in (offer(site, study), offer_with(site, study, content[:-1] + b"\0")):
+        assert Failure.parse(reply) == Failure(Code.PROTOCOL, NO_INITIAL_WEIGHTS)
+    assert OfferAccepted.parse(offer_with(site, study, content)) == OfferAccepted()
+    again = make_site(study, tmp_path, records=FolderRecords(tmp_path / "state"))
+    assert OfferAccepted.parse(offer(again, study)) == OfferAccepted()
+    bench = again._bench(study)
+    head = {name for name, _ in bench.layout.tensors}
+    kept = [tensor for name, tensor in bench.network.state_dict().items() if name not in head]
+    assert kept
+    assert all(bool((tensor == 0.25).all()) for tensor in kept)
+
+
+def test_a_policy_is_asked_before_the_initial_weights_are(tmp_path: Path) -> None:
+    study, content = with_initial()
+    site = make_site(study, tmp_path, policy=Policy())
+    assert Failure.parse(offer_with(site, study, content)).reason == "study not approved"
+
+
+def test_initial_weights_that_were_lost_are_sent_again(tmp_path: Path) -> None:
+    study, content = with_initial()
+    first = make_site(study, tmp_path, records=FolderRecords(tmp_path / "state"))
+    offer_with(first, study, content)
+    weights = first._bench(study).layout.flatten(first._bench(study).network.state_dict())
+    (kept,) = (tmp_path / "state").rglob("initial.safetensors")
+    kept.write_bytes(b"damaged")
+    site = make_site(study, tmp_path, records=FolderRecords(tmp_path / "state"))
+    assert Failure.parse(train(site, study, weights)) == Failure(Code.PROTOCOL, UNKNOWN_STUDY)
+    assert OfferAccepted.parse(offer_with(site, study, content)) == OfferAccepted()
+    assert np.abs(TrainReply.parse(train(site, study, weights)).update).max() > 0
+
+
+def test_initial_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    content = save({"weight": torch.zeros(3)})
+    study = classes_study(initial_weights=digest_of(content))
+    reply = Failure.parse(offer_with(make_site(study, tmp_path), study, content))
+    assert reply.code is Code.CONFIGURATION

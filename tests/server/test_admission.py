@@ -15,7 +15,7 @@ from flwr.app import RecordDict
 from medfl.server import admission as module
 from medfl.server.admission import Admission
 from medfl.shared.errors import Code
-from medfl.shared.messages import EvaluateReply, Failure, Kind, StudyOffer
+from medfl.shared.messages import NO_INITIAL_WEIGHTS, EvaluateReply, Failure, Kind, OfferAccepted, StudyOffer
 
 STUDY = classes_study()
 
@@ -187,3 +187,26 @@ def test_a_site_that_refused_and_joins_anew_is_asked_at_once(clock: Clock) -> No
     assert len(site.offers) == 2
     assert names(admission) == ["a"]
     assert admission.refusals == {}
+
+
+def test_a_site_that_lacks_the_initial_weights_is_sent_them_at_once_and_once() -> None:
+    wanted = Failure(Code.PROTOCOL, NO_INITIAL_WEIGHTS).record()
+    asking, knowing = Answering(wanted, OfferAccepted().record()), Answering()
+    grid = ScriptedGrid({"a": asking, "b": knowing})
+    admission = Admission(STUDY, grid, grid, bytes(64), b"the file")
+    admission.refresh()
+    admission.refresh()
+    assert names(admission) == ["a", "b"]
+    assert admission.refusals == {}
+    assert [offer.initial for offer in asking.offers] == [b"", b"the file"]
+    assert [offer.initial for offer in knowing.offers] == [b""]
+
+
+def test_a_site_that_will_not_have_the_file_is_asked_later_as_after_any_refusal(clock: Clock) -> None:
+    asking = Answering(Failure(Code.PROTOCOL, NO_INITIAL_WEIGHTS).record())
+    grid = ScriptedGrid({"a": asking})
+    admission = Admission(STUDY, grid, grid, bytes(64), b"the file")
+    for _ in range(5):
+        admission.refresh()
+    assert len(asking.offers) == 2
+    assert admission.refusals == {"a": f"protocol: {NO_INITIAL_WEIGHTS}"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from consortium import SITES, found_consortium_folder, with_study
+from safetensors.torch import save
 from tiny import classes_study, masks_study
 
 from medfl.server.cli import main
@@ -15,9 +16,11 @@ from medfl.server.coordinator import link_settings
 from medfl.server.enrolling import Registrar
 from medfl.server.founding import found
 from medfl.server.rosters import RosterFolder
-from medfl.server.submission import listed_studies
+from medfl.server.submission import initial_of, listed_studies
+from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
+from medfl.shared.initial_weights import digest_of
 from medfl.shared.study import Study
 
 
@@ -153,6 +156,21 @@ def test_studies_are_loaded_in_their_order(root: Path) -> None:
     path.write_text(path.read_text().replace("[study.json]", "[study.json, second.yaml]"))
     studies: list[Study] = listed_studies(load_settings(path, ConsortiumSettings))
     assert [study.name for study in studies] == ["tiny", "second"]
+
+
+def test_a_study_begins_with_the_file_it_names_among_those_of_the_consortium(root: Path) -> None:
+    network = build_study_network(classes_study())
+    content = save({name: tensor + 1 for name, tensor in network.state_dict().items()})
+    study = classes_study(initial_weights=digest_of(content))
+    path = with_study(root, study)
+    with pytest.raises(ConfigError, match="begins with weights of its own"):
+        listed_studies(load_settings(path, ConsortiumSettings))
+    (root / "fl" / "other.safetensors").write_bytes(b"another")
+    (root / "fl" / "start.safetensors").write_bytes(content)
+    path.write_text(path.read_text() + "initial_weights: [other.safetensors, start.safetensors]\n")
+    settings = load_settings(path, ConsortiumSettings)
+    assert listed_studies(settings) == [study]
+    assert initial_of(settings, study) == content
 
 
 def test_without_config_the_environment_names_the_consortium_and_else_it_is_here(

@@ -45,6 +45,7 @@ TALLY = {"loss": 1.5, "examples": 3.0}
 
 ALL: list[Any] = [
     StudyOffer(DIGEST, b"{}", bytes(64)),
+    StudyOffer(DIGEST, b"{}", bytes(64), b"\x00a file"),
     OfferAccepted(),
     OfferAccepted(12),
     ModelRequest(DIGEST, 3, VECTOR),

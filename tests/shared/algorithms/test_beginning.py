@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import save
 from tiny import classes_study, masks_study
 
 from medfl.shared.algorithms.beginning import begin, begin_apart
+from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.errors import ConfigError
+from medfl.shared.initial_weights import digest_of
 from medfl.shared.study import Study
 
 
@@ -16,6 +19,18 @@ def test_the_first_model_has_the_same_bits_from_a_process_of_its_own(study: Stud
     here, there = begin(study), begin_apart(study)
     assert here.layout == there.layout
     assert here.weights.tobytes() == there.weights.tobytes()
+
+
+@pytest.mark.parametrize("train_only", ["all", "head"])
+def test_initial_weights_reach_the_process_of_its_own(train_only: str) -> None:
+    content = save({name: t + 1 for name, t in build_study_network(masks_study()).state_dict().items()})
+    study = masks_study(initial_weights=digest_of(content), training={"train_only": train_only})
+    here, there = begin(study, content), begin_apart(study, content)
+    assert here.layout == there.layout
+    assert here.weights.tobytes() == there.weights.tobytes()
+    assert here.weights.tobytes() != begin(masks_study(training={"train_only": train_only})).weights.tobytes()
+    with pytest.raises(ConfigError, match="begins with weights of its own"):
+        begin_apart(study)
 
 
 def test_a_study_that_leaves_nothing_to_send_is_refused_there_as_here() -> None:
