@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import html
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medfl.client.audit import Event
-from medfl.shared.chain import Inspection, Row, inspect
-from medfl.shared.errors import ConfigError, PolicyRefusal
+from medfl.shared.audit_log import rows_as_csv
+from medfl.shared.chain import Inspection, Row
+from medfl.shared.errors import ConfigError
 from medfl.shared.files import write_whole
 from medfl.shared.passage import Form
 
@@ -38,43 +37,6 @@ thead { display: table-header-group } tr { break-inside: avoid }
 .bad { border: 3px solid #b00; padding: .5em; font-weight: bold }
 @media print { body { margin: 0; max-width: none; font-size: 8.5pt } @page { size: A4 landscape; margin: 12mm } }
 """
-
-
-def inspected(path: Path) -> Inspection:
-    """Look at the log at ``path``, also while the node writes. Raises ConfigError where there is none."""
-    found = inspect(path)
-    if not found.rows and found.problem is None:
-        raise ConfigError(f"{path}: there is no audit log: the node begins it at its first start")
-    return found
-
-
-def verified(path: Path, *, head: str | None = None) -> list[str]:
-    """What to tell of an unbroken log, line by line.
-
-    Raises:
-        PolicyRefusal: a row was changed, removed or inserted, or none has the hash ``head`` from an earlier report.
-    """
-    found = inspected(path)
-    if found.problem is not None:
-        raise PolicyRefusal(
-            f"{path}: {found.problem}. The {len(found.rows)} rows before that are as they were written. "
-            "Keep both files, they are evidence",
-            reason="audit log damaged",
-        )
-    lines = [
-        f"{len(found.rows)} rows from {found.rows[0]['time']} to {found.rows[-1]['time']} are as they were written",
-        f"hash of the last row: {found.head.digest}",
-    ]
-    if head is None:
-        return [*lines, "keep that hash elsewhere: audit verify --head HASH then finds a log that was written anew"]
-    number = next((number for number, row in enumerate(found.rows, start=1) if row["hash"] == head), None)
-    if number is None:
-        raise PolicyRefusal(
-            f"{path}: no row has the hash {head}: the log was cut or written anew after that hash was noted. "
-            "Keep both files, they are evidence",
-            reason="audit log damaged",
-        )
-    return [*lines, f"row {number} of {found.rows[number - 1]['time']} has the noted hash: nothing before it changed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +116,7 @@ def write_report(report: Report, out: Path | None) -> list[str]:
 
 def as_csv(report: Report) -> str:
     """Every row of the period, for a spreadsheet."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _COLUMNS, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows({key: _cell(value) for key, value in row.items()} for row in report.rows)
-    return out.getvalue()
+    return rows_as_csv(report.rows, _COLUMNS)
 
 
 def as_html(report: Report) -> str:
@@ -303,8 +261,3 @@ def _html_cell(value: object) -> str:
         return f'<td class="n">{value:,}</td>'
     text = html.escape(str(value))
     return f"<td><code>{text}</code></td>" if len(text) >= 64 else f"<td>{text}</td>"
-
-
-def _cell(value: object) -> object:
-    # A spreadsheet takes such a text for a formula. No row of ours begins so; one that somebody forged might.
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

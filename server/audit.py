@@ -14,7 +14,8 @@ from pathlib import Path
 from threading import Lock
 
 from medfl.shared.audit_log import open_audit_log
-from medfl.shared.chain import Head
+from medfl.shared.chain import Head, Inspection
+from medfl.shared.errors import PolicyRefusal
 from medfl.shared.passage import Answer, Content, Form, Passage
 
 
@@ -117,3 +118,25 @@ class Audit:
     def _write(self) -> None:
         self._chain.append_all(self._waiting)
         self._waiting = []
+
+
+COLUMNS = (
+    *("row", "time", "event", "site", "study", "name", "kind", "phase", "round", "bytes", "sha256", "form"),
+    *("outcome", "code", "reason", "rows", "head", "receipt"),
+    *("release", "configuration", "roster", "epoch", "hash"),
+)
+
+
+def seen_head(found: Inspection, *, site: str, digest: str) -> str:
+    """When the coordinator saw that the last row of ``site``'s audit log had the hash ``digest``, as one line.
+
+    Raises:
+        PolicyRefusal: it never did: that log was written anew since, or never had such a row at the end.
+    """
+    for row in found.rows:
+        if row["event"] == Event.HEAD and row["site"] == site and row["head"] == digest:
+            return f"{site}'s log had {row['rows']} rows with that hash at {row['time']} (round {row['round']})"
+    raise PolicyRefusal(
+        f"no head of {site}'s log that was seen here has the hash {digest}: compare with the heads in audit report",
+        reason="head not seen",
+    )

@@ -1,12 +1,14 @@
-"""What the audit logs of sites and coordinator have in common: the file, and what to do when it is damaged."""
+"""What the audit logs of sites and coordinator have in common: the file, its inspection, its rows as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from medfl.shared.chain import Chain, Role, Row
+from medfl.shared.chain import Chain, Inspection, Role, Row, inspect
 from medfl.shared.errors import ConfigError, PolicyRefusal
 
 _AUDIT = Role(
@@ -34,3 +36,54 @@ def open_audit_log(
         if refusal.reason == f"{_AUDIT.name} busy":
             raise ConfigError(str(refusal)) from None
         raise
+
+
+def inspected(path: Path) -> Inspection:
+    """Look at the log at ``path``, also while the node writes. Raises ConfigError where there is none."""
+    found = inspect(path)
+    if not found.rows and found.problem is None:
+        raise ConfigError(f"{path}: there is no audit log: the node begins it at its first start")
+    return found
+
+
+def verified(path: Path, *, head: str | None = None) -> list[str]:
+    """What to tell of an unbroken log, line by line.
+
+    Raises:
+        PolicyRefusal: a row was changed, removed or inserted, or none has the hash ``head`` from an earlier report.
+    """
+    found = inspected(path)
+    if found.problem is not None:
+        raise PolicyRefusal(
+            f"{path}: {found.problem}. The {len(found.rows)} rows before that are as they were written. "
+            "Keep both files, they are evidence",
+            reason="audit log damaged",
+        )
+    lines = [
+        f"{len(found.rows)} rows from {found.rows[0]['time']} to {found.rows[-1]['time']} are as they were written",
+        f"hash of the last row: {found.head.digest}",
+    ]
+    if head is None:
+        return [*lines, "keep that hash elsewhere: audit verify --head HASH then finds a log that was written anew"]
+    number = next((number for number, row in enumerate(found.rows, start=1) if row["hash"] == head), None)
+    if number is None:
+        raise PolicyRefusal(
+            f"{path}: no row has the hash {head}: the log was cut or written anew after that hash was noted. "
+            "Keep both files, they are evidence",
+            reason="audit log damaged",
+        )
+    return [*lines, f"row {number} of {found.rows[number - 1]['time']} has the noted hash: nothing before it changed"]
+
+
+def rows_as_csv(rows: Iterable[Row], columns: Sequence[str]) -> str:
+    """``rows`` for a spreadsheet, in these columns."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+    return out.getvalue()
+
+
+def _cell(value: object) -> object:
+    # A spreadsheet takes such a text for a formula. No row of ours begins so; one that somebody forged might.
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

@@ -29,10 +29,9 @@ def add(commands: Commands) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from medfl.client.audit_report import inspected, verified
     from medfl.client.config import load_site
     from medfl.client.receipts import check_receipt, reader_of
-    from medfl.shared.audit_log import audit_file
+    from medfl.shared.audit_log import audit_file, inspected, verified
 
     settings = load_site(options.site)
     path = audit_file(settings.state)
@@ -42,9 +41,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from medfl.client.audit_report import Report, inspected, write_report
+    from medfl.client.audit_report import Report, write_report
     from medfl.client.config import load_site
-    from medfl.shared.audit_log import audit_file
+    from medfl.shared.audit_log import audit_file, inspected
 
     settings = load_site(options.site)
     report = Report(settings.site, inspected(audit_file(settings.state)), options.since, options.until)

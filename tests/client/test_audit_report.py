@@ -19,11 +19,12 @@ from consortium import found_consortium_folder
 from waiting import wait_for
 
 from medfl.client.audit import Audit, Price
-from medfl.client.audit_report import Report, as_csv, as_html, inspected, totals, verified
+from medfl.client.audit_report import Report, as_csv, as_html, totals
 from medfl.client.cli import main
 from medfl.client.config import load_site
 from medfl.client.runtime import site_rosters
 from medfl.shared import chain as chains
+from medfl.shared.audit_log import inspected, verified
 from medfl.shared.errors import ConfigError, PolicyRefusal
 from medfl.shared.passage import Answer, Content, Form, Passage
 
