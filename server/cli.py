@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from medfl.server.commands import approve, init, renew, revoke, serve, studies
+from medfl.server.commands import approve, audit, init, renew, revoke, serve, studies
 from medfl.shared.command import commands_of, parser, run
 
 _EXAMPLES = """\
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add(made)
     commands = commands_of(made)
-    for command in (init, approve, revoke, renew, studies):
+    for command in (init, approve, revoke, renew, studies, audit):
         command.add(commands)
     return made
 

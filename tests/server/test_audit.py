@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from consortium import found_consortium_folder
 from scripted import ScriptedGrid, ScriptedSite
 
 import medfl.shared.environment  # noqa: F401 - before flwr
@@ -15,10 +16,13 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 # isort: split
 from flwr.app import Message, RecordDict
 
-from medfl.server.audit import Audit
+from medfl.server.audit import Audit, seen_head
 from medfl.server.audited_grid import AuditedGrid
+from medfl.server.cli import main
+from medfl.server.config import load_consortium
 from medfl.shared import chain as chains
-from medfl.shared.chain import inspect
+from medfl.shared.audit_log import audit_file
+from medfl.shared.chain import Head, inspect
 from medfl.shared.errors import Code, ConfigError, PolicyRefusal
 from medfl.shared.messages import Failure, Kind, ModelRequest, SecureReply, SecureRequest, TrainReply
 from medfl.shared.observed import measured
@@ -157,3 +161,39 @@ def test_what_the_coordinator_does_itself_stands_in_the_log(path: Path) -> None:
     assert events == ["started", "study begun", "in", "study ended", "stopped"]
     with pytest.raises(ConfigError, match="another process"):
         Audit(path), Audit(path)
+
+
+def head_seen(path: Path) -> None:
+    audit = Audit(path)
+    audit.started(release="1", configuration="ab" * 32)
+    audit.head_seen("north", Head(5, "ab" * 32), study=STUDY, round_number=2, signed=True)
+    audit.leaves([("north", Passage("train", STUDY, 2), Content(10, "ef" * 32))])
+    audit.close()
+
+
+def test_a_head_of_a_sites_log_is_found_and_one_that_was_never_seen_is_refused(path: Path) -> None:
+    head_seen(path)
+    assert seen_head(inspect(path), site="north", digest="ab" * 32).startswith("north's log had 5 rows")
+    for site, digest in (("south", "ab" * 32), ("north", "cd" * 32)):
+        with pytest.raises(PolicyRefusal, match="no head of"):
+            seen_head(inspect(path), site=site, digest=digest)
+
+
+def test_the_commands_verify_the_log_find_a_sites_head_and_write_every_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found_consortium_folder(tmp_path)
+    config = str(tmp_path / "fl" / "consortium.yaml")
+    assert main(["--config", config, "audit", "verify"]) == 2  # no log yet
+    log = audit_file(load_consortium(Path(config)).state)
+    head_seen(log)
+    assert main(["--config", config, "audit", "verify"]) == 0
+    assert "3 rows from" in capsys.readouterr().out
+    assert main(["--config", config, "audit", "verify", "--site", "north"]) == 2
+    assert main(["--config", config, "audit", "verify", "--site", "north", "--head", "ab" * 32]) == 0
+    assert main(["--config", config, "audit", "verify", "--site", "north", "--head", "cd" * 32]) == 3
+    assert main(["--config", config, "audit", "report", "--out", str(tmp_path / "all.csv")]) == 0
+    assert "head seen,north," in (tmp_path / "all.csv").read_text()
+    log.write_bytes(log.read_bytes().replace(b'"release":"1"', b'"release":"2"'))
+    assert main(["--config", config, "audit", "verify"]) == 3
+    assert main(["--config", config, "audit", "report", "--out", str(tmp_path / "all.csv")]) == 3
