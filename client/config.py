@@ -40,6 +40,7 @@ class SiteSettings(Settings):
     policy: Policy = Policy()  # absent: nothing is allowed
     secure_aggregation: SecureAggregationSettings = SecureAggregationSettings()
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_gigabytes: float | None = Field(default=None, ge=0)  # of images held on it; absent: half of what is free
     threads: int | None = Field(default=None, ge=1, le=1024)  # of the CPU; absent: as PyTorch chooses
     gpu: GpuSettings | None = None
     health: LocalPort | None = None  # the gRPC health service, for Kubernetes and load balancers

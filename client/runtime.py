@@ -220,7 +220,15 @@ def load_data(
         device=device,
         cache_dir=settings.state / "cache",
         progress=progress,
+        room=_room(settings, device),
     )
+
+
+def _room(settings: SiteSettings, device: torch.device) -> int | None:
+    """Bytes of images that the training device may hold: half of what is free there, the rest is for training."""
+    if settings.device_gigabytes is not None:
+        return int(settings.device_gigabytes * 1e9)
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else None
 
 
 def site_device(settings: SiteSettings) -> torch.device:

@@ -1,13 +1,14 @@
-"""Batches of resident tensors: a permutation on the device, index-selects, no worker and no copy from the host."""
+"""Batches of a site's tensors: a permutation and index-selects on the device, or copies from the host made ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from medfl.client.data.tensors import TensorSet
+from medfl.client.data.tensors import TensorSet, as_input
 
 Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """``augment(images, labels, generator)`` gives changed images and the labels that belong to them."""
@@ -18,16 +19,48 @@ def epoch(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every example once, in random order: images (B, channel, *spatial) float32 and their labels as stored.
 
-    The last batch is smaller when ``batch_size`` does not divide the set. ``generator`` must be on the data's device.
+    The last batch is smaller when ``batch_size`` does not divide the set. ``generator`` must be on the device.
     """
-    order = torch.randperm(len(data), generator=generator, device=data.images.device)
-    for rows in torch.split(order, batch_size):
-        images, labels = data.inputs(rows), data.labels.index_select(0, rows)
+    order = torch.randperm(len(data), generator=generator, device=data.labels.device)
+    for rows, images in _with_images(data, torch.split(order, batch_size)):
+        labels = data.labels.index_select(0, rows)
         yield augment(images, labels, generator) if augment else (images, labels)
 
 
 def in_order(data: TensorSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every example once, as stored, for evaluation: images, labels and patients of each batch."""
-    rows = torch.arange(len(data), device=data.images.device)
-    for some in torch.split(rows, batch_size):
-        yield data.inputs(some), data.labels.index_select(0, some), data.patients.index_select(0, some)
+    rows = torch.arange(len(data), device=data.labels.device)
+    for some, images in _with_images(data, torch.split(rows, batch_size)):
+        yield images, data.labels.index_select(0, some), data.patients.index_select(0, some)
+
+
+def _with_images(data: TensorSet, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of each batch and their images as network input."""
+    if data.streamed:
+        yield from _ahead(data, list(batches))
+    else:
+        for rows in batches:
+            yield rows, data.inputs(rows)
+
+
+def _ahead(data: TensorSet, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """As :func:`_with_images`: while one batch trains, a thread collects the next and sends it to the device."""
+    device = data.labels.device
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    host = [rows.to(data.images.device) for rows in batches]  # once, so that no batch waits for the device
+
+    def fetch(rows: Tensor) -> Tensor:
+        with torch.cuda.stream(beside):
+            return data.to_device(rows)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="images") as pool:
+        coming: Future[Tensor] | None = pool.submit(fetch, host[0]) if host else None
+        for number, rows in enumerate(batches):
+            assert coming is not None  # noqa: S101 - one for each batch
+            stored = coming.result()
+            coming = pool.submit(fetch, host[number + 1]) if number + 1 < len(host) else None
+            if beside is not None:
+                here = torch.cuda.current_stream(device)
+                here.wait_stream(beside)
+                stored.record_stream(here)
+            yield rows, as_input(stored)

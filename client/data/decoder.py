@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
+import resource
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +27,7 @@ Native = tuple[bytes, dict[str, Any]]
 
 _DESCRIBES = ("PhotometricInterpretation", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit")
 _SECONDS = 300  # for one series
+_MOST_BYTES = 16 * 2**30  # of address space
 _lock = threading.Lock()
 _pool: ProcessPoolExecutor | None = None
 
@@ -64,7 +67,8 @@ def _decode(paths: list[Path]) -> list[Native]:
     with _lock:
         if _pool is None:
             # Not a fork, which would copy locked threads and the GPU's context. The child imports no torch.
-            _pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            context = multiprocessing.get_context("spawn")
+            _pool = ProcessPoolExecutor(1, mp_context=context, initializer=_in_a_cell)
             atexit.register(end_decoder)
         pool = _pool
         try:
@@ -76,6 +80,13 @@ def _decode(paths: list[Path]) -> list[Native]:
             _pool = None
             crashed = isinstance(error, BrokenProcessPool)
             raise Quarantine("a decoder crashed" if crashed else "decoding did not end") from None
+
+
+def _in_a_cell() -> None:
+    """Native decoders write to standard error, and believe a damaged header that asks for all memory."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _in_child(paths: list[Path]) -> list[Native]:

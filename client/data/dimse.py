@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,8 +34,8 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 from medfl.client.data.dicom import PLANAR, SEGMENTATIONS, STRUCTURE_SET, VOLUMES
 from medfl.client.data.guard import quiet
 from medfl.client.data.pacs import LABEL_MODALITIES, RemoteSeries, Store
-from medfl.client.data.settings import DimseSettings
-from medfl.shared.errors import NetworkError
+from medfl.client.data.settings import DicomTls, DimseSettings
+from medfl.shared.errors import ConfigError, NetworkError
 
 _STORAGE = sorted(
     {uid for table in (VOLUMES, PLANAR) for classes in table.values() for uid in classes}
@@ -61,7 +62,12 @@ def dimse(settings: DimseSettings) -> Iterator[DimseArchive]:
     roles: list[Any] = [build_role(uid, scp_role=True) for uid in _STORAGE] if settings.retrieve == "get" else []
     handlers: list[Any] = [(evt.EVT_C_STORE, archive.receive)] if settings.retrieve == "get" else []
     association = archive.entity.associate(
-        settings.host, settings.pacs_port, ae_title=settings.called_ae_title, ext_neg=roles, evt_handlers=handlers
+        settings.host,
+        settings.pacs_port,
+        ae_title=settings.called_ae_title,
+        ext_neg=roles,
+        evt_handlers=handlers,
+        tls_args=_calling(settings),
     )
     if not association.is_established:
         rejected = association.is_rejected
@@ -70,6 +76,7 @@ def dimse(settings: DimseSettings) -> Iterator[DimseArchive]:
             f"(data.called_ae_title) and knows {settings.ae_title!r} (data.ae_title)"
             if rejected
             else "the PACS cannot be reached over DIMSE: check data.host and data.pacs_port"
+            + (", and that it and data.tls trust each other's certificates" if settings.tls else "")
         )
     archive.association = association
     try:
@@ -78,6 +85,35 @@ def dimse(settings: DimseSettings) -> Iterator[DimseArchive]:
     finally:
         if association.is_established:
             association.release()
+
+
+def _calling(settings: DimseSettings) -> tuple[ssl.SSLContext, str] | None:
+    """TLS of the association that we open, and the name that the PACS's certificate must have."""
+    if settings.tls is None:
+        return None
+    return _with_own_certificate(settings.tls, ssl.PROTOCOL_TLS_CLIENT), settings.tls.server_name or settings.host
+
+
+def _called(settings: DimseSettings) -> ssl.SSLContext | None:
+    """TLS of the association that the PACS opens for a C-MOVE: it must show a certificate too."""
+    if settings.tls is None:
+        return None
+    context = _with_own_certificate(settings.tls, ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _with_own_certificate(tls: DicomTls, role: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(role)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(tls.ca_file)
+        context.load_cert_chain(tls.certificate, tls.key)
+    except (OSError, ssl.SSLError):
+        raise ConfigError(
+            "data.tls: ca_file, certificate or key cannot be read, are not PEM, or do not belong together"
+        ) from None
+    return context
 
 
 def _entity(settings: DimseSettings) -> AE:
@@ -162,7 +198,10 @@ class DimseArchive:
         assert self.settings.port is not None  # noqa: S101 - the settings guarantee it
         try:
             server: Any = self.entity.start_server(
-                (self.settings.bind, self.settings.port), block=False, evt_handlers=[(evt.EVT_C_STORE, self.receive)]
+                (self.settings.bind, self.settings.port),
+                block=False,
+                evt_handlers=[(evt.EVT_C_STORE, self.receive)],
+                ssl_context=_called(self.settings),
             )
         except OSError as error:
             raise NetworkError(

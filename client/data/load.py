@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -33,7 +33,7 @@ from medfl.client.data.settings import (
     TableSettings,
 )
 from medfl.client.data.splits import Split, split_patients
-from medfl.client.data.tensors import SiteData, TensorSet, gather
+from medfl.client.data.tensors import SiteData, TensorSet, gather, image_bytes
 from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import DataError
 
@@ -50,11 +50,13 @@ def load_site_data(
     device: torch.device | str = "cpu",
     cache_dir: Path | None = None,
     progress: Progress | None = None,
+    room: int | None = None,
 ) -> SiteData:
     """Find, read, check, preprocess and split the site's cases, and put them on ``device``.
 
-    A case that cannot be read safely is left out and counted by reason in the report. ``cache_key`` opens the study's
-    cache below ``cache_dir`` (None: ``key`` does).
+    ``cache_key`` opens the study's cache below ``cache_dir`` (None: ``key`` does). ``room`` is how many bytes of images
+    the device may hold; absent: all. Splits that it has no room for, training served first, stay in the host's memory.
+    A case that cannot be read safely is left out and counted by reason in the report.
 
     Raises:
         DataError: nothing to train on: no folder, no images, no labels, or too few patients. One line, no file name
@@ -82,7 +84,7 @@ def load_site_data(
     findings.review += found.review
     statistics = found.statistics
     counts = {part: len(found.kept[part]) for part in Split}
-    splits = {part: _tensor_set(found.kept[part], spec, task, torch.device(device)) for part in Split}
+    splits = _held(found, spec, task, torch.device(device), room)
     for part in _wanted(settings):
         if not len(splits[part]):
             raise DataError(f"no case is left for the {part.value} part{_because(findings)}")
@@ -100,6 +102,7 @@ def load_site_data(
         spacing_mm=statistics.spacing,
         intensity=statistics.intensity,
         subgroups=statistics.subgroups(),
+        held=_where(splits, torch.device(device)),
         seconds=time.monotonic() - started,
     )
     return SiteData(splits, report, found.pseudonyms)
@@ -192,11 +195,32 @@ def _class_labels(label: frozenset[int] | None, spec: DataSpec, rows: int) -> Te
     return torch.full((rows,), index, dtype=torch.int64)
 
 
+def _held(
+    found: _Reading, spec: DataSpec, task: Task, device: torch.device, room: int | None
+) -> dict[Split, TensorSet]:
+    splits = {}
+    for part in Split:  # training comes first
+        size = image_bytes(found.kept[part]) if found.kept[part] else 0
+        fits = room is None or size <= room
+        if room is not None and fits:
+            room -= size
+        splits[part] = _tensor_set(found.kept[part], spec, task, device, streamed=not fits)
+    return splits
+
+
+def _where(splits: Mapping[Split, TensorSet], device: torch.device) -> str:
+    sizes = {True: 0, False: 0}
+    for part in splits.values():
+        sizes[part.streamed] += part.images.numel() * part.images.element_size()
+    text = f"{sizes[False] / 1e6:.0f} MB of images on {device.type}"
+    return text + (f", {sizes[True] / 1e6:.0f} MB in the host's memory" if sizes[True] else "")
+
+
 def _tensor_set(
-    blocks: list[tuple[Tensor, Tensor, int]], spec: DataSpec, task: Task, device: torch.device
+    blocks: list[tuple[Tensor, Tensor, int]], spec: DataSpec, task: Task, device: torch.device, *, streamed: bool
 ) -> TensorSet:
     if blocks:
-        return gather(blocks, device)
+        return gather(blocks, device, streamed=streamed)
     size = spec.preprocessing.size
     match task, spec.multi_label:
         case "segmentation", _:

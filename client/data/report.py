@@ -38,6 +38,7 @@ class DataReport:
     intensity: Range | None  # raw values
     subgroups: Mapping[str, Mapping[str, int]]  # attribute -> value -> patients
     seconds: float
+    held: str = ""  # where the tensors lie, for a person
 
     def lines(self) -> list[str]:
         """The report as lines of text, for a terminal."""
@@ -61,5 +62,7 @@ class DataReport:
             out.append(f"raw values: {self.intensity.low:g}..{self.intensity.high:g}")
         for attribute, counts in self.subgroups.items():
             out.append(f"{attribute}: " + ", ".join(f"{value} {n}" for value, n in sorted(counts.items())))
+        if self.held:
+            out.append(f"held: {self.held}")
         out.append(f"seconds: {self.seconds:.1f}")
         return out

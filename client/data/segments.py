@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import highdicom as hd
@@ -16,17 +16,20 @@ from medfl.client.data.guard import reading
 from medfl.client.data.pixels import open_series
 from medfl.shared.data_spec import DataSpec
 
+_SLICES_APART = 0.4
+
 
 def read_segments(
-    path: Path, volume: hd.Volume, instances: Collection[str], spec: DataSpec, aliases: Mapping[str, str]
+    path: Path, volume: hd.Volume, instances: Mapping[str, int], spec: DataSpec, aliases: Mapping[str, str]
 ) -> tuple[dict[int, NDArray[np.bool_]], Counter[str]]:
     """Voxels of ``volume`` that are each class in one SEG object, and names of segments that are no class.
 
     Any type of SEG: binary, fractional (counts from one half), label map, overlapping, with empty frames left out.
 
     Raises:
-        Quarantine: unreadable, on another frame of reference or grid, or made on slices that are not among
-            ``instances`` (so that a series of which the first or last slice was lost is noticed).
+        Quarantine: unreadable, on another frame of reference or grid, made on slices that are not among
+            ``instances`` (so that a series of which the first or last slice was lost is noticed), or a frame lies in
+            another slice than the one that it names.
     """
     seg, chosen, unmatched = _open(path, spec, aliases)
     frame = str(seg.get("FrameOfReferenceUID") or "").strip()
@@ -36,6 +39,8 @@ def read_segments(
         sources = _sources(seg)
     if not sources <= set(instances):
         raise Quarantine("label was made on slices that are missing")
+    with reading("unreadable segmentation"):
+        _lie_where_they_say(seg, volume, instances)
     return {label: _voxels(seg, numbers, volume) for label, numbers in chosen.items()}, unmatched
 
 
@@ -71,6 +76,22 @@ def _sources(seg: hd.seg.Segmentation) -> set[str]:
         for derivation in frame.get("DerivationImageSequence") or []:
             named += derivation.get("SourceImageSequence") or []
     return {str(item.ReferencedSOPInstanceUID).strip() for item in named}
+
+
+def _lie_where_they_say(seg: hd.seg.Segmentation, volume: hd.Volume, instances: Mapping[str, int]) -> None:
+    """A frame that was made on one image lies in that image's slice: its place is written twice, and must agree."""
+    for frame in seg.get("PerFrameFunctionalGroupsSequence") or []:
+        named = {
+            str(image.ReferencedSOPInstanceUID).strip()
+            for derivation in frame.get("DerivationImageSequence") or []
+            for image in derivation.get("SourceImageSequence") or []
+        }
+        place = frame.get("PlanePositionSequence")
+        if len(named) != 1 or not place or (at := instances.get(named.pop(), -1)) < 0:
+            continue
+        position = np.array([[float(v) for v in place[0].ImagePositionPatient]])
+        if abs(float(volume.map_reference_to_indices(position, round_output=False)[0, 0]) - at) > _SLICES_APART:
+            raise Quarantine("label that lies in another slice than it names")
 
 
 def _open(

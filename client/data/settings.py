@@ -171,6 +171,15 @@ class DicomwebSettings(_Dicom):
         return self
 
 
+class DicomTls(Settings):
+    """DICOM over TLS (PS3.15 B.9 and later): both ends show certificates. Without it images cross in the clear."""
+
+    ca_file: LocalPath  # who has signed the PACS's certificate
+    certificate: LocalPath  # this station's own, PEM
+    key: LocalPath
+    server_name: str | None = None  # name in the PACS's certificate; absent: ``host``
+
+
 class DimseSettings(_Dicom):
     """A PACS that speaks DIMSE: C-FIND to find, C-GET or C-MOVE to fetch.
 
@@ -186,6 +195,7 @@ class DimseSettings(_Dicom):
     retrieve: Literal["get", "move"] = "get"
     bind: str = "127.0.0.1"  # address of this machine on which to listen for C-MOVE
     port: int | None = Field(default=None, ge=1, le=65535)
+    tls: DicomTls | None = None
     query: Query
     fetch: FetchSettings
 

@@ -1,4 +1,4 @@
-"""A site's examples as tensors that stay on the training device."""
+"""A site's examples as tensors that stay on the training device, or on the host where it has no room."""
 
 from __future__ import annotations
 
@@ -14,28 +14,43 @@ from medfl.client.data.splits import Split
 
 @dataclass(frozen=True, slots=True)
 class TensorSet:
-    """One split, all on one device. Row ``i`` of each tensor is the same example.
+    """One split. Row ``i`` of each tensor is the same example.
 
     ``images`` is (N, channel, *spatial): float32, bfloat16 where that is exact, or uint8 which stands for itself / 255
-    (see :meth:`inputs`). ``labels`` is (N, *spatial) uint8 class index for segmentation, (N,) int64 for classification,
-    (N, classes) float32 of 0 and 1 for multi-label. ``patients`` is (N,) int64, the patient's number at this site.
+    (see :meth:`inputs`). They lie on the device, or where that has no room in the host's memory (``streamed``), and
+    come to the device batch by batch. ``labels`` is (N, *spatial) uint8 class index for segmentation, (N,) int64 for
+    classification, (N, classes) float32 of 0 and 1 for multi-label. ``patients`` is (N,) int64, the patient's number
+    at this site. Both are always on the device.
     """
 
     images: Tensor
     labels: Tensor
     patients: Tensor
+    streamed: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
 
     def inputs(self, rows: Tensor) -> Tensor:
-        """Images of ``rows`` (int64, same device) as float32 network input."""
-        return as_input(self.images.index_select(0, rows))
+        """Images of ``rows`` (int64, on the device) as float32 network input on the device."""
+        if not self.streamed:
+            return as_input(self.images.index_select(0, rows))
+        return as_input(self.to_device(rows.to(self.images.device)))
+
+    def to_device(self, rows: Tensor) -> Tensor:
+        """Images of ``rows`` (on the host) as stored, on their way from the host's memory to the device."""
+        some = self.images.index_select(0, rows)
+        if self.labels.device.type == "cuda":
+            some = some.pin_memory()  # from a pool of such memory: only then does the copy run beside the training
+        return some.to(self.labels.device, non_blocking=True)
 
     def without(self, patients: Sequence[int]) -> TensorSet:
         """The set less the examples of ``patients``; itself where there are none."""
         stays = ~torch.isin(self.patients, torch.tensor(patients, dtype=torch.int64, device=self.patients.device))
-        return self if bool(stays.all()) else TensorSet(self.images[stays], self.labels[stays], self.patients[stays])
+        if bool(stays.all()):
+            return self
+        images = self.images[stays.to(self.images.device)]
+        return TensorSet(images, self.labels[stays], self.patients[stays], self.streamed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +82,22 @@ def narrowest(images: Tensor) -> Tensor:
     return half if torch.equal(half.float(), images) else images
 
 
-def gather(blocks: list[tuple[Tensor, Tensor, int]], device: torch.device) -> TensorSet:
+def image_bytes(blocks: Sequence[tuple[Tensor, Tensor, int]]) -> int:
+    """Bytes that the images of ``blocks`` take together."""
+    return sum(images.numel() for images, _, _ in blocks) * _common_dtype(blocks).itemsize
+
+
+def gather(blocks: list[tuple[Tensor, Tensor, int]], device: torch.device, *, streamed: bool = False) -> TensorSet:
     """One set on ``device`` from (images, labels, patient) of each case. Empties ``blocks`` as it goes.
 
-    Blocks are moved one by one into the tensor that stays, so that memory never holds the set twice.
+    With ``streamed`` the images stay in the host's memory. Blocks are moved one by one into the tensor that stays, so
+    that memory never holds the set twice.
     """
     count = sum(len(images) for images, _, _ in blocks)
     first_images, first_labels, _ = blocks[0]
-    dtype = first_images.dtype if len({images.dtype for images, _, _ in blocks}) == 1 else torch.float32
-    out = torch.empty((count, *first_images.shape[1:]), dtype=dtype, device=device)
+    dtype = _common_dtype(blocks)
+    home = torch.device("cpu") if streamed else device
+    out = torch.empty((count, *first_images.shape[1:]), dtype=dtype, device=home)
     labels = torch.empty((count, *first_labels.shape[1:]), dtype=first_labels.dtype, device=device)
     patients = torch.empty(count, dtype=torch.int64, device=device)
     blocks.reverse()
@@ -86,4 +108,9 @@ def gather(blocks: list[tuple[Tensor, Tensor, int]], device: torch.device) -> Te
         out[rows] = images if images.dtype == dtype else as_input(images)
         labels[rows], patients[rows] = of_images, patient
         start = rows.stop
-    return TensorSet(out, labels, patients)
+    return TensorSet(out, labels, patients, streamed)
+
+
+def _common_dtype(blocks: Sequence[tuple[Tensor, Tensor, int]]) -> torch.dtype:
+    dtypes = {images.dtype for images, _, _ in blocks}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32

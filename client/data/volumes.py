@@ -46,6 +46,8 @@ def read_volume(datasets: Sequence[pydicom.Dataset], modality: Modality) -> hd.V
         _hounsfield(ordered)
     if len({(found.rescaled, found.unit, found.inverted and modality is Modality.MR) for found in slices}) > 1:
         raise Quarantine("mixed series")
+    if modality is not Modality.PET and _rescales(ordered) > 1:  # of PET each slice has its own by design
+        raise Quarantine("rescale that differs between slices")
     factors = {suv_factor(dataset) for dataset in datasets} if modality is Modality.PET else {1.0}
     if max(factors) > 1.001 * min(factors):
         raise Quarantine("mixed series")
@@ -140,6 +142,12 @@ def _thickness(dataset: pydicom.Dataset) -> float:
         if value is not None and 0 < float(value) < np.inf:
             return float(value)
     return 1.0
+
+
+def _rescales(slices: Sequence[Slice]) -> int:
+    """How many different rescales there are among slices whose values are stored alike: of two, one is damaged."""
+    kinds = {found.bits for found in slices}
+    return max(len({(found.slope, found.intercept) for found in slices if found.bits == kind}) for kind in kinds)
 
 
 def _hounsfield(slices: Sequence[Slice]) -> None:

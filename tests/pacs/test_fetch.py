@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
-from datetime import datetime
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from dicom_lab import KEY, ct, hospital, hounsfield, save, seg, spec
-from orthanc import Pacs, free_port
+from orthanc import Pacs, alone, free_port
 from pydicom.uid import JPEG2000Lossless
 
 from medfl.client.data import pacs as module
@@ -19,7 +23,7 @@ from medfl.client.data.load import load_site_data
 from medfl.client.data.pacs import fetch_all
 from medfl.client.data.settings import DicomwebSettings, DimseSettings
 from medfl.client.data.splits import Split
-from medfl.shared.errors import DataError, NetworkError
+from medfl.shared.errors import ConfigError, DataError, NetworkError
 
 Any_ = DicomwebSettings | DimseSettings
 WAYS = ["dicomweb", "get", "move"]
@@ -260,3 +264,83 @@ def test_what_nobody_asked_for_is_not_taken_while_a_move_runs(pacs: Pacs, tmp_pa
     thread.join(30)
     assert status == [0xA900]
     assert {pydicom.dcmread(path).PatientID for path in files(wanted)} == {"A"}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pacs]:
+    """A PACS that speaks DICOM over TLS only, and asks stations for their certificates."""
+    if not alone():
+        pytest.skip("needs a namespace with loopback only: see test_in_namespace.py, which makes one")
+    folder = tmp_path_factory.mktemp("tls")
+    write_certificates(folder, "pacs", "station")
+    pacs = Pacs(tmp_path_factory.mktemp("guarded"), free_port(), free_port(), free_port(), tls=folder)
+    pacs.start()
+    yield pacs
+    pacs.stop()
+
+
+def tls_of(pacs: Pacs, **changes: object) -> dict[str, object]:
+    assert pacs.tls is not None
+    own = {
+        "ca_file": pacs.tls / "authority.pem",
+        "certificate": pacs.tls / "station.pem",
+        "key": pacs.tls / "station.key",
+    }
+    return {"tls": own | {"server_name": "localhost"} | changes}
+
+
+@pytest.mark.parametrize("way", ["get", "move"])
+def test_dicom_over_tls_fetches_with_both_certificates(way: str, guarded: Pacs, tmp_path: Path) -> None:
+    guarded.clear()
+    guarded.upload(hospital(tmp_path / "data", patients=1))
+    assert len(fetch(settings(way, guarded, tmp_path, **tls_of(guarded)))) == 7
+
+
+def test_a_pacs_with_another_name_or_authority_or_without_tls_is_not_asked(guarded: Pacs, tmp_path: Path) -> None:
+    write_certificates(tmp_path / "other", "pacs", "station")
+    for changes in (
+        tls_of(guarded, server_name="elsewhere"),
+        tls_of(guarded, ca_file=tmp_path / "other" / "authority.pem"),
+        tls_of(guarded, certificate=tmp_path / "other" / "station.pem", key=tmp_path / "other" / "station.key"),
+        {},
+    ):
+        with pytest.raises(NetworkError):
+            fetch(settings("get", guarded, tmp_path, **changes))
+
+
+def test_certificates_that_cannot_be_read_are_a_configuration_error(guarded: Pacs, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.tls"):
+        fetch(settings("get", guarded, tmp_path, **tls_of(guarded, key=tmp_path / "absent.key")))
+
+
+def write_certificates(folder: Path, *names: str) -> None:
+    """An authority, and a certificate with its key for each name, all for localhost."""
+    folder.mkdir(exist_ok=True)
+    now = datetime.now(UTC)
+
+    def subject(name: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, name)])
+
+    authority = rsa.generate_private_key(65537, 2048)
+    for name in ("authority", *names):
+        key = authority if name == "authority" else rsa.generate_private_key(65537, 2048)
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(subject(name))
+            .issuer_name(subject("authority"))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(hours=1))
+            .not_valid_after(now + timedelta(hours=1))
+            .add_extension(x509.BasicConstraints(ca=name == "authority", path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+            .sign(authority, hashes.SHA256())
+        )
+        (folder / f"{name}.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+        (folder / f"{name}.key").write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.TraditionalOpenSSL,
+                serialization.NoEncryption(),
+            )
+        )

@@ -36,6 +36,7 @@ class Pacs:
     dicom: int
     move_port: int
     process: subprocess.Popen[bytes] | None = None
+    tls: Path | None = None  # folder of authority.pem, pacs.pem and pacs.key, where DICOM is to go over TLS
 
     @property
     def url(self) -> str:
@@ -55,6 +56,14 @@ class Pacs:
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/", "Host": f"127.0.0.1:{self.http}"},
             "HttpThreadsCount": 4, "SyncStorageArea": False,
         }  # fmt: skip
+        if self.tls is not None:
+            configuration |= {
+                "DicomTlsEnabled": True, "DicomTlsCertificate": str(self.tls / "pacs.pem"),
+                "DicomTlsPrivateKey": str(self.tls / "pacs.key"),
+                "DicomTlsTrustedCertificates": str(self.tls / "authority.pem"),
+                "DicomTlsRemoteCertificateRequired": True,
+            }  # fmt: skip
+            configuration["DicomModalities"]["medfl"]["UseDicomTls"] = True  # type: ignore[index]
         (self.folder / "orthanc.json").write_text(json.dumps(configuration))
         log = (self.folder / "log").open("ab")
         self.process = subprocess.Popen(["Orthanc", str(self.folder / "orthanc.json")], stdout=log, stderr=log)

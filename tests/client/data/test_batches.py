@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -132,3 +135,47 @@ def test_class_labels_are_left_alone() -> None:
 def test_nothing_asked_for_is_nothing_done() -> None:
     assert augmenter(Augmentation()) is None
     assert augmenter(Augmentation(flip=True)) is not None
+
+
+@given(st.integers(1, 40), st.integers(1, 15))
+def test_images_that_stay_on_the_host_give_the_very_same_batches(count: int, batch: int) -> None:
+    resident = numbered(count)
+    streamed = replace(resident, streamed=True)
+    for mine, reference in zip(epoch(streamed, batch, generator()), epoch(resident, batch, generator()), strict=True):
+        assert torch.equal(mine[0], reference[0])
+        assert torch.equal(mine[1], reference[1])
+    for mine, reference in zip(in_order(streamed, batch), in_order(resident, batch), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, reference, strict=True))
+    rows = torch.arange(count).flip(0)
+    assert torch.equal(streamed.inputs(rows), resident.inputs(rows))
+    assert streamed.without([0]).streamed
+
+
+def test_the_next_batch_is_collected_while_this_one_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[int] = []
+    collect = TensorSet.to_device
+
+    def noted(self: TensorSet, rows: Tensor) -> Tensor:
+        fetched.append(len(fetched))
+        return collect(self, rows)
+
+    monkeypatch.setattr(TensorSet, "to_device", noted)
+    batches = epoch(replace(numbered(40), streamed=True), 10, generator())
+    next(batches)
+    ends = time.monotonic() + 10
+    while len(fetched) < 2:
+        assert time.monotonic() < ends, "nothing was fetched in advance"
+    time.sleep(0.05)
+    assert len(fetched) == 2, "one in advance, not all: memory stays at two batches"
+    batches.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_of_the_host_reach_the_gpu_unchanged() -> None:
+    resident = numbered(64)
+    there = TensorSet(resident.images, resident.labels.cuda(), resident.patients.cuda(), streamed=True)
+    batches = epoch(there, 7, torch.Generator("cuda"))
+    pairs = [pair for images, labels in batches for pair in zip(images, labels, strict=True)]
+    assert len(pairs) == 64
+    assert all(torch.equal(image.cpu(), resident.images[int(label)]) for image, label in pairs)

@@ -74,7 +74,7 @@ def test_names_go_through_the_sites_aliases_and_the_studys_map(tmp_path: Path) -
     (path,) = save([seg(slices, {"Tumeur 1": lesion(), "Foie": lesion()})], tmp_path)
     volume = read_volume(slices, Modality.CT)
     study = spec(label_map={"GTV": "lesion"})
-    mask, unmatched = label_volume([path], [], volume, [d.SOPInstanceUID for d in slices], study, {"Tumeur 1": "gtv"})
+    mask, unmatched = label_volume([path], [], volume, slice_of_each(slices, volume), study, {"Tumeur 1": "gtv"})
     assert mask.sum() == lesion().sum()
     assert unmatched == ("Foie",)
 
@@ -103,7 +103,7 @@ def test_a_segmentation_that_reaches_outside_the_volume_is_refused(tmp_path: Pat
     (path,) = save([seg(slices)], tmp_path)
     volume = read_volume(slices[3:], Modality.CT)
     with pytest.raises(Quarantine, match="outside the image"):
-        label_volume([path], [], volume, [d.SOPInstanceUID for d in slices], spec(), {})
+        label_volume([path], [], volume, {d.SOPInstanceUID: -1 for d in slices}, spec(), {})
 
 
 def test_a_series_that_lost_its_last_slice_is_noticed_by_its_label(tmp_path: Path) -> None:
@@ -232,6 +232,16 @@ def test_a_segmentation_whose_frames_were_made_on_other_images_is_refused(tmp_pa
     frame.ReferencedSOPInstanceUID = generate_uid()
     (path,) = save([label], tmp_path)
     with pytest.raises(Quarantine, match="slices that are missing"):
+        upright(slices, path)
+
+
+def test_a_segmentation_whose_frame_lies_in_another_slice_than_it_names_is_refused(tmp_path: Path) -> None:
+    slices = ct()
+    label = seg(slices)
+    frame = label.PerFrameFunctionalGroupsSequence[0]
+    frame.PlanePositionSequence[0].ImagePositionPatient = slices[5].ImagePositionPatient
+    (path,) = save([label], tmp_path)
+    with pytest.raises(Quarantine, match="another slice than it names"):
         upright(slices, path)
 
 

@@ -26,9 +26,9 @@ from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import ConfigError, DataError
 
 
-def load(folder: Path, study: DataSpec | None = None, **changes: object) -> SiteData:
+def load(folder: Path, study: DataSpec | None = None, room: int | None = None, **changes: object) -> SiteData:
     settings = DicomSettings.model_validate({"source": "dicom", "folder": folder} | changes)
-    return load_site_data(settings, study or spec(), task="segmentation", key=KEY)
+    return load_site_data(settings, study or spec(), task="segmentation", key=KEY, room=room)
 
 
 def test_a_folder_of_dicom_becomes_tensors_split_by_patient(tmp_path: Path) -> None:
@@ -331,3 +331,16 @@ def test_real_fundus_photographs_keep_both_eyes_of_a_patient_together() -> None:
     data = load_site_data(settings, spec(**changes), task="segmentation", key=KEY)
     assert data.report.patients == 10
     assert all(len(part) == 2 * len(set(part.patients.tolist())) for part in data.splits.values())
+
+
+def test_what_the_device_has_no_room_for_stays_on_the_host_training_last(tmp_path: Path) -> None:
+    hospital(tmp_path)
+    whole = load(tmp_path)
+    bytes_of = {part: found.images.numel() * found.images.element_size() for part, found in whole.splits.items()}
+    some = load(tmp_path, room=bytes_of[Split.TRAIN])
+    assert [some.splits[part].streamed for part in Split] == [False, True, True]
+    assert torch.equal(some.splits[Split.TEST].images, whole.splits[Split.TEST].images)
+    none = load(tmp_path, room=0)
+    assert all(found.streamed for found in none.splits.values())
+    assert "in the host's memory" in none.report.held
+    assert "host" not in whole.report.held
