@@ -38,8 +38,16 @@ def label_volume(
 def label_image(
     segmentations: Sequence[Path], instance: str, shape: tuple[int, ...], spec: DataSpec, aliases: Mapping[str, str]
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Class of every pixel of one image (see :func:`combine`)."""
-    return combine([read_planar_segments(path, instance, shape, spec, aliases) for path in segmentations], shape)
+    """Class of every pixel of one image (see :func:`combine`), from the objects that were made on it.
+
+    Raises:
+        Quarantine: as :func:`combine`, or none was.
+    """
+    found = [read_planar_segments(path, instance, shape, spec, aliases) for path in segmentations]
+    objects = [one for one in found if one is not None]
+    if not objects:
+        raise Quarantine("no label")
+    return combine(objects, shape)
 
 
 def combine(objects: Iterable[OneObject], shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:

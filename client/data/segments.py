@@ -46,13 +46,18 @@ def read_segments(
 
 def read_planar_segments(
     path: Path, instance: str, shape: tuple[int, ...], spec: DataSpec, aliases: Mapping[str, str]
-) -> tuple[dict[int, NDArray[np.bool_]], Counter[str]]:
+) -> tuple[dict[int, NDArray[np.bool_]], Counter[str]] | None:
     """As :func:`read_segments`, for one image without a place in space: (row, column) masks of ``instance``.
 
+    None where the object was made on other images (of the same series): it says nothing of this one.
+
     Raises:
-        Quarantine: unreadable, or not a segmentation of that image.
+        Quarantine: unreadable, or of another size.
     """
     seg, chosen, unmatched = _open(path, spec, aliases)
+    with reading("unreadable segmentation"):
+        if instance not in _sources(seg):
+            return None
     out = {}
     for label, numbers in chosen.items():
         with reading("segmentation of other images"):

@@ -1,24 +1,43 @@
-"""What the data path costs beside the least that it could: ``python tests/benchmarks/bench_data.py [--device cuda]``.
+"""What the data path costs beside the least that it could: ``python tests/benchmarks/bench_data.py [PART...]``.
 
-Prints a table of ratios: an epoch over resident tensors (plain and augmented) beside a bare loop over ready-made
-batches with the same model; ingest beside highdicom alone; a second start from the cache.
+Prints a table of ratios. ``epochs``: over resident tensors, over tensors that stay on the host, and of MONAI's
+CacheDataset with DataLoader, beside a bare loop over ready-made batches with the same model. ``ingest``: beside
+highdicom alone, with the same decoding. ``linear``: time and memory of many series. ``restart``: from the cache.
+
+Times are processor time on the CPU (other work on the machine does not count), wall time on a GPU and where a helper
+process decodes.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import highdicom as hd
 import numpy as np
+import psutil
 import pydicom
 import torch
+from monai.data import CacheDataset, DataLoader
 from monai.networks.nets import UNet
+from monai.transforms import (
+    Compose,
+    EnsureTyped,
+    RandFlipd,
+    RandRotated,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+)
+from pydicom.uid import JPEG2000Lossless
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
@@ -32,12 +51,14 @@ from medfl.client.data.tensors import TensorSet
 from medfl.shared.data_spec import Augmentation
 
 
-def seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def seconds(action: Callable[[], object], *, wall: bool = False) -> float:
+    """Processor time of this process, or wall time."""
+    clock = time.perf_counter if wall or torch.cuda.is_available() else time.process_time
+    started = clock()
     action()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def epochs(device: str) -> list[tuple[str, float]]:
@@ -46,6 +67,7 @@ def epochs(device: str) -> list[tuple[str, float]]:
     images = torch.rand(count, 1, 128, 128, device=device)
     labels = (images[:, 0] > 0.8).to(torch.uint8)
     data = TensorSet(images, labels, torch.zeros(count, dtype=torch.int64, device=device))
+    streamed = replace(data, images=images.cpu(), streamed=True)
     ready = list(zip(images.split(batch), labels.split(batch), strict=True))
     model = UNet(2, 1, 2, (16, 32, 64, 128), (2, 2, 2)).to(device)
     optimiser = torch.optim.SGD(model.parameters(), 1e-3)
@@ -58,41 +80,121 @@ def epochs(device: str) -> list[tuple[str, float]]:
 
     generator = torch.Generator(device).manual_seed(0)
     changes = augmenter(Augmentation(flip=True, rotate_degrees=15, intensity=0.1))
+    plain, changed = monai_loaders(images.cpu(), labels.cpu(), batch)
+
+    def from_monai(loader: DataLoader) -> Iterable[tuple[Tensor, Tensor]]:
+        for some in loader:
+            yield some["image"].to(device), some["label"][:, 0].to(device)
+
     kinds: dict[str, Callable[[], object]] = {
         "epoch over resident data": lambda: train(epoch(data, batch, generator)),
         "the same with flips, rotations, intensity": lambda: train(epoch(data, batch, generator, changes)),
+        "epoch over data that stay on the host": lambda: train(epoch(streamed, batch, generator)),
+        "MONAI CacheDataset and DataLoader": lambda: train(from_monai(plain)),
+        "the same with flips, rotations, intensity (MONAI)": lambda: train(from_monai(changed)),
     }
     train(ready)
     ratios: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(5):
         for name, kind in kinds.items():
-            ratios[name].append(seconds(kind) / seconds(lambda: train(ready)))
+            bare = seconds(lambda: train(ready))
+            ratios[name].append(seconds(kind) / bare)
     return [(f"{name} / bare loop ({device})", statistics.median(values)) for name, values in ratios.items()]
 
 
-def ingest(folder: Path, series: int = 6) -> list[tuple[str, float]]:
+def monai_loaders(images: Tensor, labels: Tensor, batch: int) -> tuple[DataLoader, DataLoader]:
+    """MONAI's usual way, plain and with the same kinds of augmentation; items are in its cache already."""
+    items = [{"image": image, "label": label[None].float()} for image, label in zip(images, labels, strict=True)]
+    both = ["image", "label"]
+    ready: list[Any] = [EnsureTyped(both)]
+    changes = [
+        RandFlipd(both, prob=0.5, spatial_axis=0),
+        RandFlipd(both, prob=0.5, spatial_axis=1),
+        RandRotated(both, range_x=math.radians(15), prob=1, mode=("bilinear", "nearest"), padding_mode="border"),
+        RandScaleIntensityd("image", factors=0.1, prob=1),
+        RandShiftIntensityd("image", offsets=0.1, prob=1),
+    ]
+    return tuple(  # type: ignore[return-value]
+        DataLoader(CacheDataset(items, Compose(steps), progress=False), batch_size=batch, shuffle=True)
+        for steps in (ready, ready + changes)
+    )
+
+
+def ingest(folder: Path, series: int = 3) -> list[tuple[str, float]]:
     """Loading 40-slice 512x512 series with labels, beside highdicom on the same files."""
     rng = np.random.default_rng(0)
-    for number in range(series):
-        values = rng.integers(-1000, 1000, (40, 512, 512)).astype(np.int16)
-        slices = ct(values, name=f"P{number}")
-        mask = np.zeros(values.shape, bool)
-        mask[10:20, 100:200, 100:200] = True
-        save([*slices, seg(slices, {"Lesion": mask})], folder / str(number))
+    smooth = np.cumsum(rng.integers(-3, 4, (40, 512, 512)), axis=2).clip(-1000, 3000).astype(np.int16)
+    results = []
+    for name, syntax in (("uncompressed", None), ("JPEG 2000", JPEG2000Lossless)):
+        here = folder / name
+        for number in range(series):
+            slices = ct(smooth + np.int16(number), name=f"P{number}")
+            mask = np.zeros(smooth.shape, bool)
+            mask[10:20, 100:200, 100:200] = True
+            label = seg(slices, {"Lesion": mask})
+            for dataset in slices if syntax else []:
+                dataset.compress(syntax, generate_instance_uid=False)
+            save([*slices, label], here / str(number))
+        results += _beside_highdicom(here, series, name, wall=syntax is not None)
+    return results
+
+
+def _beside_highdicom(folder: Path, series: int, name: str, *, wall: bool) -> list[tuple[str, float]]:
     study = spec(preprocessing={"normalise": "none", "size": (512, 512)}, dimensions=2)
     settings = DicomSettings.model_validate({"source": "dicom", "folder": folder, "split": {"min_patients": 3}})
+
+    def load(cache: Path | None = None) -> None:
+        load_site_data(settings, study, task="segmentation", key=KEY, cache_dir=cache)
 
     def alone() -> None:
         for number in range(series):
             files = [pydicom.dcmread(path) for path in sorted((folder / str(number)).iterdir())]
             hd.get_volume_from_series([f for f in files if f.Modality == "CT"], dtype=np.float32)
 
+    def into_a_new_cache() -> None:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as cache:
+            load(Path(cache))
+
     alone()
-    pairs = [
-        (seconds(lambda: load_site_data(settings, study, task="segmentation", key=KEY)), seconds(alone))
-        for _ in range(3)
-    ]
-    return [("ingest with labels / get_volume_from_series alone", statistics.median(a / b for a, b in pairs))]
+    load()
+    found: dict[str, list[float]] = {"": [], ", into the encrypted cache": []}
+    for _ in range(5):
+        for kind, action in zip(found, (load, into_a_new_cache), strict=True):
+            reference = seconds(alone, wall=wall)
+            found[kind].append(seconds(action, wall=wall) / reference)
+    title = f"ingest with labels ({name}{{}}) / get_volume_from_series alone"
+    return [(title.format(kind), statistics.median(values)) for kind, values in found.items()]
+
+
+def linear(folder: Path, most: int = 1000) -> list[tuple[str, float]]:
+    """Milliseconds a series, and memory above what is kept, of ``most`` and fewer series of 8 slices of 128x128."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(-1000, 1000, (8, 128, 128)).astype(np.int16)
+    rows, results = ["patient,label"], []
+    study = spec(preprocessing={"normalise": "window", "window": (-1000, 1000), "size": (8, 8)})
+    written = 0
+    for count in (most // 4, most // 2, most):
+        for number in range(written, count):
+            save(ct(values, name=f"P{number}"), folder / "data" / str(number))
+            rows.append(f"P{number},{number % 2}")
+        written = count
+        (folder / "labels.csv").write_text("\n".join(rows))
+        labels = {"kind": "table", "file": folder / "labels.csv"}
+        settings = DicomSettings.model_validate({"source": "dicom", "folder": folder / "data", "labels": labels})
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        highest = 0
+
+        def looked(what: str, done: int, total: int) -> None:
+            nonlocal highest
+            highest = max(highest, psutil.Process().memory_info().rss)
+
+        took = seconds(
+            lambda: load_site_data(settings, study, task="classification", key=KEY, progress=looked)  # noqa: B023
+        )
+        results.append((f"{count} series of 8 slices of 128x128, milliseconds each", 1000 * took / count))
+        results.append((f"{count} series, MB of memory more than before", (highest - before) / 1e6))
+    return results
 
 
 def restart(folder: Path, series: int = 250, slices: int = 40) -> list[tuple[str, float]]:
@@ -109,23 +211,36 @@ def restart(folder: Path, series: int = 250, slices: int = 40) -> list[tuple[str
     def load() -> None:
         load_site_data(settings, study, task="segmentation", key=KEY, cache_dir=folder / "cache")
 
-    first, second = seconds(load), seconds(load)
     name = f"{series * slices} slices of 128x128"
-    return [(f"first start, {name}, seconds", first), (f"second start from the cache, {name}, seconds", second)]
+    first = seconds(load)
+    started = time.perf_counter()
+    second = seconds(load)
+    wall = time.perf_counter() - started
+    return [
+        (f"first start, {name}, seconds", first),
+        (f"second start from the cache, {name}, seconds", second),
+        ("the same by the clock on the wall", wall),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", default=["epochs", "ingest", "linear", "restart"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer series")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = epochs(options.device)
-    with tempfile.TemporaryDirectory() as folder:
-        results += ingest(Path(folder) / "ingest", 3 if options.quick else 6)
-        results += restart(Path(folder) / "restart", 25 if options.quick else 250)
-    for name, value in results:
-        print(f"{name:75s} {value:8.3f}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parts: dict[str, Callable[[], list[tuple[str, float]]]] = {
+            "epochs": lambda: epochs(options.device),
+            "ingest": lambda: ingest(folder / "ingest"),
+            "linear": lambda: linear(folder / "linear", 100 if options.quick else 1000),
+            "restart": lambda: restart(folder / "restart", 25 if options.quick else 250),
+        }
+        for part in options.parts:
+            for what, value in parts[part]():
+                print(f"{what:85s} {value:8.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def archives(tmp_path: Path) -> Iterator[dict[str, Pacs]]:
             pacs.stop()
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(560)
 def test_three_hospitals_train_from_their_archives_each_in_its_own_way(
     tmp_path: Path, archives: dict[str, Pacs]
 ) -> None:
@@ -86,7 +86,7 @@ def test_three_hospitals_train_from_their_archives_each_in_its_own_way(
         server = start_server(places, running)
         for name in archives:
             start_client(places, name, running)
-        assert server.wait(200) == 0
+        assert server.wait(480) == 0
         running.stop_all()
     rows = read_rows(run_folder(places, study) / "metrics.jsonl")
     assert [row["outcomes"] for row in rows] == [dict.fromkeys(archives, "trained")] * 2

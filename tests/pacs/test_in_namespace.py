@@ -15,7 +15,9 @@ def in_namespace(*command: str) -> list[str]:
 
 
 @pytest.mark.network
-def test_the_pacs_tests_pass_where_nothing_but_loopback_exists() -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["test_fetch.py", "test_federation_from_pacs.py"])
+def test_the_pacs_tests_pass_where_nothing_but_loopback_exists(name: str) -> None:
     if not shutil.which("Orthanc"):
         pytest.skip("Orthanc is not installed: apt-get install orthanc orthanc-dicomweb orthanc-gdcm")
     if not shutil.which("unshare") or subprocess.run(in_namespace("true"), capture_output=True).returncode:
@@ -23,10 +25,10 @@ def test_the_pacs_tests_pass_where_nothing_but_loopback_exists() -> None:
     if len(Path("/proc/net/dev").read_text().splitlines()) == 3:
         pytest.skip("already inside a namespace with loopback only")
     here = Path(__file__)
-    inside = [str(here.with_name(name)) for name in ("test_fetch.py", "test_federation_from_pacs.py")]
+    inside = here.with_name(name)
     result = subprocess.run(
-        in_namespace(sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *inside),
-        cwd=here.parents[2], capture_output=True, text=True, timeout=280,
+        in_namespace(sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", str(inside)),
+        cwd=here.parents[2], capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
     assert "skipped" not in result.stdout

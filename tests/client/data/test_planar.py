@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from dicom_lab import KEY, spec
+import torch
+from dicom_lab import KEY, save, seg, spec
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
 
 from medfl.client.data.admission import admit
 from medfl.client.data.case import Quarantine
+from medfl.client.data.labels import label_image
 from medfl.client.data.load import load_site_data
 from medfl.client.data.planar import read_planar
 from medfl.client.data.settings import DicomSettings
@@ -69,6 +71,23 @@ def test_a_voi_table_is_applied() -> None:
     assert np.allclose(shown, (4095 - RAMP) * 255 / 65535, atol=1e-3)
 
 
+def test_padding_is_black_whatever_white_means() -> None:
+    pixels = RAMP.copy()
+    pixels[0] = 4095
+    for photometric in ("MONOCHROME1", "MONOCHROME2"):
+        shown = read_planar(image(pixels, PhotometricInterpretation=photometric, PixelPaddingValue=4095), 1)[0]
+        assert (shown[0] == 0).all()
+        assert shown[1:].max() > 200
+
+
+def test_a_window_after_a_table_of_values_is_scaled_from_the_tables_range() -> None:
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.LUTData, table.ModalityLUTType = [4096, 0, 8], (np.arange(4096) // 32).tolist(), "US"
+    shown = read_planar(image(RAMP, ModalityLUTSequence=[table], WindowCenter=64.5, WindowWidth=129), 1)[0]
+    # PS3.3 C.11.2.1.2.1: (x - 64) / 128 + 0.5 of 0..255
+    assert np.allclose(shown, np.clip(((RAMP // 32 - 64) / 128 + 0.5) * 255, 0, 255), atol=0.01)
+
+
 def test_colour_is_rgb_channel_first() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 3))
     assert np.allclose(read_planar(image(pixels, US, bits=8), 3), np.moveaxis(pixels, 2, 0))
@@ -91,6 +110,8 @@ def test_a_reversible_colour_transform_is_undone() -> None:
     [
         ({"NumberOfFrames": 3}, "several frames"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "unknown colour space"),
+        ({"BitsStored": 8, "HighBit": 7}, "pixel bits that the header does not describe"),
+        ({"HighBit": 15}, "pixel bits in an unusual place"),
         ({"PixelData": b"\0" * 20}, "wrong length"),
         ({"PixelData": b"\0" * 5000}, "wrong length"),
     ],
@@ -104,6 +125,54 @@ def test_colour_is_left_out_of_a_grey_study() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 3))
     with pytest.raises(Quarantine, match="colour image"):
         read_planar(image(pixels, US, bits=8), 1)
+
+
+@pytest.mark.parametrize("photometric", ["CMYK", "HSV", "YBR_PARTIAL_420"])
+def test_colours_that_are_not_turned_into_rgb_are_left_out(photometric: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 3))
+    with pytest.raises(Quarantine):
+        read_planar(image(pixels, US, bits=8, PhotometricInterpretation=photometric), 3)
+
+
+def radiograph(number: int, series: str) -> FileDataset:
+    pixels = np.random.default_rng(number).integers(0, 4096, (16, 24))
+    empty = dict.fromkeys(
+        ["PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "StudyID"], ""
+    )
+    return image(pixels, PatientID=f"P{number}", SeriesInstanceUID=series, ReferringPhysicianName="", **empty)
+
+
+def outline(number: int) -> np.ndarray:  # type: ignore[type-arg]
+    shape = np.zeros((1, 16, 24), bool)
+    shape[0, 2 + number % 3 : 9, 5 : 8 + number] = True
+    return shape
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_segmentations_of_radiographs_cover_exactly_their_pixels(kind: str, tmp_path: Path) -> None:
+    truth = {}
+    for number in range(10):
+        one = radiograph(number, generate_uid())
+        save([one, seg([one], {"Lesion": outline(number)}, kind)], tmp_path)
+        truth[np.round(read_planar(one, 1)).astype(int).sum()] = outline(number)[0]
+    study = spec(modality="xray", preprocessing={"normalise": "none", "size": (16, 24)})
+    data = load_site_data(DicomSettings(source="dicom", folder=tmp_path), study, task="segmentation", key=KEY)
+    assert data.report.quarantined == {}
+    train = data.splits[Split.TRAIN]
+    for row in range(len(train)):
+        total = int(train.inputs(torch.tensor([row])).round().long().sum())
+        assert np.array_equal(train.labels[row].numpy(), truth[total])
+
+
+def test_each_view_of_a_series_has_its_own_segmentation_or_none(tmp_path: Path) -> None:
+    series = generate_uid()
+    views = [radiograph(number, series) for number in range(3)]
+    paths = save([seg([view], {"Lesion": outline(number)}) for number, view in enumerate(views[:2])], tmp_path)
+    for number in range(2):
+        mask, _ = label_image(paths, str(views[number].SOPInstanceUID), (16, 24), spec(modality="xray"), {})
+        assert np.array_equal(mask, outline(number)[0])
+    with pytest.raises(Quarantine, match="no label"):
+        label_image(paths, str(views[2].SOPInstanceUID), (16, 24), spec(modality="xray"), {})
 
 
 def test_radiographs_train_a_classification_by_instance(tmp_path: Path) -> None:
