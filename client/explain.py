@@ -88,11 +88,15 @@ def _images(study: Study) -> str:
 
 def _training(study: Study) -> str:
     training, rounds = study.training, study.rounds
-    length = f"{training.epochs} epochs" if training.epochs else f"{training.steps} steps"
+    if isinstance(study.privacy, DpSgd):
+        length = f"{study.privacy.steps_per_round} steps, each on {study.privacy.expected_batch:g} {study.privacy.unit.value}s on average"
+    else:
+        length = _counted(training.epochs, "epoch") if training.epochs else _counted(training.steps or 0, "step")
+        length += f" in batches of {training.batch_size}"
     head = ", last layer only" if training.train_only == "head" else ""
     return (
-        f"{study.task.value} with {study.model.name}{head}; {rounds.count} rounds of {length} in batches of "
-        f"{training.batch_size}, at least {rounds.minimum_sites} sites each; strategy {study.strategy.name}"
+        f"{study.task.value} with {study.model.name}{head}; {_counted(rounds.count, 'round')} of {length}, at least "
+        f"{_counted(rounds.minimum_sites, 'site')} each; strategy {study.strategy.name}"
     )
 
 
@@ -126,8 +130,8 @@ def _aggregation(study: Study, policy: Policy) -> str:
     if study.secure_aggregation.mode == "none":
         return "in clear: the coordinator sees this site's own update"
     return (
-        f"secure: the coordinator learns the sum over {max(policy.minimum_cohort, study.rounds.minimum_sites)} sites "
-        "or more, and no single update"
+        f"secure: the coordinator learns the sum over {policy.minimum_cohort} sites or more, and no single update "
+        "(policy.minimum_cohort)"
     )
 
 
@@ -162,6 +166,10 @@ def _verdict(study: Study, policy: Policy, today: datetime.date) -> str:
         return f"forbids it, approved or not: {refusal}"
     hours = f", at these hours: {'; '.join(policy.hours)}" if policy.hours else ""
     return f"permits it once it is approved{hours}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from medfl.client.config import load_site
+from medfl.client.decisions import Approval, approve
 from medfl.client.joining import join, read_invitation
 from medfl.client.runtime import site_rosters
 from medfl.server.config import load_consortium
@@ -112,7 +113,6 @@ def set_up(places: Places, study: Study) -> int:
             "  folder: dicom\n"
             "  split: {validation: 0.25, test: 0, min_patients: 8}\n"
             "policy:\n"
-            f'  studies: ["{study.digest}"]\n'
             "  allow_no_privacy: true\n"
             f"  require_secure_aggregation: {str(study.secure_aggregation.mode != 'none').lower()}\n",
             "utf-8",
@@ -126,6 +126,7 @@ def set_up(places: Places, study: Study) -> int:
         invitation, membership = read_invitation(invitations[name], settings)
         join(invitation, membership, settings, fingerprint=consortium)  # after a telephone call
         site_rosters(settings).confirm(membership)  # after a call to each of the others
+        approve(settings, Approval(study=study.digest, by="the demonstration"))  # after reading it
     return port
 
 

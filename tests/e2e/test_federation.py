@@ -96,6 +96,7 @@ def test_a_study_finishes_although_a_site_and_the_coordinator_are_killed(
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["outcomes"] == dict.fromkeys(hospitals.names, "trained")
     ending = json.loads((run_folder(hospitals, study) / "ending.json").read_text())
+    assert len(ending.pop("model")) == 64
     assert ending == {"ending": "done", "round": 4, "study": study.digest}
     assert load_file(run_folder(hospitals, study) / "model.safetensors")
     codes = running.stop_all()
@@ -122,10 +123,10 @@ def test_check_tells_what_is_wrong_by_its_exit_status(hospitals: Places, study: 
     assert study.digest in ready.stdout
 
     other = site.with_name("other.yaml")
-    other.write_text(site.read_text().replace(study.digest, "ab" * 32))
+    other.write_text(site.read_text().replace("policy:", "policy:\n  expires: 2026-01-01"))
     refused = check("medfl.client.cli", "--site", other, "--study", study_file)
     assert refused.returncode == 3
-    assert "not approved here" in refused.stderr
+    assert "policy expired" in refused.stderr
     other.write_text(site.read_text().replace("folder: dicom", "folder: nowhere"))
     assert check("medfl.client.cli", "--site", other, "--study", study_file).returncode == 4
     other.write_text(site.read_text().replace("policy:", "polcy:"))
