@@ -89,7 +89,8 @@ def _images(study: Study) -> str:
 def _training(study: Study) -> str:
     training, rounds = study.training, study.rounds
     if isinstance(study.privacy, DpSgd):
-        length = f"{study.privacy.steps_per_round} steps, each on {study.privacy.expected_batch:g} {study.privacy.unit.value}s on average"
+        privacy = study.privacy
+        length = f"{privacy.steps_per_round} steps, each on {privacy.expected_batch:g} {privacy.unit.value}s on average"
     else:
         length = _counted(training.epochs, "epoch") if training.epochs else _counted(training.steps or 0, "step")
         length += f" in batches of {training.batch_size}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flwr.app import Message
@@ -35,6 +35,16 @@ class Directory(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """An offer that has not been answered."""
+
+    node: int
+    site: str
+    expires: float
+    session: str  # of the site, when it was sent
+
+
 class Admission:
     """Offers the study without waiting, and collects the answers whenever it is asked."""
 
@@ -49,7 +59,7 @@ class Admission:
         self._grid = grid
         self._directory = directory
         self._accepted: set[int] = set()
-        self._offered: dict[str, tuple[int, float, str]] = {}  # message id -> node, when it expires, session
+        self._offered: dict[str, _Offer] = {}  # by message id
         self._ask_after: dict[int, float] = {}
         self._pause_s: dict[int, float] = {}
         self._refused_in: dict[int, str] = {}  # node -> its session in which it refused
@@ -61,14 +71,14 @@ class Admission:
         online, now = self._directory.online(), time.monotonic()
         self._collect(online, now)
         self._welcome_back()
-        waiting = {node for node, _, _ in self._offered.values()}
+        waiting = {offer.node for offer in self._offered.values()}
         due = [
             node
             for node in sorted(online.keys() - self._accepted - self._spent)
             if node not in waiting and now >= self._ask_after.get(node, 0.0)
         ]
         if due:
-            self._offer(due, now)
+            self._offer(due, online, now)
             self._collect(online, now)
 
     def _welcome_back(self) -> None:
@@ -112,7 +122,7 @@ class Admission:
         """Whether ``needed`` sites could still take part, now or later, after those that have spent their budget."""
         return not self._spent or len(self._directory.enrolled()) - len(self._spent) >= needed
 
-    def _offer(self, nodes: list[int], now: float) -> None:
+    def _offer(self, nodes: list[int], online: Mapping[int, str], now: float) -> None:
         bare = StudyOffer(self._study.digest, self._study.canonical(), self._signature)
         full = replace(bare, initial=self._initial or b"")
         deadline, joined = self._study.rounds.deadline_s, self._directory.joined()
@@ -126,23 +136,22 @@ class Admission:
             for node in nodes
         ]
         for node, identity in zip(nodes, self._grid.push_messages(messages), strict=True):
-            self._offered[identity] = (node, now + deadline, joined.get(node, ""))
+            self._offered[identity] = _Offer(node, online[node], now + deadline, joined.get(node, ""))
 
     def _collect(self, online: Mapping[int, str], now: float) -> None:
         while replies := list(self._grid.pull_messages(set(self._offered))):
             for reply in replies:
-                self._take(reply, online, now)
-        gone = [
-            identity for identity, (node, expires, _) in self._offered.items() if now > expires or node not in online
-        ]
+                self._take(reply, now)
+        offered = self._offered.items()
+        gone = [identity for identity, offer in offered if now > offer.expires or offer.node not in online]
         for identity in gone:
             del self._offered[identity]
 
-    def _take(self, reply: Message, online: Mapping[int, str], now: float) -> None:
+    def _take(self, reply: Message, now: float) -> None:
         asked = self._offered.pop(reply.metadata.reply_to_message_id, None)
         if asked is None:
             return
-        node, name = asked[0], online.get(asked[0], "a site that left")
+        node, name = asked.node, asked.site
         if cut_off(reply):
             return  # it is offered the study again as soon as it is back
         if (why := _refusal(reply)) == f"{Code.REFUSED.value}: {BUDGET}":
@@ -152,7 +161,7 @@ class Admission:
         elif why:
             self._lacking.discard(node)
             self.refusals[name] = why
-            self._refused_in[node] = asked[2]
+            self._refused_in[node] = asked.session
             pause = self._pause_s.get(node, _ASK_AGAIN_S[0])
             self._ask_after[node], self._pause_s[node] = now + pause, min(2 * pause, _ASK_AGAIN_S[1])
         else:
