@@ -31,14 +31,8 @@ def _against_alone(experiment: Experiment, federated: list[str]) -> list[str]:
         champion = best_at(experiment, federated, site)
         gain = experiment.mean(champion, site) - home
         verb = "gains" if gain >= 0 else "loses"
-        where = (
-            " at a site that did not train, over the mean of the others' own models"
-            if site in experiment.held_out
-            else ""
-        )
-        said.append(
-            f"{site}: the best federated method ({champion}) {verb} {abs(gain):.3f}{where or ' over training alone'}."
-        )
+        over = "the mean of the others' own models" if site in experiment.held_out else "training alone"
+        said.append(f"{site}: the best federated method ({champion}) {verb} {abs(gain):.3f} over {over}.")
     training = [site for site in experiment.sites if site not in experiment.held_out]
     lost = {m: [s for s in training if not experiment.mean(m, s) >= alone[s]] for m in federated}
     if content := [method for method, sites in lost.items() if not sites]:

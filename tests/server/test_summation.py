@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -118,3 +120,33 @@ def test_the_mean_of_nothing_is_an_error() -> None:
 
 def test_an_update_without_values_has_an_empty_mean() -> None:
     assert summed([(np.empty(0, np.float32), 1)]).mean().size == 0
+
+
+_A_HUNDRED = """
+import re
+import numpy as np
+from medfl.server.summation import FixedPointSum
+
+def megabytes(what):
+    return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1)) / 1024
+
+length, before = 30_000_000, megabytes("VmRSS")
+total, update = FixedPointSum(length), np.full(length, 0.01, np.float32)
+for site in range(100):
+    update[site] = site
+    total.add(update, 10 + site)
+del update
+mean = total.mean()
+print((megabytes("VmHWM") - before) / (4 * length / 2**20), float(mean[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_hundred_sites_of_30_million_values_are_summed_in_three_models() -> None:
+    # two models of int64 for the sum, one for the answer that is being added, and blocks of a few megabytes
+    run = subprocess.run([sys.executable, "-c", _A_HUNDRED], capture_output=True, text=True, check=True)
+    models, second = map(float, run.stdout.split())
+    assert models < 3.1
+    weight = sum(10 + site for site in range(100))
+    assert second == pytest.approx((0.01 * 10 + 1.0 * (weight - 10)) / weight, rel=1e-5)  # 1 from the second site on
