@@ -84,6 +84,7 @@ def _simulate(options: argparse.Namespace) -> int:
         experiment = run_experiment(settings, sweep=options.sweep, reporter=reporter_for(console), loading=loading)
     print_table(console, experiment)
     print_spend(console, experiment)
+    print_backdoors(console, experiment)
     _write_report(console, experiment, settings, options)
     console.print(f"{experiment.seconds:.0f} s; everything is in {experiment.folder}")
     return 0
@@ -109,6 +110,17 @@ def print_spend(console: Console, experiment: Experiment) -> None:
             console.print(f"epsilon at {site} by round ({cell.method}, seed {cell.seed}): {rounds}", highlight=False)
 
 
+def print_backdoors(console: Console, experiment: Experiment) -> None:
+    """How often a planted mark works, for every method that was run with one."""
+    for cell in experiment.cells:
+        if cell.backdoor is not None:
+            console.print(
+                f"the backdoor works on {100 * cell.backdoor:.0f} % of what it is meant for "
+                f"({cell.method}, seed {cell.seed})",
+                highlight=False,
+            )
+
+
 def print_table(console: Console, experiment: Experiment) -> None:
     """Methods by sites, mean over seeds and its 95 % interval, best of each site in bold."""
     from rich.table import Table
@@ -116,7 +128,7 @@ def print_table(console: Console, experiment: Experiment) -> None:
     table = Table(title=f"{experiment.metric} on held-out patients", title_justify="left")
     table.add_column("method", no_wrap=True)
     for site in experiment.sites:
-        table.add_column(site, justify="right", no_wrap=True)
+        table.add_column(experiment.title(site), justify="right", no_wrap=True)
     best = {  # -1 stands for no score, which is NaN
         site: max(value if (value := experiment.mean(method, site)) >= 0 else -1 for method in experiment.methods)
         for site in experiment.sites

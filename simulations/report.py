@@ -65,7 +65,7 @@ def write_report(experiment: Experiment, settings: SimulationSettings, *, comman
         command=command,
         seeds=sorted({cell.seed for cell in experiment.cells}),
         references=references(experiment),
-        titles=[titled(experiment, site) for site in experiment.sites],
+        titles=[experiment.title(site) for site in experiment.sites],
         backdoors=any(cell.backdoor is not None for cell in experiment.cells),
         pictures=_pictures(experiment, settings),
         lines=table(experiment),
@@ -110,11 +110,6 @@ def table(experiment: Experiment) -> list[Line]:
                 )
             )
     return lines
-
-
-def titled(experiment: Experiment, site: str) -> str:
-    """The site's name, and whether it did not train."""
-    return f"{site} (held out)" if site in experiment.held_out else site
 
 
 def _pictures(experiment: Experiment, settings: SimulationSettings) -> Pictures | None:
@@ -177,7 +172,7 @@ def _heat_map(experiment: Experiment) -> str:
         for (row, column), score in np.ndenumerate(scores):
             shade = "white" if not score > middle else "black"
             axes.text(column, row, f"{score:.3f}", ha="center", va="center", color=shade, fontsize=9)
-        axes.set_xticks(range(len(experiment.sites)), [titled(experiment, site) for site in experiment.sites])
+        axes.set_xticks(range(len(experiment.sites)), [experiment.title(site) for site in experiment.sites])
         axes.set_yticks(range(len(experiment.methods)), experiment.methods)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)

@@ -119,6 +119,10 @@ class Experiment:
         """All sites, in order of appearance."""
         return list(dict.fromkeys(row.site for row in self.rows))
 
+    def title(self, site: str) -> str:
+        """The site's name, and whether it did not train."""
+        return f"{site} (held out)" if site in self.held_out else site
+
     def to_dataframe(self) -> pd.DataFrame:
         """The rows as a table; needs pandas (``pip install medfl[report]``)."""
         import pandas as pd

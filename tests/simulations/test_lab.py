@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
 from small_simulation import simulation
 from tiny import classes_study, labels_study, masks_study, site_data
 from torch import nn
@@ -19,6 +20,7 @@ from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.shared.errors import DataError
 from medfl.simulations import load_simulation, run_experiment
 from medfl.simulations.baselines import alone_and_ensemble, cyclic, pooled, trivial
+from medfl.simulations.cli import print_backdoors
 from medfl.simulations.config import Attacker, Partition, SimulationSettings
 from medfl.simulations.examples import load, shown
 from medfl.simulations.findings import findings
@@ -116,10 +118,15 @@ def test_a_backdoor_is_measured_and_a_robust_rule_resists_it(tmp_path: Path) -> 
         baselines={"alone": False, "pooled": False, "trivial": False},
         seeds=[0],
     )
-    found = {cell.method: cell.backdoor for cell in run_experiment(settings, sweep=True).cells}
+    experiment = run_experiment(settings, sweep=True)
+    found = {cell.method: cell.backdoor for cell in experiment.cells}
     assert found["fedavg"] is not None
     assert found["median"] is not None
     assert found["fedavg"] > 0.8 > found["median"]
+    console = Console(record=True, width=80)
+    print_backdoors(console, experiment)
+    assert "of what it is meant for (median, seed 0)" in console.export_text()
+    assert "backdoor works" in write_report(experiment, settings).read_text()
 
 
 def test_slow_sites_show_in_the_curves(tmp_path: Path) -> None:

@@ -95,6 +95,20 @@ def test_the_report_says_where_a_federated_model_loses(tmp_path: Path) -> None:
     assert "best &lt;threshold&gt;" in page
 
 
+def test_scores_are_drawn_against_epsilon_beside_those_without_privacy(tmp_path: Path) -> None:
+    def cell(method: str, score: float, epsilon: float | None) -> Cell:
+        return Cell(method, 0, {"a": score, "b": score / 2}, "federated", epsilon=epsilon)
+
+    settings = load_simulation(simulation(tmp_path))
+    cells = (cell("eps1", 0.4, 1.0), cell("eps8", 0.6, 8.0), cell("free", 0.7, None))
+    page = write_report(Experiment("dice", cells, tmp_path, 1.0), settings).read_text()
+    figure = page[page.index("Privacy against score") :]
+    for words in (">epsilon<", ">1<", ">8<", "without privacy"):
+        assert words in figure
+    one = write_report(Experiment("dice", cells[1:], tmp_path, 1.0), settings).read_text()
+    assert "Privacy against score" not in one  # a single point is no curve
+
+
 def test_importing_the_laboratory_does_not_import_torch() -> None:
     check = "import sys, medfl.simulations, medfl.simulations.cli; sys.exit(len({'torch', 'flwr'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
