@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from secagg_world import PHASES, Consortium, Stage
 
+from medfl.client.secagg.advertise_keys import advertise_keys
 from medfl.client.secagg.enrolment import Enrolment, Rules
 from medfl.shared.errors import ConfigError, PolicyRefusal, ProtocolError
 from medfl.shared.secagg.announcement import Purpose
@@ -68,6 +69,15 @@ def test_a_cohort_without_this_site_is_refused() -> None:
 
 def test_another_roster_is_refused() -> None:
     assert refused(Consortium(5), roster=bytes(32)) == Reason.BAD_ROSTER
+
+
+def test_an_announcement_under_another_roster_than_the_one_it_is_judged_by_is_refused() -> None:
+    world = Consortium(5)
+    later = make_roster("lungs", 2, world.roster.members, minimum_cohort=3)
+    history = world.journals[1].history(world.announcement(), epoch=2)
+    with pytest.raises(ProtocolError) as refusal:
+        advertise_keys(world.announcement(), world.held[1], Enrolment(1, world.keys[1], later), history)
+    assert refusal.value.reason == Reason.BAD_ROSTER
 
 
 def test_another_model_is_refused() -> None:
