@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,19 +26,19 @@ from medfl.client.node import NodeSettings, Notice
 from medfl.client.participant import Participant
 from medfl.client.pin import joined, load_pin
 from medfl.client.records import FolderRecords
-from medfl.client.rosters import SiteRosters
 from medfl.client.secagg.enrolment import Rules
 from medfl.client.secagg.journal import Journal
 from medfl.client.secagg.live_enrolment import LiveEnrolments
 from medfl.client.secagg.session import SecureSite
 from medfl.client.site import Site, no_key_pinned
 from medfl.client.transport import TransportSettings
+from medfl.client.trust import coordinator_address, site_rosters
 from medfl.client.workbench import Workbench
 from medfl.shared.audit_log import audit_file
 from medfl.shared.certificates import SiteFiles
 from medfl.shared.consortium import Membership
 from medfl.shared.errors import ConfigError
-from medfl.shared.keys import fingerprint, load_site_key, public_line, read_public_key
+from medfl.shared.keys import fingerprint, load_site_key
 from medfl.shared.messages import Kind
 from medfl.shared.signing import Document, Signed
 from medfl.shared.study import Study
@@ -161,18 +162,9 @@ def open_audit(
         audit.close()
 
 
-def site_rosters(settings: SiteSettings) -> SiteRosters:
-    """The rosters that the coordinator has signed, and the keys this site's administrator has confirmed.
-
-    Raises:
-        ConfigError: this site has not joined, or has lost its public site key.
-    """
-    path = SiteFiles(settings.keys).site_public_key
-    try:
-        key = public_line(read_public_key(path.read_bytes()))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}): restore the keys from their backup") from None
-    return SiteRosters(settings.state / "roster", load_pin(settings.keys), site=settings.site, key=key)
+def dialled(settings: SiteSettings) -> Callable[[], str]:
+    """Where to dial, asked anew before each attempt: the signed roster may have named another address since."""
+    return partial(coordinator_address, settings)
 
 
 def check_ins(settings: SiteSettings, audit: Audit) -> CheckIns:
@@ -185,16 +177,6 @@ def check_ins(settings: SiteSettings, audit: Audit) -> CheckIns:
     files = SiteFiles(settings.keys)
     key = load_site_key(files.site_key)
     return CheckIns(settings.site, files, key, site_rosters(settings), on_force=in_force)
-
-
-def coordinator_address(settings: SiteSettings) -> str:
-    """Where to dial: site.yaml's word, else the newest signed roster's. Raises ConfigError when neither says."""
-    if settings.coordinator is not None:
-        return settings.coordinator
-    newest = site_rosters(settings).newest()
-    if newest is None:
-        raise ConfigError("coordinator: is missing, and no roster says where to dial: join the consortium first")
-    return newest.coordinator
 
 
 def load_data(

@@ -27,7 +27,7 @@ from rich.table import Table
 from medfl.client.config import load_site
 from medfl.client.decisions import Approval, approve
 from medfl.client.joining import join, read_invitation
-from medfl.client.runtime import site_rosters
+from medfl.client.trust import site_rosters
 from medfl.server.config import load_consortium
 from medfl.server.enrolling import Registrar
 from medfl.server.founding import found

@@ -27,7 +27,7 @@ def _join(options: argparse.Namespace) -> int:
     from medfl.client.commands.roster import confirm
     from medfl.client.config import load_site
     from medfl.client.joining import join, read_invitation
-    from medfl.client.runtime import site_rosters
+    from medfl.client.trust import site_rosters
     from medfl.shared.checklist import STEPS, checklist
 
     settings = load_site(options.site)

@@ -59,15 +59,7 @@ def _node(options: argparse.Namespace) -> int:
     # isort: split
     from medfl.client.config import load_site
     from medfl.client.node import Node, Phase
-    from medfl.client.runtime import (
-        approvals_of,
-        build_site,
-        check_ins,
-        coordinator_address,
-        gate_of,
-        node_settings,
-        open_audit,
-    )
+    from medfl.client.runtime import approvals_of, build_site, check_ins, dialled, gate_of, node_settings, open_audit
     from medfl.shared.admin import AdminSocket
     from medfl.shared.command import on_termination
     from medfl.shared.supervision import Supervision
@@ -119,7 +111,7 @@ def _node(options: argparse.Namespace) -> int:
             on_change=told,
             on_own_word=witness.node_says,
             check_in=check_ins(settings, audit),
-            address=lambda: coordinator_address(settings),
+            address=dialled(settings),
             over=lost.is_set,
         )
         admin = stack.enter_context(AdminSocket(settings.state))

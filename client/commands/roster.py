@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
 
 def _show(options: argparse.Namespace) -> int:
     from medfl.client.config import load_site
-    from medfl.client.runtime import site_rosters
+    from medfl.client.trust import site_rosters
 
     rosters = site_rosters(load_site(options.site))
     newest, force = rosters.newest(), rosters.in_force()
@@ -41,7 +41,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _confirm(options: argparse.Namespace) -> int:
     from medfl.client.config import load_site
-    from medfl.client.runtime import site_rosters
+    from medfl.client.trust import site_rosters
 
     settings = load_site(options.site)
     return confirm(settings, site_rosters(settings), fingerprint=options.fingerprint)

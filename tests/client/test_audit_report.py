@@ -22,7 +22,7 @@ from medfl.client.audit import Audit, Price
 from medfl.client.audit_report import Report, as_csv, as_html, totals
 from medfl.client.cli import main
 from medfl.client.config import load_site
-from medfl.client.runtime import site_rosters
+from medfl.client.trust import site_rosters
 from medfl.shared import chain as chains
 from medfl.shared.audit_log import inspected, verified
 from medfl.shared.errors import ConfigError, PolicyRefusal

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from consortium import found_consortium_folder, site_settings
 
 from medfl.client.cli import main
 from medfl.client.pin import joined, load_pin
-from medfl.client.runtime import site_rosters
+from medfl.client.trust import site_rosters
 from medfl.server.config import load_consortium
 from medfl.server.enrolling import Registrar
 from medfl.server.founding import found
@@ -123,3 +125,11 @@ def test_where_nobody_can_answer_the_option_is_named(
     monkeypatch.setattr("builtins.input", nobody)
     assert join(root) == 2
     assert "give the answer as an option" in capsys.readouterr().err
+
+
+def test_joining_needs_neither_torch_nor_flower() -> None:
+    code = (
+        "import sys, medfl.client.commands.join, medfl.client.joining, medfl.client.trust, medfl.server.enrolling\n"
+        "assert not {'torch', 'flwr', 'monai'} & set(sys.modules), 'slow'"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False).returncode == 0

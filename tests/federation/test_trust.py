@@ -16,20 +16,22 @@ from consortium import found_consortium_folder, site_settings
 from cryptography import x509
 from federation import echo, let_in, until
 
-from medfl.client.audit import Audit, audit_file
+from medfl.client.audit import Audit
 from medfl.client.checkin import CheckIns
 from medfl.client.config import SiteSettings
 from medfl.client.fleet import Fleet
 from medfl.client.joining import join
 from medfl.client.node import Node
-from medfl.client.runtime import check_ins, coordinator_address, node_settings, site_rosters
+from medfl.client.runtime import check_ins, node_settings
 from medfl.client.transport import Kind, LinkTrouble
+from medfl.client.trust import coordinator_address, site_rosters
 from medfl.server.config import ConsortiumSettings, load_consortium
 from medfl.server.coordinator import link_settings
 from medfl.server.doorkeeper import Doorkeeper
 from medfl.server.enrolling import Registrar
 from medfl.server.link import Link
 from medfl.shared import checkin
+from medfl.shared.audit_log import audit_file
 from medfl.shared.certificates import (
     SiteFiles,
     days_left,
@@ -39,6 +41,7 @@ from medfl.shared.certificates import (
 )
 from medfl.shared.enrolment import Invitation, make_keys, make_request
 from medfl.shared.keys import load_site_key
+from medfl.shared.passphrase import passphrase
 from medfl.simulations.demo import free_port
 
 
@@ -342,3 +345,21 @@ def test_a_damaged_list_of_revoked_certificates_changes_nothing_and_is_told(
         world.settings.trust.revoked.write_text("nonsense")
         until(lambda: "not a list of revoked certificates" in caplog.text, 5)
     world.fleet("north").check()
+
+
+def test_a_site_whose_keys_have_a_passphrase_connects_with_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"correct horse\n")
+    secret.chmod(0o600)
+    monkeypatch.setenv("MEDFL_PASSPHRASE_FILE", str(secret))
+    passphrase.cache_clear()
+    make_keys(tmp_path / "east" / "keys", "east", passphrase=b"correct horse")
+    world.join("east")
+    assert b"ENCRYPTED" in (tmp_path / "east" / "keys" / "client.key").read_bytes()
+    until(lambda: "east" in world.link.sites, 5)
+    world.fleet("east").check()
+    world.check_ins("east")(world.fleet("east"))
+    assert world.door.choose(["east"]).sites == {"east"}
+    passphrase.cache_clear()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from medfl.client.config import SiteSettings
 from medfl.client.joining import join
-from medfl.client.runtime import site_rosters
+from medfl.client.trust import site_rosters
 from medfl.server.config import load_consortium
 from medfl.server.enrolling import Registrar
 from medfl.server.founding import found
