@@ -82,6 +82,10 @@ class MemoryRecords:
         self._personal: dict[str, tuple[str, Flat, Flat | None]] = {}  # asked, what stays, what stood before
         self.rows: dict[str, list[dict[str, Any]]] = {}
 
+    def take_over(self, other: MemoryRecords) -> None:
+        """Hold what ``other`` holds."""
+        self.__dict__.update(other.__dict__)
+
     def remember(self, study: Study) -> None:
         """Keep ``study``."""
         self._studies[study.digest] = study

@@ -35,7 +35,7 @@ class ClearCollector:
         collected = Collected()
         total = FixedPointSum(weights.size + self._demands.beside.up(weights.size))
         single: dict[str, Message] = {}
-        tallies: list[Mapping[str, float]] = []
+        tallies: dict[str, Mapping[str, float]] = {}
 
         def take(site: str, reply: Message) -> str:
             trained = TrainReply.parse(reply.content)
@@ -47,12 +47,12 @@ class ClearCollector:
                 single[site] = as_flower(update, trained.examples, loss=loss)
             collected.received_bytes += trained.update.nbytes
             collected.weights[site] = trained.examples
-            tallies.append(trained.tally)
+            tallies[site] = trained.tally
             return TRAINED
 
         messages = configure(request_config(self._study.digest, number))
         self._stages.run(number, "training", messages, cohort, collected.outcomes, take=take, quorum=quorum)
-        collected.tally, collected.weight = add(tallies), total.weight
+        collected.tally, collected.weight = _summed(tallies), total.weight
         if collected.trained >= quorum and single:
             # By name, so that no order of arrival shows; updates and not weights, because distances between nearly
             # equal weights drown in rounding.
@@ -75,7 +75,7 @@ class ClearCollector:
 
         messages = configure(request_config(self._study.digest, number))
         self._stages.run(number, Kind.EVALUATE.value, messages, cohort, {}, take=take)
-        return Evaluated(add(tallies.values()), tallies)
+        return Evaluated(_summed(tallies), tallies)
 
     def unfinished(self, weights: Flat, cohort: Mapping[int, str]) -> Collected | None:
         """Nothing is kept: the round is run again, and sites repeat their answers without training."""
@@ -83,3 +83,8 @@ class ClearCollector:
 
     def settled(self) -> None:
         """Nothing was kept."""
+
+
+def _summed(tallies: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Sums over sites, by name, so that no order of arrival shows in the last bits of a loss."""
+    return add(tallies[site] for site in sorted(tallies))

@@ -130,6 +130,15 @@ class SimulationSettings(Settings):
     output: LocalPath = Path("runs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=1, ge=1, le=1024)
+    workers: int = Field(default=1, ge=1, le=256)  # processes that sites are dealt to, each with one thread
+
+    @model_validator(mode="after")
+    def _one_thread_a_worker(self) -> SimulationSettings:
+        if self.workers > 1 and self.threads > 1:
+            raise ValueError("workers have one thread each, so that their number changes no result: set threads to 1")
+        if self.workers > 1 and self.device == "cuda":
+            raise ValueError("on a GPU all sites share one process and one network: leave workers out")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> SimulationSettings:

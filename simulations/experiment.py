@@ -255,6 +255,7 @@ class _Federated:
             failures=None if work.settings.failures == type(work.settings.failures)() else work.settings.failures,
             attackers=attackers_of(work.settings, list(work.sites)),
             rhythms=rhythms_of(work.settings, list(work.sites)),
+            workers=1 if work.device.type == "cuda" else work.settings.workers,
         )
         result = federation.result
         if result.ending not in (Ending.DONE, Ending.CONVERGED):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,6 +47,7 @@ from medfl.simulations.config import Attacker, Failures
 from medfl.simulations.grid import VirtualGrid
 from medfl.simulations.misbehaviour import Answer, misbehaving
 from medfl.simulations.pace import PacedGrid, Rhythm
+from medfl.simulations.pool import PooledGrid
 
 
 @dataclass
@@ -97,11 +99,13 @@ def federate(
     failures: Failures | None = None,
     attackers: Mapping[str, Attacker] | None = None,
     rhythms: Mapping[str, Rhythm] | None = None,
+    workers: int = 1,
 ) -> Federation:
     """Run ``study`` among ``sites``; every virtual site approves it and releases its scores to the researcher.
 
     ``failures`` and ``attackers`` (by site) are what :func:`medfl.simulations.misbehaviour.misbehaving` makes of them,
-    ``rhythms`` (by site) what :class:`medfl.simulations.pace.PacedGrid` does.
+    ``rhythms`` (by site) what :class:`medfl.simulations.pace.PacedGrid` does: its sites work one after the other.
+    ``workers`` is the number of processes that sites are dealt to; the result has the same bits with any number.
     Weights that the study begins with must be on this process's shelf (:mod:`medfl.shared.initial_weights`).
     Each virtual site's ledger lives as long as the study: what a researcher tries does not add up on real patients.
     """
@@ -133,7 +137,8 @@ def federate(
     answer: Answer = client
     if failures or attackers:
         answer = misbehaving(client, failures or Failures(), attackers or {}, seed=study.seed)
-    virtual = VirtualGrid(answer, residents)
+    pool = PooledGrid(answer, records, workers=workers) if workers > 1 else None
+    virtual = pool or VirtualGrid(answer, residents)
     grid: VirtualGrid | PacedGrid = virtual
     history = History()
     if rhythms:
@@ -157,12 +162,14 @@ def federate(
         outcome.append(rounds.run())
 
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    with ledgers:
-        try:
-            build_server_app(work)(grid, context)
-        finally:
-            for resident in residents.values():
-                resident.close()
+    with ledgers, ExitStack() as stack:
+        for resident in residents.values():
+            stack.callback(resident.close)
+        if pool is not None:
+            stack.enter_context(pool)
+        build_server_app(work)(grid, context)
+        if pool is not None:
+            pool.bring_home()
     rows = {name: kept.rows.get(study.digest, []) for name, kept in records.items()}
     kept = {name: own for name, record in records.items() if (own := record.personal(study.digest)) is not None}
     return Federation(outcome[0], tuple(history.rounds), rows, kept, tuple(history.times))
