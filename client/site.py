@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +25,8 @@ from medfl.client.releases import told
 from medfl.client.training.charged import PrivateRound, fix_plan, train_charged
 from medfl.client.training.client_level import fix_client_level_plan, train_client_level
 from medfl.client.training.evaluate import evaluate
-from medfl.client.training.local import Given, train_local
+from medfl.client.training.local import Given, TrainLocally, train_local
+from medfl.client.training.plain import round_generator
 from medfl.client.workbench import Bench, Workbench
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.chain import Head
@@ -103,6 +103,7 @@ class Site:
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
         device_free: Callable[[], None] = lambda: None,
         progress: Callable[[int, int], None] | None = None,
+        train_locally: TrainLocally = train_local,
     ) -> None:
         self.name = name
         self._policy = policy
@@ -117,6 +118,7 @@ class Site:
         self._now = now
         self._device_free = device_free  # raises PolicyRefusal while no training may begin
         self._progress = progress  # called between batches; may take its time
+        self._train_local = train_locally
         self._data: tuple[str, SiteData] | None = None
         self._open_ledger: Ledger | None = None
 
@@ -219,8 +221,8 @@ class Site:
                 self._note_spent(study, request, private, time.monotonic() - started)
                 return TrainReply(private.update, examples=1), kept
             case NoPrivacy():
-                generator = _generator(study, self.name, request.round, data.labels.device)
-                local = train_local(
+                generator = round_generator(study, self.name, request.round, data.labels.device)
+                local = self._train_local(
                     bench,
                     data,
                     study,
@@ -463,9 +465,3 @@ class Site:
             f", {score[0]} {score[1]:.3f}" if score else "",
             seconds,
         )
-
-
-def _generator(study: Study, site: str, round_number: int, device: torch.device) -> torch.Generator:
-    """Randomness of one site's round: the same at every repetition, different from every other site and round."""
-    seed = hashlib.sha256(f"{study.seed}/{site}/{round_number}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(seed[:8], "little") >> 1)

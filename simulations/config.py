@@ -131,11 +131,14 @@ class SimulationSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=1, ge=1, le=1024)
     workers: int = Field(default=1, ge=1, le=256)  # processes that sites are dealt to, each with one thread
+    at_once: int = Field(default=1, ge=1, le=10_000)  # sites of equal shapes trained as one batched model; same to 1e-6
 
     @model_validator(mode="after")
     def _one_thread_a_worker(self) -> SimulationSettings:
         if self.workers > 1 and self.threads > 1:
             raise ValueError("workers have one thread each, so that their number changes no result: set threads to 1")
+        if self.workers > 1 and self.at_once > 1:
+            raise ValueError("workers train one site at a time each: use workers or at_once")
         if self.workers > 1 and self.device == "cuda":
             raise ValueError("on a GPU all sites share one process and one network: leave workers out")
         return self

@@ -256,6 +256,7 @@ class _Federated:
             attackers=attackers_of(work.settings, list(work.sites)),
             rhythms=rhythms_of(work.settings, list(work.sites)),
             workers=1 if work.device.type == "cuda" else work.settings.workers,
+            at_once=work.settings.at_once,
         )
         result = federation.result
         if result.ending not in (Ending.DONE, Ending.CONVERGED):

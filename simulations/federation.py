@@ -20,6 +20,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from medfl.client.app import build_client_app
+from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData
 from medfl.client.participant import Participant
 from medfl.client.policy import Policy
@@ -48,6 +49,7 @@ from medfl.simulations.grid import VirtualGrid
 from medfl.simulations.misbehaviour import Answer, misbehaving
 from medfl.simulations.pace import PacedGrid, Rhythm
 from medfl.simulations.pool import PooledGrid
+from medfl.simulations.together import Together
 
 
 @dataclass
@@ -100,12 +102,15 @@ def federate(
     attackers: Mapping[str, Attacker] | None = None,
     rhythms: Mapping[str, Rhythm] | None = None,
     workers: int = 1,
+    at_once: int = 1,
 ) -> Federation:
     """Run ``study`` among ``sites``; every virtual site approves it and releases its scores to the researcher.
 
     ``failures`` and ``attackers`` (by site) are what :func:`medfl.simulations.misbehaviour.misbehaving` makes of them,
     ``rhythms`` (by site) what :class:`medfl.simulations.pace.PacedGrid` does: its sites work one after the other.
     ``workers`` is the number of processes that sites are dealt to; the result has the same bits with any number.
+    ``at_once`` sites of equal shapes are trained as one batched model, where the study allows it: the result is the
+    same up to rounding.
     Weights that the study begins with must be on this process's shelf (:mod:`medfl.shared.initial_weights`).
     Each virtual site's ledger lives as long as the study: what a researcher tries does not add up on real patients.
     """
@@ -120,6 +125,7 @@ def federate(
         for remembered in records.values():
             remembered.keep_initial(study.digest, initial)  # one copy for all
     secure, participants = _secure_parts(study, list(sites))
+    together = Together({name: data.splits[Split.TRAIN] for name, data in sites.items()}, at_once=at_once)
     residents = {
         name: Site(
             name,
@@ -129,6 +135,7 @@ def federate(
             records=records[name],
             ledger=Path(ledgers.name) / name / "ledger.jsonl",
             participant=participants.get(name),
+            train_locally=together.trainer_of(name),
             verify=lambda signed: signed.content(signer.public_key(), Document.STUDY),
         )
         for name, data in sites.items()
@@ -139,6 +146,7 @@ def federate(
         answer = misbehaving(client, failures or Failures(), attackers or {}, seed=study.seed)
     pool = PooledGrid(answer, records, workers=workers) if workers > 1 else None
     virtual = pool or VirtualGrid(answer, residents)
+    together.companions = virtual.companions
     grid: VirtualGrid | PacedGrid = virtual
     history = History()
     if rhythms:

@@ -17,6 +17,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from medfl.shared.messages import Kind
+
 _RUN_ID, _TASK_ID, _SERVER_ID = 1, 1, 1
 
 
@@ -30,6 +32,7 @@ class VirtualGrid(Grid):
         self._contexts: dict[int, Context] = {}
         self._waiting: OrderedDict[str, Message] = OrderedDict()
         self._sent = 0
+        self._request: RecordDict | None = None
 
     def online(self) -> Mapping[int, str]:
         """Node id -> site name."""
@@ -65,12 +68,21 @@ class VirtualGrid(Grid):
         if identity is None:
             return []
         message = self._waiting.pop(identity)
+        self._request = message.content if message.has_content() else None
         return [self._app(message, self._context(message.metadata.dst_node_id))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """All replies, one site after the other."""
         identities = list(self.push_messages(messages))
         return [reply for identity in identities for reply in self.pull_messages([identity])]
+
+    def companions(self) -> list[str]:
+        """Sites that wait with the very request that is being answered now."""
+        return [
+            self._names[message.metadata.dst_node_id]
+            for message in self._waiting.values()
+            if message.content is self._request and message.metadata.message_type == Kind.TRAIN.value
+        ]
 
     def set_run(self, run: Any) -> None:
         """There is one run only."""

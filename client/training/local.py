@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -45,6 +46,24 @@ class Local:
     update: Flat
     kept: Flat | None
     tally: dict[str, float]
+
+
+class TrainLocally(Protocol):
+    """One site's round without differential privacy: :func:`train_local`, or what gives the same."""
+
+    def __call__(
+        self,
+        bench: Bench,
+        data: TensorSet,
+        study: Study,
+        given: Given,
+        *,
+        generator: torch.Generator,
+        round_number: int,
+        progress: Progress | None = None,
+    ) -> Local:
+        """The round's result. Raises TrainingError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

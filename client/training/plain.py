@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -64,8 +65,8 @@ def train_plain(
     network.train()
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     divisible, pieces = _divisible(network), 1
-    with _seeded(seed, data) if _draws(network) else nullcontext():
-        for step, (images, labels) in enumerate(_batches(data, study, generator, total)):
+    with _seeded(seed, data) if draws(network) else nullcontext():
+        for step, (images, labels) in enumerate(batches(data, study, generator, total)):
             optimizer.zero_grad()
             backward = partial(_backward, network, loss_of, extra_loss, images, labels)
             loss, pieces = _within_memory(backward, pieces, limit=len(labels) if divisible else 1)
@@ -80,6 +81,12 @@ def train_plain(
     return {LOSS: loss_sum, EXAMPLES: float(seen)}
 
 
+def round_generator(study: Study, site: str, round_number: int, device: torch.device) -> torch.Generator:
+    """Randomness of one site's round: the same at every repetition, different from every other site and round."""
+    seed = hashlib.sha256(f"{study.seed}/{site}/{round_number}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+
+
 def planned_steps(training: Training, examples: int) -> int:
     """Optimizer steps of one round for a site with ``examples`` training images."""
     if training.steps is not None:
@@ -87,7 +94,7 @@ def planned_steps(training: Training, examples: int) -> int:
     return (training.epochs or 1) * -(-examples // training.batch_size)
 
 
-def gradient_rule(study: Study, parameters: Sequence[nn.Parameter]) -> AdjustGradients:
+def gradient_rule(study: Study, parameters: Sequence[torch.Tensor]) -> AdjustGradients:
     """The site's half of the study's strategy; call it before the first step, while the weights are the global ones."""
     match study.strategy:
         case FedProxSettings(mu=mu):
@@ -147,9 +154,10 @@ def _divisible(network: nn.Module) -> bool:
     return not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules())
 
 
-def _batches(
+def batches(
     data: TensorSet, study: Study, generator: torch.Generator, total: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """``total`` batches of a round, in the order and with the changes that ``generator`` draws."""
     augment, produced = augmenter(study.data.augmentation), 0
     while produced < total:
         for batch in epoch(data, study.training.batch_size, generator, augment):
@@ -159,9 +167,9 @@ def _batches(
             produced += 1
 
 
-def _draws(network: nn.Module) -> bool:
+def draws(network: nn.Module) -> bool:
     """Whether a layer of ``network`` draws random numbers."""
-    return any(isinstance(layer, _DropoutNd) for layer in network.modules())
+    return any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in network.modules())
 
 
 @contextmanager
