@@ -8,7 +8,6 @@ import numpy as np
 from federation import Lab, until
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from medfl.server.exchange import exchange
 from medfl.server.negotiation import NegotiatingGrid
 from medfl.shared.errors import Code
 from medfl.shared.messages import PROTOCOL, Failure, ModelRequest, Ready, outcome, protocol_of
@@ -38,10 +37,7 @@ class OlderSite:
 def ask(grid: NegotiatingGrid, nodes: list[int]) -> dict[int, str]:
     content = ModelRequest(DIGEST, 1, VECTOR, counted=0).record()
     messages = [Message(content, dst_node_id=node, message_type="train") for node in nodes]
-    return {
-        reply.metadata.src_node_id: outcome(reply.content)
-        for reply in exchange(grid, messages, deadline_s=15, stop=threading.Event())
-    }
+    return {reply.metadata.src_node_id: outcome(reply.content) for reply in grid.send_and_receive(messages, timeout=15)}
 
 
 def test_an_older_site_is_written_to_in_its_own_protocol_from_the_second_message_on(lab: Lab) -> None:
