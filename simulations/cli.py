@@ -103,11 +103,15 @@ def _write_report(
 
 
 def print_spend(console: Console, experiment: Experiment) -> None:
-    """Privacy spent at each site after each round, for every private method."""
+    """Privacy spent at each site after each round, for every private method, and what that assumes."""
+    from medfl.simulations.findings import promises
+
     for cell in experiment.cells:
         for site, spent in cell.spent.items():
             rounds = " ".join(f"{epsilon:.2f}" for epsilon in spent)
             console.print(f"epsilon at {site} by round ({cell.method}, seed {cell.seed}): {rounds}", highlight=False)
+    for promise in promises(experiment):
+        console.print(promise, highlight=False)
 
 
 def print_backdoors(console: Console, experiment: Experiment) -> None:

@@ -18,6 +18,7 @@ import torch
 from medfl.client.data.headers import Progress
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData
+from medfl.client.releases import told
 from medfl.client.workbench import make_bench
 from medfl.server.checkpoint import save_model
 from medfl.server.reporter import MetricsFile, Reporter, Several
@@ -41,7 +42,7 @@ from medfl.simulations.baselines import (
 )
 from medfl.simulations.cast import attackers_of, held_out_of, rhythms_of
 from medfl.simulations.config import SimulationSettings
-from medfl.simulations.federation import Federation, federate
+from medfl.simulations.federation import Federation, federate, permissive_policy
 from medfl.simulations.misbehaviour import backdoor_success
 from medfl.simulations.results import Cell, Experiment, Row
 from medfl.simulations.sites import load_sites
@@ -285,6 +286,7 @@ class _Federated:
                 for name, rows in federation.site_rows.items()
                 if any("epsilon" in row for row in rows)
             },
+            leaves="" if isinstance(study.privacy, NoPrivacy) else told(study, permissive_policy(study)),
             times=federation.times,
             backdoor=self._backdoor(study, federation),
         )

@@ -21,6 +21,21 @@ def findings(experiment: Experiment) -> list[str]:
         below = [s for s in experiment.sites if any(experiment.mean(method, s) <= experiment.mean(f, s) for f in floor)]
         if below:
             said.append(f"{method} does not beat a predictor without any training at: {', '.join(below)}.")
+    return [*said, *promises(experiment)]
+
+
+def promises(experiment: Experiment) -> list[str]:
+    """For each private method what was spent, what that assumes of the sites' patients, and what else leaves."""
+    said = []
+    for method in dict.fromkeys(cell.method for cell in experiment.cells if cell.spent):
+        cells = [cell for cell in experiment.cells if cell.method == method and cell.spent]
+        most = max(spent[-1] for cell in cells for spent in cell.spent.values())
+        together = max(sum(spent[-1] for spent in cell.spent.values()) for cell in cells)
+        said.append(
+            f"{method}: epsilon {most:.2f} is the most that a site has spent. This assumes that no patient was treated "
+            f"at two of these sites: the figures add, and whoever was at all of them has spent {together:.2f}."
+        )
+        said += [f"{method}, what leaves a site: {cells[0].leaves}."] if cells[0].leaves else []
     return said
 
 

@@ -43,6 +43,7 @@ class Cell:
     seconds: float = 0.0
     epsilon: float | None = None  # promised to each unit; None without privacy
     spent: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by site: epsilon after each round
+    leaves: str = ""  # what leaves a site and how each is treated, of a private study
     times: Sequence[float] = ()  # when each round ended, in training times of a usual site; empty where all are alike
     backdoor: float | None = None  # share of marked held-out images that are taken for the attacker's class
 

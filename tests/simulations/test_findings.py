@@ -1,0 +1,34 @@
+"""What a report says of privacy: who has spent most, what that assumes, and what else leaves a site."""
+
+from pathlib import Path
+
+from tiny import masks_study
+
+from medfl.client.releases import told
+from medfl.simulations.federation import permissive_policy
+from medfl.simulations.findings import findings, promises
+from medfl.simulations.results import Cell, Experiment
+
+SCORES = {"north": 0.5, "south": 0.7}
+
+
+def experiment(*cells: Cell) -> Experiment:
+    return Experiment("dice", cells, Path("nowhere"), 1.0)
+
+
+def test_spends_are_added_up_for_who_was_treated_everywhere() -> None:
+    study = masks_study(privacy={"mode": "dp-sgd", "epsilon": 8, "delta": 1e-2})
+    leaves = told(study, permissive_policy(study))
+    private = Cell("fedavg", 0, SCORES, spent={"north": [1.0, 2.5], "south": [1.0, 3.25]}, leaves=leaves)
+    spent, others = promises(experiment(private))
+    assert "epsilon 3.25 is the most that a site has spent" in spent
+    assert "no patient was treated at two of these sites" in spent
+    assert "whoever was at all of them has spent 5.75" in spent
+    assert "noised: update of the trained weights" in others
+    assert "planned: buffers and weights that are not trained, weight in the mean" in others
+    assert "training loss" not in others  # it stays at the site
+    assert set(promises(experiment(private))) < set(findings(experiment(private)))
+
+
+def test_nothing_is_promised_where_nothing_is_protected() -> None:
+    assert promises(experiment(Cell("fedavg", 0, SCORES))) == []
