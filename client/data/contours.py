@@ -40,6 +40,9 @@ def read_contours(
         drawn = {int(item.ReferencedROINumber): item for item in dataset.ROIContourSequence}
         if len(regions) < len(dataset.StructureSetROISequence) or len(drawn) < len(dataset.ROIContourSequence):
             raise Quarantine("two regions of one number")
+        for sources in _sources(dataset):
+            if sources & set(instances) and not sources <= set(instances):
+                raise Quarantine("label was made on slices that are missing")
     out: dict[int, NDArray[np.bool_]] = {}
     unmatched: Counter[str] = Counter()
     for number, region in regions.items():
@@ -57,6 +60,16 @@ def read_contours(
             mask = out.setdefault(label, np.zeros(volume.spatial_shape, bool))
             mask |= _fill(areas, volume, instances)
     return out, unmatched
+
+
+def _sources(dataset: pydicom.Dataset) -> list[set[str]]:
+    """Images of each series that the object says it was drawn on (PS3.3 C.8.8.5)."""
+    return [
+        _named(series)
+        for frame in dataset.get("ReferencedFrameOfReferenceSequence") or []
+        for study in frame.get("RTReferencedStudySequence") or []
+        for series in study.get("RTReferencedSeriesSequence") or []
+    ]
 
 
 def _named(contour: pydicom.Dataset) -> set[str]:

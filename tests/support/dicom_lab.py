@@ -97,6 +97,11 @@ def structure_set(
     ds.SeriesInstanceUID, ds.Modality = generate_uid(), "RTSTRUCT"
     series, study, frame = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
     series.SeriesInstanceUID = first.SeriesInstanceUID
+    series.ContourImageSequence = []
+    for image in source:
+        item = pydicom.Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
+        series.ContourImageSequence.append(item)
     study.RTReferencedSeriesSequence = [series]
     frame.FrameOfReferenceUID, frame.RTReferencedStudySequence = first.FrameOfReferenceUID, [study]
     ds.ReferencedFrameOfReferenceSequence = [frame]

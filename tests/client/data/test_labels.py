@@ -270,8 +270,17 @@ def test_a_contour_between_slices_is_refused(tmp_path: Path) -> None:
 
 def test_a_contour_outside_the_volume_is_refused(tmp_path: Path) -> None:
     slices = ct()
-    (path,) = save([structure_set(slices, {"Lesion": [circle(slices, 0, 5)]})], tmp_path)
+    drawing = structure_set(slices, {"Lesion": [circle(slices, 0, 5)]})
+    del drawing.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence
+    (path,) = save([drawing], tmp_path)
     with pytest.raises(Quarantine, match="outside the image"):
+        upright(slices[1:], path)
+
+
+def test_contours_of_a_series_that_lost_a_slice_are_refused_wherever_they_lie(tmp_path: Path) -> None:
+    slices = ct()
+    (path,) = save([structure_set(slices, {"Lesion": [circle(slices, 3, 5)]})], tmp_path)
+    with pytest.raises(Quarantine, match="slices that are missing"):
         upright(slices[1:], path)
 
 
