@@ -59,3 +59,18 @@ def test_a_late_site_has_trained_and_one_that_dropped_out_has_not() -> None:
         arrived = sum(why == "trained" for r in federation.rounds for why in r.outcomes.values())
         assert arrived < 80
         assert trained(federation) == (worked or arrived)
+
+
+def test_drop_outs_leave_the_same_model_under_secure_aggregation_as_in_clear() -> None:
+    def model(mode: str) -> tuple[list[dict[str, str]], np.ndarray]:
+        study = classes_study(
+            rounds={"count": 6, "minimum_sites": 3, "evaluate_every": 6}, secure_aggregation={"mode": mode}
+        )
+        sites = {name: site_data(study, seed=n) for n, name in enumerate("abcde")}
+        federation = federate(study, sites, failures=Failures(drop_out=0.25))
+        return [dict(r.outcomes) for r in federation.rounds], federation.result.weights
+
+    clear, secure = model("none"), model("msa1")
+    assert any(why == "no answer" for outcomes in clear[0] for why in outcomes.values())
+    assert secure[0] == clear[0]  # the same sites fail in the same rounds
+    np.testing.assert_allclose(secure[1], clear[1], atol=1e-6)
