@@ -10,6 +10,7 @@ import getpass
 import os
 import stat
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def passphrase() -> bytes:
     """
     if (path := _file()) is not None:
         return _read(path)
-    if not sys.stdin.isatty():
+    # A running service that came to need a key asks nobody: its terminal may be anyone's by then.
+    if not sys.stdin.isatty() or threading.current_thread() is not threading.main_thread():
         raise ConfigError(
             f"a private key has a passphrase, and nobody is here to type it: name a file with it in {VARIABLE}, or "
             f"give systemd's unit LoadCredential={CREDENTIAL}:/path"

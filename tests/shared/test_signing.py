@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,14 @@ def test_without_a_file_and_without_a_terminal_it_is_said_where_the_passphrase_g
 
     with pytest.raises(ConfigError, match=r"LoadCredential=medfl-passphrase"):
         load_node_key(tmp_path / "node.key")
+
+
+def test_a_running_services_other_threads_ask_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEDFL_PASSPHRASE_FILE", raising=False)
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", lambda prompt: "typed")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigError, match="nobody is here to type it"):
+        pool.submit(passphrases.passphrase).result()
+    assert passphrases.passphrase() == b"typed"
