@@ -248,7 +248,8 @@ class Rounds:
         elsewhere: dict[str, str] = {}
         if self._heads is not None:
             cohort, elsewhere = self._heads.agree(number, cohort, quorum=self._study.rounds.minimum_sites)
-        collected = self._train(number, cohort)
+        enough = len(cohort) >= self._quorum and not self._stop.is_set()  # Flower's strategies wait for more for ever
+        collected = self._train(number, cohort) if enough else Collected()
         collected.outcomes = elsewhere | collected.outcomes
         if collected.trained < self._quorum or not collected.replies:
             collected.replies = []

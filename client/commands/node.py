@@ -100,14 +100,12 @@ def _node(options: argparse.Namespace) -> int:
         site.expect_journal(audit.journal)
         receipts = Receipts(audit_file(settings.state), reader_of(settings.keys), site=settings.site)
         lost = threading.Event()
-        app = build_client_app(
-            lambda context: site, witness=(witness := Witness(audit, site, receipts)), on_device_lost=lost.set
-        )
-        gate = gate_of(approvals)
+        witness = Witness(audit, site, receipts)
+        app = build_client_app(lambda context: site, witness=witness, on_device_lost=lost.set)
         node = Node(
             node_settings(settings),
             app,
-            gate,
+            gate_of(approvals),
             on_change=told,
             on_own_word=witness.node_says,
             check_in=check_ins(settings, audit),

@@ -551,3 +551,20 @@ def test_a_study_with_a_full_disk_can_be_stopped_and_goes_on_from_the_round_befo
     result = run(study, ScriptedGrid(sites), checkpoints=CheckpointFolder(tmp_path))
     assert (result.ending, result.round) == (Ending.DONE, 3)
     assert moved(study, result) == pytest.approx(3.0, rel=1e-6)
+
+
+def test_a_stop_while_records_are_compared_ends_the_study_and_waits_for_nobody() -> None:
+    study, grid, stop = classes_study(), ScriptedGrid({"a": ScriptedSite(), "b": ScriptedSite()}), Event()
+
+    class Stopped:
+        def agree(self, number: int, cohort: dict[int, str], *, quorum: int) -> tuple[dict[int, str], dict[str, str]]:
+            stop.set()
+            return {}, dict.fromkeys(cohort.values(), "no answer")
+
+    rounds = Rounds(study, grid, grid, checkpoints=None, reporter=Heard(), stop=stop)
+    rounds._heads = Stopped()  # type: ignore[assignment]
+    outcome: list[Ending] = []
+    thread = Thread(target=lambda: outcome.append(rounds.run().ending), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert outcome == [Ending.STOPPED]
