@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 export MEDFL_DATA ?= $(abspath ../shared/data)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types bench fuzz wheel wheelhouse offline-test clean help
+.PHONY: demo test lint types bench fuzz wheel wheelhouse offline-test chaos clean help
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -31,6 +31,9 @@ bench: $(VENV)/.installed-dev  ## Benchmarks, as ratios to the bare loop or to t
 
 fuzz: $(VENV)/.installed-dev  ## 2,000 damaged DICOM files, half an hour: what becomes of them
 	PYTHONPATH=tests/support $(BIN)/python tests/client/data/test_fuzz.py 2000 2
+
+chaos: $(VENV)/.installed-dev  ## Real processes, 200 of them killed at random moments: what must hold then, counted
+	$(BIN)/python tests/support/chaos.py --kills $(or $(KILLS),200) --seed $(or $(SEED),1)
 
 wheel: $(VENV)/.installed-dev  ## Build the wheel through the source distribution
 	rm -rf dist build

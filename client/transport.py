@@ -24,6 +24,8 @@ from medfl.shared.errors import ConfigError, NetworkError
 from medfl.shared.keys import read_private
 from medfl.shared.passphrase import passphrase
 
+_LARGE_BYTES = 64 * 1024
+_UPLOAD_S = 300.0  # for the answer to a larger body: what the system has taken from us may not have left yet
 CLOCK_TOLERANCE_S = 5.0  # a request signed further in the future is refused
 
 
@@ -117,7 +119,11 @@ def confine(client: httpx.Client, max_answer_bytes: int) -> None:
         if isinstance(response.stream, httpx.SyncByteStream):
             response.stream = _Capped(response.stream, max_answer_bytes)
 
-    client.event_hooks = {"request": [], "response": [cap]}
+    def wait_for_upload(request: httpx.Request) -> None:
+        if int(request.headers.get("content-length", "0")) > _LARGE_BYTES:
+            request.extensions["timeout"] = {**request.extensions.get("timeout", {}), "read": _UPLOAD_S}
+
+    client.event_hooks = {"request": [wait_for_upload], "response": [cap]}
 
 
 class _Capped(httpx.SyncByteStream):

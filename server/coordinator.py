@@ -39,7 +39,7 @@ from medfl.server.studies import Entry, Record, State
 from medfl.server.submission import desk_of, initial_of, submit_listed
 from medfl.server.weight_sum import SecureParts
 from medfl.shared.admin import AdminSocket
-from medfl.shared.algorithms.beginning import begin_apart
+from medfl.shared.algorithms.beginning import begin_once
 from medfl.shared.audit_log import audit_file
 from medfl.shared.errors import ConfigError, MedFLError, PolicyRefusal
 from medfl.shared.files import write_whole
@@ -199,7 +199,7 @@ class _Turns:
                         reporter=Several(MetricsFile(folder / "metrics.jsonl"), self.reporter),
                         stop=to_end,
                         series=run.series_id,
-                        beginning=begin_apart(study, initial),
+                        beginning=begin_once(study, folder / "first-model.safetensors", initial),
                         secure=_secure_parts(self.settings, study, folder, self.door),
                         keeping=_head_keeping(self.settings, self.audit),
                         signature=entry.signature,

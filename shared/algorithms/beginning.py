@@ -9,13 +9,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 import medfl.shared.environment  # noqa: F401 - before torch
 from medfl.shared.command import run
 from medfl.shared.errors import ConfigError, MedFLError
+from medfl.shared.files import write_whole
 from medfl.shared.study import Study
-from medfl.shared.weights import Flat, Layout
+from medfl.shared.weights import Flat, Layout, weights_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +50,24 @@ def begin_apart(study: Study, initial: bytes | None = None) -> Beginning:
     Raises:
         ConfigError: the study's strategy or initial weights do not fit its network. MedFLError: the process died.
     """
-    from safetensors.numpy import load
+    return _parse(_made_apart(study, initial), study)
 
+
+def begin_once(study: Study, path: Path, initial: bytes | None = None) -> Beginning:
+    """As :func:`begin_apart`, kept at ``path``: a coordinator that is started again need not wait for PyTorch.
+
+    Raises:
+        ConfigError, MedFLError: as :func:`begin_apart`.
+    """
+    with suppress(OSError, SafetensorError, ValueError, KeyError):  # there is none yet, or it is damaged
+        return _parse(path.read_bytes(), study)
+    content = _made_apart(study, initial)
+    with suppress(OSError):  # a full disk costs the next start some seconds
+        write_whole(path, content)
+    return _parse(content, study)
+
+
+def _made_apart(study: Study, initial: bytes | None) -> bytes:
     canonical = study.canonical()
     command = [sys.executable, "-m", "medfl.shared.algorithms.beginning", study.digest, str(len(canonical))]
     made = subprocess.run(command, input=canonical + (initial or b""), capture_output=True, check=False)
@@ -54,22 +75,36 @@ def begin_apart(study: Study, initial: bytes | None = None) -> Beginning:
         said = made.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         kind = ConfigError if made.returncode == ConfigError.exit_status else MedFLError
         raise kind(f"study {study.name}: its first model cannot be built: {said[-1]}")
-    about = json.loads(made.stdout[8 : 8 + int.from_bytes(made.stdout[:8], "little")])["__metadata__"]
+    return made.stdout
+
+
+def _parse(content: bytes, study: Study) -> Beginning:
+    """Raises ValueError, KeyError or SafetensorError where ``content`` is not the whole first model of ``study``."""
+    from safetensors.numpy import load
+
+    about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    weights: Flat = load(content)["weights"]
+    if about["study"] != study.digest or about["weights"] != weights_digest(weights):
+        raise ValueError("the first model is damaged, or another study's")
     layout = Layout(tuple((name, tuple(shape)) for name, shape in json.loads(about["layout"])))
-    weights: Flat = load(made.stdout)["weights"]
     return Beginning(layout, weights)
+
+
+def _in_bytes(made: Beginning, study: Study) -> bytes:
+    from safetensors.numpy import save
+
+    layout = json.dumps(made.layout.tensors)
+    about = {"study": study.digest, "layout": layout, "weights": weights_digest(made.weights)}
+    return save({"weights": made.weights}, about)
 
 
 def main(digest: str, length: int) -> int:
     """The process: a study's canonical form of ``length`` bytes, and the file of its initial weights where it names
     one, come in on standard input; safetensors go out on standard output.
     """
-    from safetensors.numpy import save
-
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # whatever a library prints is no part of the model
     study = Study.from_canonical(sys.stdin.buffer.read(length), digest=digest)
-    made = begin(study, sys.stdin.buffer.read() or None)
-    out.write(save({"weights": made.weights}, {"layout": json.dumps(made.layout.tensors)}))
+    out.write(_in_bytes(begin(study, sys.stdin.buffer.read() or None), study))
     out.flush()
     return 0
 

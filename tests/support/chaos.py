@@ -39,6 +39,7 @@ from medfl.server.checkpoint import _read as read_checkpoint
 from medfl.shared.audit_log import audit_file
 from medfl.shared.chain import inspect
 from medfl.shared.files import write_whole
+from medfl.shared.secagg.announcement import Purpose
 from medfl.shared.study import Study
 from medfl.simulations.demo import Places, read_rows, run_folder, set_up
 
@@ -270,7 +271,9 @@ class Disturbed:
         self._consumed[name] = now
         sums: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
         for row in rows:
-            sums.setdefault((row[0], row[1], row[3]), set()).add(tuple(row[4:]))
+            # Patient numbers are summed again when a site joins, from the very same contributions.
+            same = row[5:] if row[1] == Purpose.SETUP else row[4:]
+            sums.setdefault((row[0], row[1], row[3]), set()).add(tuple(same))
         self._found.check(all(len(same) == 1 for same in sums.values()), f"journal of {name}: a model summed twice")
 
     def _count(self, name: str) -> None:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save
 from tiny import classes_study, masks_study
 
-from medfl.shared.algorithms.beginning import begin, begin_apart
+from medfl.shared.algorithms import beginning
+from medfl.shared.algorithms.beginning import begin, begin_apart, begin_once
 from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.errors import ConfigError
 from medfl.shared.initial_weights import digest_of
@@ -45,3 +47,26 @@ def test_a_study_that_leaves_nothing_to_send_is_refused_there_as_here() -> None:
 def test_a_coordinator_does_not_import_pytorch() -> None:
     code = "import sys, medfl.server.coordinator; assert not {'torch', 'monai'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_first_model_is_made_once_and_again_where_it_is_damaged_or_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, other, made = classes_study(), classes_study(seed=1), []
+
+    def make(study: Study, initial: bytes | None) -> bytes:
+        made.append(study.seed)
+        return beginning._in_bytes(begin(study, initial), study)
+
+    monkeypatch.setattr(beginning, "_made_apart", make)
+    path = tmp_path / "first"
+    for _ in range(2):
+        assert begin_once(study, path).weights.tobytes() == begin(study).weights.tobytes()
+    assert made == [0]
+    assert begin_once(other, path).weights.tobytes() == begin(other).weights.tobytes()
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    begin_once(other, path)
+    path.write_bytes(b"")
+    begin_once(other, path)
+    assert made == [0, 1, 1, 1]
