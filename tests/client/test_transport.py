@@ -95,3 +95,17 @@ def test_a_compressed_answer_is_refused_and_a_redirect_not_followed() -> None:
         )
     client = client_answering(httpx.Response(307, headers={"location": "https://elsewhere"}))
     assert client.get("https://c").status_code == 307
+
+
+def test_the_answer_to_a_large_body_is_awaited_longer_for_a_narrow_way_takes_minutes_for_it() -> None:
+    waited: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        waited.append(request.extensions["timeout"]["read"])
+        return httpx.Response(200)
+
+    with httpx.Client(transport=httpx.MockTransport(answer), timeout=10) as client:
+        confine(client, 1000)
+        client.post("https://c", content=b"question")
+        client.post("https://c", content=b"0" * 5 * 2**20)
+    assert waited == [10, 300]
