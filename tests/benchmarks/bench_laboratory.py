@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_laboratory.py [--rounds 1000] [--repeats 3]
 
 Two jobs. Small: 1,000 sites of 32 samples with 20 features, logistic regression, SGD, batch 8, 10 sites a round
-(pfl-research's benchmark of overhead). Many: the U-Net of bench_simulation.py at 4, 50 and 500 sites, 4 or 8 of them
-active in each of 3 rounds; the peak of memory above what the data take must not grow with the number of sites.
+(pfl-research's benchmark of overhead); once more with the 10 sites of a round trained as one batched model. Many: the
+U-Net of bench_simulation.py at 4, 50 and 500 sites, 4 or 8 of them active in each of 3 rounds; the peak of memory above
+what the data take must not grow with the number of sites.
 Seconds are of the processor, so that a busy machine does not blur them.
 Flower's own runtime with Ray is measured by tests/simulations/test_flower_runtime.py's app where Ray is installed.
 """
@@ -101,7 +102,7 @@ def plain_small(rounds: int) -> dict[str, Any]:
     return {"seconds": time.process_time() - started, "weights": flat.tolist(), "peak": peak()}
 
 
-def medfl_small(rounds: int) -> dict[str, Any]:
+def medfl_small(rounds: int, *, at_once: int = 1) -> dict[str, Any]:
     """The small job through Study, ServerApp, ClientApp and the round loop."""
     import torch
 
@@ -114,7 +115,7 @@ def medfl_small(rounds: int) -> dict[str, Any]:
     study = Study.model_validate(small_study(rounds))
     sites = {f"s{number:04d}": as_site(*small_data(number)) for number in range(SITES)}
     started = time.process_time()
-    result = federate(study, sites).result
+    result = federate(study, sites, at_once=at_once).result
     return {"seconds": time.process_time() - started, "weights": result.weights.tolist(), "peak": peak()}
 
 
@@ -199,6 +200,8 @@ def work(worker: list[str]) -> dict[str, Any]:
             return plain_small(number)
         case "medfl":
             return medfl_small(number)
+        case "batched":
+            return medfl_small(number, at_once=ACTIVE)
         case "many-plain":
             return many(number, bare=True)
         case _:
@@ -218,11 +221,12 @@ def main() -> None:
         return
     rounds = str(options.rounds)
     print(f"{'':40}{'bare loop':>12}{'medfl-sim':>12}{'ratio':>8}")
-    runs = [(in_own_process("plain", rounds), in_own_process("medfl", rounds)) for _ in range(options.repeats)]
-    show(f"1,000 sites, 10 active, {rounds} rounds, s", [(p["seconds"], m["seconds"]) for p, m in runs])
-    show("  peak, MiB", [(p["peak"], m["peak"]) for p, m in runs])
-    away = max(abs(a - b) for p, m in runs for a, b in zip(p["weights"], m["weights"], strict=True))
-    print(f"  largest difference of a weight: {away:.1e}")
+    small = [[in_own_process(how, rounds) for how in ("plain", "medfl", "batched")] for _ in range(options.repeats)]
+    for which, what in ((1, f"1,000 sites, 10 active, {rounds} rounds, s"), (2, "  10 as one batched model, s")):
+        show(what, [(run[0]["seconds"], run[which]["seconds"]) for run in small])
+        show("  peak, MiB", [(run[0]["peak"], run[which]["peak"]) for run in small])
+        pairs = [zip(run[0]["weights"], run[which]["weights"], strict=True) for run in small]
+        print(f"  largest difference of a weight: {max(abs(a - b) for pair in pairs for a, b in pair):.1e}")
     for sites in options.sites:
         runs = [
             (in_own_process("many-plain", str(sites)), in_own_process("many-medfl", str(sites)))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,3 +83,8 @@ def test_arguments_and_environment_reach_the_process(tmp_path: Path, program: Ca
     with Processes() as running:
         running.start("a", name, ["x", "y"], log=tmp_path / "a", environment={"COLOUR": "blue"}).wait(20)
     assert (tmp_path / "a").read_text() == "['x', 'y'] blue\n"
+
+
+def test_the_demonstrations_parent_does_not_import_pytorch() -> None:
+    code = "import sys, medfl.simulations.demo; assert not {'torch', 'monai', 'highdicom'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
