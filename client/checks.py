@@ -12,8 +12,8 @@ from rich.console import Console
 from medfl.client.config import SiteSettings
 from medfl.client.data.contact_sheet import write_contact_sheet
 from medfl.client.node import check as check_reach
-from medfl.client.runtime import approvals_of, build_participant, load_data, local_day, node_settings, site_device
-from medfl.client.trust import coordinator_address, site_rosters
+from medfl.client.runtime import build_participant, load_data, local_day, node_settings, site_device
+from medfl.client.trust import approvals_of, coordinator_address, site_rosters
 from medfl.shared.certificates import WARN_DAYS, SiteFiles, check_certificate, common_name, load_certificate
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError, PolicyRefusal

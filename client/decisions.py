@@ -13,7 +13,7 @@ from medfl.client.audit import Audit
 from medfl.client.config import SiteSettings
 from medfl.client.policy import Digest
 from medfl.client.records import FolderRecords
-from medfl.client.runtime import approvals_of
+from medfl.client.trust import approvals_of
 from medfl.shared.admin import AdminSocket, Nothing, NotRunning, Verb, ask
 from medfl.shared.audit_log import audit_file
 from medfl.shared.config import Settings

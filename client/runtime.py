@@ -38,7 +38,7 @@ from medfl.shared.audit_log import audit_file
 from medfl.shared.certificates import SiteFiles
 from medfl.shared.consortium import Membership
 from medfl.shared.errors import ConfigError
-from medfl.shared.keys import fingerprint, load_site_key
+from medfl.shared.keys import load_site_key
 from medfl.shared.messages import Kind
 from medfl.shared.signing import Document, Signed
 from medfl.shared.study import Study
@@ -66,12 +66,6 @@ def gate_of(approvals: Approvals) -> Callable[[Notice], None]:
             approvals.require(notice.digest)
 
     return gate
-
-
-def approvals_of(settings: SiteSettings) -> Approvals:
-    """The decisions of this site. Raises ConfigError, DataError: the pinned key or a decision cannot be read."""
-    signer = fingerprint(load_pin(settings.keys).key) if joined(settings.keys) else ""
-    return Approvals(settings.policy, settings.state, signer=signer)
 
 
 def verification(settings: SiteSettings) -> Callable[[Signed], bytes]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from medfl.client.approvals import Approvals
 from medfl.client.config import SiteSettings
-from medfl.client.pin import load_pin
+from medfl.client.pin import joined, load_pin
 from medfl.client.rosters import SiteRosters
 from medfl.shared.certificates import SiteFiles
 from medfl.shared.errors import ConfigError
-from medfl.shared.keys import public_line, read_public_key
+from medfl.shared.keys import fingerprint, public_line, read_public_key
 
 
 def site_rosters(settings: SiteSettings) -> SiteRosters:
@@ -32,3 +33,9 @@ def coordinator_address(settings: SiteSettings) -> str:
     if newest is None:
         raise ConfigError("coordinator: is missing, and no roster says where to dial: join the consortium first")
     return newest.coordinator
+
+
+def approvals_of(settings: SiteSettings) -> Approvals:
+    """The decisions of this site. Raises ConfigError, DataError: the pinned key or a decision cannot be read."""
+    signer = fingerprint(load_pin(settings.keys).key) if joined(settings.keys) else ""
+    return Approvals(settings.policy, settings.state, signer=signer)

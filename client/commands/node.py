@@ -51,7 +51,7 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _node(options: argparse.Namespace) -> int:
+def _node(options: argparse.Namespace) -> int:  # noqa: PLR0915 - many of them imports
     from contextlib import ExitStack
 
     import medfl.shared.environment  # noqa: F401 - before flwr
@@ -59,7 +59,8 @@ def _node(options: argparse.Namespace) -> int:
     # isort: split
     from medfl.client.config import load_site
     from medfl.client.node import Node, Phase
-    from medfl.client.runtime import approvals_of, build_site, check_ins, dialled, gate_of, node_settings, open_audit
+    from medfl.client.runtime import build_site, check_ins, dialled, gate_of, node_settings, open_audit
+    from medfl.client.trust import approvals_of
     from medfl.shared.admin import AdminSocket
     from medfl.shared.command import on_termination
     from medfl.shared.supervision import Supervision

@@ -49,7 +49,7 @@ def _studies(options: argparse.Namespace) -> int:
 
 def _list(settings: SiteSettings) -> int:
     from medfl.client.remains import remains_of
-    from medfl.client.runtime import approvals_of
+    from medfl.client.trust import approvals_of
 
     approvals = approvals_of(settings)
     offered = approvals.offered()
@@ -71,8 +71,9 @@ def _show(settings: SiteSettings, given: str) -> int:
     from medfl.client.explain import explain, next_step
     from medfl.client.privacy.ledger import spent_in_total
     from medfl.client.remains import remains_of
-    from medfl.client.runtime import approvals_of, local_day
+    from medfl.client.runtime import local_day
     from medfl.client.site import ceilings_of
+    from medfl.client.trust import approvals_of
     from medfl.shared.study import named
 
     approvals = approvals_of(settings)
@@ -93,7 +94,7 @@ def _as_json(settings: SiteSettings, given: str | None) -> int:
     import json
 
     from medfl.client.remains import remains_of
-    from medfl.client.runtime import approvals_of
+    from medfl.client.trust import approvals_of
     from medfl.shared.study import named
 
     approvals = approvals_of(settings)
@@ -125,7 +126,8 @@ def _as_json(settings: SiteSettings, given: str | None) -> int:
 def _approve(options: argparse.Namespace) -> int:
     from medfl.client.config import load_site
     from medfl.client.decisions import Approval, approve
-    from medfl.client.runtime import approvals_of, local_day
+    from medfl.client.runtime import local_day
+    from medfl.client.trust import approvals_of
     from medfl.shared.errors import PolicyRefusal
 
     settings = load_site(options.site)
@@ -160,7 +162,7 @@ def _withdraw(options: argparse.Namespace) -> int:
 
 def _which(settings: SiteSettings, given: str) -> tuple[str, str]:
     """Digest and name of the study that is meant; a whole digest may be of one that was never offered here."""
-    from medfl.client.runtime import approvals_of
+    from medfl.client.trust import approvals_of
     from medfl.shared.study import named
 
     offered = [one.study for one in approvals_of(settings).offered()]
