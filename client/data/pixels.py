@@ -18,6 +18,8 @@ from medfl.client.data.case import Quarantine
 from medfl.client.data.decoder import decompress
 from medfl.client.data.guard import reading
 
+_PIXELS = 0x7FE00010
+_BEHIND_PIXELS = frozenset({0xFFFAFFFA, 0xFFFCFFFC})  # digital signatures, padding
 _GREY = frozenset({"MONOCHROME1", "MONOCHROME2"})
 
 
@@ -35,9 +37,21 @@ def open_dataset(path: Path) -> pydicom.FileDataset:
         for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):  # some are padded with spaces
             if (uid := dataset.get(keyword)) and uid != uid.strip():
                 setattr(dataset, keyword, uid.strip())
+        _ends_with_pixels(dataset)
         if dataset.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian:
             _to_little_endian(dataset)
     return dataset
+
+
+def _ends_with_pixels(dataset: pydicom.FileDataset) -> None:
+    """Only a signature or padding may follow pixels (PS3.5 7.1): else bytes came in between, and all behind them moved.
+
+    Raises:
+        Quarantine: something else does.
+    """
+    tags = [int(tag) for tag in dataset.keys()]  # noqa: SIM118 - iterating the dataset would parse every element
+    if _PIXELS in tags and not set(tags[tags.index(_PIXELS) + 1 :]) <= _BEHIND_PIXELS:
+        raise Quarantine("bytes behind the pixels")
 
 
 def open_series(paths: Sequence[Path]) -> list[pydicom.FileDataset]:

@@ -230,6 +230,14 @@ def test_compressed_pixels_that_end_too_early_are_not_half_a_picture(tmp_path: P
         open_series(save(slices, tmp_path))
 
 
+def test_bytes_that_came_in_between_are_noticed_by_what_is_left_behind_the_pixels(tmp_path: Path) -> None:
+    (path, *others) = save(ct(), tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-500] + content[-516:])  # sixteen bytes twice
+    with pytest.raises(Quarantine, match="bytes behind the pixels"):
+        open_series([path, *others])
+
+
 def enhanced(slices: Slices) -> pydicom.Dataset:
     everywhere(AcquisitionNumber=1, SeriesDate="20200101", SeriesTime="120000")(slices)
     return LegacyConvertedEnhancedCTImage(slices, generate_uid(), 2, generate_uid(), 1)
