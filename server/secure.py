@@ -217,7 +217,9 @@ class SecureCollector:
 
     def _exchange(self, cohort: Mapping[int, str]) -> GridExchange:
         nodes = {self._ids[site]: node for node, site in cohort.items() if site in self._ids}
-        return GridExchange(self._stages, nodes, deadline_s=self._study.secure_aggregation.phase_deadline_s)
+        size = sum(segment.length for segment in self._segments) * int(self._ring) // 8
+        deadline_s = self._study.secure_aggregation.phase_deadline_s
+        return GridExchange(self._stages, nodes, deadline_s=deadline_s, vector_bytes=size)
 
 
 def _segments(layout: Layout, study: Study) -> tuple[Segment, ...]:

@@ -149,7 +149,7 @@ def measure(link: Link, ids: dict[str, int], folder: Path, sites: int, length: i
         plan = SumPlan(STUDY, Purpose.TRAIN, tuple(nodes), encoding_of(sites, length), MODEL)
         before, began = resident_mib("VmRSS"), time.monotonic()
         total = SecureRound(plan, roster=roster_of(sites), store=FolderStore(folder / "secagg")).run(
-            GridExchange(stages, nodes, deadline_s=DEADLINE_S)
+            GridExchange(stages, nodes, deadline_s=DEADLINE_S, vector_bytes=4 * length)
         )
         assert len(total.survivors) == sites
         print(
