@@ -35,6 +35,8 @@ from consortium import write_pictures
 from safetensors.numpy import load_file
 from tiny import masks_study
 
+from medfl.client.config import load_site
+from medfl.client.decisions import Approval, approve
 from medfl.server.checkpoint import _read as read_checkpoint
 from medfl.shared.audit_log import audit_file
 from medfl.shared.chain import inspect
@@ -90,7 +92,6 @@ def prepare(root: Path, chosen: list[Study]) -> Places:
         names.append(f"{study.name}.json")
         (places.coordinator / names[-1]).write_bytes(study.canonical())
     replace(places.coordinator / "consortium.yaml", r"studies: \[study.json\]", f"studies: [{', '.join(names)}]")
-    approved = ", ".join(f'"{study.digest}"' for study in chosen)
     for number, name in enumerate(SITES):
         secret = places.hospital(name) / "state" / "secret"  # it decides who is held out
         secret.unlink(missing_ok=True)
@@ -98,13 +99,15 @@ def prepare(root: Path, chosen: list[Study]) -> Places:
         site = places.hospital(name) / "site.yaml"
         replace(site, r"  source: dicom\n  folder: dicom\n", "  source: table\n  file: pictures/sites.csv\n")
         ceilings = "  max_epsilon_per_study: 8\n  max_epsilon_total: 100\n  max_delta: 0.001\n"
-        replace(site, r"  studies: \[.*\]\n", f"  studies: [{approved}]\n{ceilings}")
+        replace(site, r"policy:\n", f"policy:\n{ceilings}")
         replace(
             site,
             r"  require_secure_aggregation: \w+\n",
             "  require_secure_aggregation: false\n  release_site_metrics: true\n",
         )
         replace(site, r"min_patients: 8", "min_patients: 4")
+        for study in chosen[1:]:
+            approve(load_site(site), Approval(study=study.digest, by="the chaos suite"))
     return places
 
 
