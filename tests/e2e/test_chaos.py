@@ -14,7 +14,7 @@ from medfl.client.runtime import load_data, site_device
 from medfl.simulations.demo import run_folder
 from medfl.simulations.federation import federate
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 @pytest.mark.timeout(280)
