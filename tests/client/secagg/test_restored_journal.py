@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 from secagg_world import STUDY, Consortium, Stage
-from sites import make_site, policy_for
+from sites import make_site, offer, policy_for
 from tiny import classes_study
 
 from medfl.client.audit import Audit
 from medfl.client.participant import Participant
 from medfl.shared.chain import Head
 from medfl.shared.errors import PolicyRefusal
-from medfl.shared.messages import HeadsRequest, Log, StudyOffer
+from medfl.shared.messages import HeadsRequest, Log
 from medfl.shared.passage import Answer, Form, Passage
 from medfl.shared.secagg.exchange import Phase
 from medfl.shared.secagg.messages import SurvivorList
@@ -100,7 +100,7 @@ def test_the_coordinators_memory_of_the_mark_is_compared_before_a_round(tmp_path
     world = Consortium(3)
     site = make_site(study, tmp_path, policy=policy_for(study))
     site._participant = Participant(world.sites[1])
-    site.consider(StudyOffer(study.digest, study.canonical()))
+    offer(site, study)
     first = site.compare_heads(HeadsRequest(study.digest, 1)).heads[Log.JOURNAL]
     assert first.rows == 0
     site.compare_heads(HeadsRequest(study.digest, 2, {Log.JOURNAL: first}))
