@@ -69,12 +69,14 @@ def load_site_data(
     if not cases:
         raise DataError(f"no case has an image and a label that can be used{_because(findings)}")
     read = partial(_Reading.of, spec=spec, settings=settings, key=key, cache=cache, memo=memo, progress=progress)
-    found = read(cases)
-    if any(not found.kept[part] for part in _wanted(settings)) and found.lost:
-        # The few patients of a small site's held-out part cannot be read: others take their place.
-        usable = read([case for case in cases if case.patient not in found.lost])
-        usable.quarantined += found.of_the_lost
-        found = usable
+    try:
+        found = read(cases)
+        if any(not found.kept[part] for part in _wanted(settings)) and found.lost:
+            # The few patients of a small site's held-out part cannot be read: others take their place.
+            findings.quarantined += found.of_the_lost
+            found = read([case for case in cases if case.patient not in found.lost])
+    except DataError as error:
+        raise DataError(f"{error}{_because(findings)}") from None
     end_decoder()
     if cache is not None and memo is not None:
         memo.save()

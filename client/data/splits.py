@@ -38,7 +38,7 @@ def split_patients(patients: Collection[str], key: SiteKey, settings: SplitSetti
     if len(drawn) < settings.min_patients:
         raise DataError(
             f"only {len(drawn)} patients can be used, at least {settings.min_patients} are needed "
-            "(data.split.min_patients): see the counts of what was left out"
+            "(data.split.min_patients)"
         )
     if len(drawn) >= QUOTA_BELOW:
         test, held_out = settings.test, settings.test + settings.validation
