@@ -23,6 +23,7 @@ settings.register_profile(
 settings.load_profile("medfl")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start processes, or talk over sockets with deadlines, run first and one after the other."""
     alone = [item for item in items if set(item.path.parts) & _ONE_AT_A_TIME or item.get_closest_marker("e2e")]
