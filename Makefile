@@ -17,7 +17,7 @@ demo: $(VENV)/.installed  ## Install, then run a whole federation of four phanto
 	$(BIN)/medfl-sim demo --output runs/demo
 
 test: $(VENV)/.installed-dev  ## Install with the development extras, then run the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --maxschedchunk 1
 
 lint: $(VENV)/.installed-dev  ## Style
 	$(BIN)/ruff check .

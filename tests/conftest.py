@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 import medfl.shared.environment  # noqa: F401 - before flwr, whichever test comes first
 
-_ONE_AT_A_TIME = {"e2e", "federation", "pacs"}
+_LONG = {"e2e", "federation", "pacs"}
 
 settings.register_profile(
     "medfl",
@@ -23,13 +23,9 @@ settings.register_profile(
 settings.load_profile("medfl")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start processes, or talk over sockets with deadlines, run first and one after the other."""
-    alone = [item for item in items if set(item.path.parts) & _ONE_AT_A_TIME or item.get_closest_marker("e2e")]
-    for item in alone:
-        item.add_marker(pytest.mark.xdist_group("processes"))
-    items[:] = alone + [item for item in items if item not in set(alone)]
+    """The longest tests first, those that start processes: then no worker is left alone with one at the end."""
+    items.sort(key=lambda item: not set(item.path.parts) & _LONG)
 
 
 @pytest.fixture(autouse=True)

@@ -167,6 +167,7 @@ def test_two_studies_one_after_the_other_and_a_third_that_a_site_leaves(
     assert not key.exists()
     assert world.ask("stop", "third") == 0
     wait_for(lambda: world.state(third) == "stopped", 180)
+    assert world.at("south", "withdraw", "third", "--by", "Dr A. Example") == 0  # it would train on to its deadline
 
     codes = world.running.stop_all()
     assert {name: codes[name] for name in SITES} == dict.fromkeys(SITES, 0)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from federation import Lab, until
+from signer import signature_of
 from sites import make_site, policy_for
 from tiny import masks_study, site_data
 
@@ -50,6 +51,9 @@ class Everybody:
 
     def online(self) -> Mapping[int, str]:
         return {node: name for name, node in self.ids.items() if node in self.link.online()}
+
+    def joined(self) -> Mapping[int, str]:
+        return self.link.joined()
 
     def enrolled(self) -> Collection[str]:
         return list(self.ids)
@@ -110,7 +114,16 @@ def crossed(lab: Lab, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     until(lambda: link.online() == set(ids.values()))
     with link.run(None, name="study", digest=study.digest) as run:
         everybody = Everybody(link, ids)
-        rounds = Rounds(study, run.grid, everybody, checkpoints=None, reporter=Silent(), stop=Event(), secure=secure)
+        rounds = Rounds(
+            study,
+            run.grid,
+            everybody,
+            checkpoints=None,
+            reporter=Silent(),
+            stop=Event(),
+            secure=secure,
+            signature=signature_of(study),
+        )
         assert rounds.run().round == 1
     return what
 
