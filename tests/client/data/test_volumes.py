@@ -26,6 +26,7 @@ from pydicom.uid import (
     RLELossless,
     generate_uid,
 )
+from waiting import wait_for
 
 from medfl.client.data import decoder
 from medfl.client.data.case import Quarantine
@@ -289,7 +290,8 @@ def test_the_decoders_process_ends_when_all_is_loaded(tmp_path: Path) -> None:
     assert decoder._pool is not None
     (process,) = decoder._pool._processes.values()
     decoder.end_decoder()
-    process.join(30)
+    # Not process.join: the pool's own thread reaps it, and the loser of the two sees no status for a moment.
+    wait_for(lambda: process.exitcode is not None, 30)
     assert process.exitcode == 0
 
 
