@@ -49,7 +49,7 @@ def test_a_broken_step_ends_with_status_1_and_says_which_tests_it_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        patient_gradient, "noisy", lambda total, scale, *rest, **more: noisy(total, scale / 2, *rest, **more)
+        patient_gradient, "noisy", lambda total, scale, *rest, **more: noisy(total, scale / 4, *rest, **more)
     )
     monkeypatch.setattr(audit_command, "Sizes", lambda: SMALL)
     monkeypatch.setattr(audit_command, "_membership", lambda *_: [])  # neither measures the noise
