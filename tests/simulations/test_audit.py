@@ -33,7 +33,7 @@ def patients() -> list[UnitData]:
 
 
 def flags(step: Step) -> set[Audit]:
-    findings = audit.audit_step(step, patients(), noise_multiplier=NOISE, runs=200)
+    findings = audit.audit_step(step, patients(), noise_multiplier=NOISE, runs=350)
     return {finding.audit for finding in findings if not finding.passed}
 
 
