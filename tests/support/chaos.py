@@ -184,6 +184,7 @@ class Disturbed:
         self._ledgers: dict[str, list[dict[str, Any]]] = {}
         self._audits: dict[str, int] = {}
         self._consumed: dict[str, dict[tuple[Any, ...], tuple[Any, ...]]] = {}
+        self._deck: list[str] = []
 
     def run(self, *, pause_s: tuple[float, float] | None, limit_s: float, kills: int = 10**9) -> None:
         """Run the campaign; ``pause_s`` bounds the time between kills (None: nobody is killed), ``kills`` ends them."""
@@ -202,7 +203,7 @@ class Disturbed:
                     return
                 if pause_s and time.monotonic() > next_kill and kills > 0:
                     kills -= 1
-                    self._kill(self._draw.choice((*SITES, COORDINATOR)), running)
+                    self._kill(self._victim(), running)
                     next_kill = time.monotonic() + self._draw.uniform(*pause_s)
         finally:
             codes = {name: command.stop() for name, command in running.items()}
@@ -221,6 +222,12 @@ class Disturbed:
             return Command("medfl.server.cli", arguments, home / "medfl-server.log")
         home = self._places.hospital(name)
         return Command("medfl.client.cli", ["--site", str(home / "site.yaml")], home / "medfl-client.log")
+
+    def _victim(self) -> str:
+        """Drawn at random, and each once before any is drawn again."""
+        if not self._deck:
+            self._deck = self._draw.sample((*SITES, COORDINATOR), len(SITES) + 1)
+        return self._deck.pop()
 
     def _kill(self, victim: str, running: dict[str, Command]) -> None:
         if running[victim].kill() == 0:  # it had just ended
