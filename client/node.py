@@ -25,6 +25,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 from flwr.app import Context, Message
 
 from medfl.client.fleet import HEARTBEAT_S, Fleet, FleetSettings, Order, Run, failure, refusal
+from medfl.client.notice import Notice
 from medfl.client.states import SeriesStates
 from medfl.client.transport import Kind, LinkTrouble, Patience
 from medfl.client.trouble import in_words
@@ -48,18 +49,6 @@ class NodeSettings:
     fleet: FleetSettings
     state_dir: Path
     node_config: dict[str, bool | int | float | str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """What is known of a message before anything of its content is fetched."""
-
-    message_type: str
-    group: str  # the round, where the sender says
-    study: str
-    digest: str  # the study's, as the coordinator claims
-    run_id: int
-    series_id: int
 
 
 class Gate(Protocol):

@@ -22,7 +22,8 @@ from medfl.client.data.load import load_site_data, without_opted_out
 from medfl.client.data.secret import SiteKey, open_site_key
 from medfl.client.data.tensors import SiteData
 from medfl.client.fleet import FleetSettings
-from medfl.client.node import NodeSettings, Notice
+from medfl.client.node import NodeSettings
+from medfl.client.notice import Notice
 from medfl.client.participant import Participant
 from medfl.client.pin import joined, load_pin
 from medfl.client.records import FolderRecords

@@ -10,7 +10,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 from flwr.app import Message, RecordDict
 
 from medfl.client.audit import Audit
-from medfl.client.node import Notice
+from medfl.client.notice import Notice
 from medfl.client.receipts import Receipts
 from medfl.client.site import Site
 from medfl.shared.errors import Code, ProtocolError

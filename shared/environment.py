@@ -1,4 +1,4 @@
-"""The environment of Flower, Ray and OpenMP: nothing phones home, nothing installs itself, idle threads sleep.
+"""The environment of Flower, MONAI, Ray and OpenMP: nothing phones home or installs itself, idle threads sleep.
 
 Flower reads these when it is first imported, so every module that imports flwr (or torch) starts with
 ``import medfl.shared.environment``. Child processes inherit them.
@@ -7,6 +7,8 @@ Flower reads these when it is first imported, so every module that imports flwr 
 from __future__ import annotations
 
 import os
+
+from medfl.shared import unused_extras
 
 _ALWAYS = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -22,3 +24,4 @@ _UNLESS_SET = {
 os.environ.update(_ALWAYS)
 for _name, _value in _UNLESS_SET.items():
     os.environ.setdefault(_name, _value)
+unused_extras.install()

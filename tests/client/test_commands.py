@@ -16,7 +16,7 @@ from medfl.client import checks
 from medfl.client.approvals import Approvals
 from medfl.client.cli import main
 from medfl.client.config import SiteSettings
-from medfl.client.node import Notice
+from medfl.client.notice import Notice
 from medfl.client.policy import Policy
 from medfl.client.runtime import build_site, gate_of, node_settings, site_device
 from medfl.shared.config import load_settings, parse_settings

@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from medfl.client.app import build_client_app
 from medfl.client.audit import Audit
-from medfl.client.node import Notice
+from medfl.client.notice import Notice
 from medfl.client.policy import Policy
 from medfl.client.site import Site
 from medfl.client.witness import Witness

@@ -11,7 +11,7 @@ from federation import Lab, echo, question, text_of, until
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from medfl.client.node import Notice
+from medfl.client.notice import Notice
 from medfl.server.link import Link, OpenRun
 from medfl.shared.errors import Code, PolicyRefusal, ProtocolError, TrainingError
 

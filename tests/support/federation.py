@@ -15,7 +15,8 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from medfl.client.fleet import FleetSettings
-from medfl.client.node import App, Gate, Node, NodeSettings, Notice, Phase
+from medfl.client.node import App, Gate, Node, NodeSettings, Phase
+from medfl.client.notice import Notice
 from medfl.client.transport import TransportSettings
 from medfl.server.connections import Patience
 from medfl.server.guard import Limits
