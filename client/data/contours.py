@@ -93,7 +93,8 @@ def _fill(contours: Sequence[pydicom.Dataset], volume: hd.Volume, instances: Map
     outlines: dict[int, list[NDArray[np.bool_]]] = {}
     for contour in contours:
         points = np.array([float(v) for v in contour.ContourData]).reshape(-1, 3)
-        if len(points) < 3 or not np.isfinite(points).all():
+        said = contour.get("NumberOfContourPoints")
+        if len(points) < 3 or not np.isfinite(points).all() or (said is not None and int(said) != len(points)):
             raise Quarantine("unreadable structure set")
         indices = volume.map_reference_to_indices(points, round_output=False)
         depth = indices[:, 0]

@@ -28,6 +28,7 @@ Native = tuple[bytes, dict[str, Any]]
 _DESCRIBES = ("PhotometricInterpretation", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit")
 _SECONDS = 300  # for one series
 _MOST_BYTES = 16 * 2**30  # of address space
+_MOST_DECODED = 4 * 2**30  # bytes of one series: 8,000 slices of 512x512
 _lock = threading.Lock()
 _pool: ProcessPoolExecutor | None = None
 
@@ -36,8 +37,9 @@ def decompress(datasets: Sequence[pydicom.FileDataset], paths: Sequence[Path]) -
     """Replace compressed pixels of ``datasets``, which were read from ``paths``, by uncompressed ones, colour as RGB.
 
     Raises:
-        Quarantine: no installed decoder reads them, or one crashed or did not end.
+        Quarantine: no installed decoder reads them, one crashed or did not end, or they are too many.
     """
+    from pydicom.pixels.utils import get_expected_length
     from pydicom.uid import ExplicitVRLittleEndian
 
     compressed = [
@@ -46,6 +48,9 @@ def decompress(datasets: Sequence[pydicom.FileDataset], paths: Sequence[Path]) -
     ]  # fmt: skip
     if not compressed:
         return
+    with reading("unreadable pixels"):
+        if sum(get_expected_length(dataset) for dataset, _ in compressed) > _MOST_DECODED:
+            raise Quarantine("pixels that decode to more than any scan")
     for (dataset, _), (pixels, elements) in zip(compressed, _decode([path for _, path in compressed]), strict=True):
         dataset.PixelData = pixels
         for keyword, value in elements.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from medfl.client.data.case import Findings, Quarantine
-from medfl.client.data.dicom_cases import ImageCase, LabelFiles, SeriesCase, Stack
+from medfl.client.data.dicom_cases import Drawn, ImageCase, OutsideLabel, SeriesCase, Stack
 from medfl.client.data.headers import Header, Progress, Reader, scan
 from medfl.client.data.memo import FileMemo, content_digest
 from medfl.client.data.secret import SiteKey
@@ -187,7 +187,7 @@ class _Labels:
                 if stem != path.name:
                     self._masks[self._known(stem)] = path
 
-    def of(self, headers: Sequence[Header]) -> LabelFiles | None:
+    def of(self, headers: Sequence[Header]) -> OutsideLabel | None:
         """The label of the case whose first series is ``headers``; None where labels are DICOM objects."""
         match self._settings:
             case TableLabels():
@@ -196,14 +196,14 @@ class _Labels:
                     raise Quarantine("no label")
                 if len(found) > 1:
                     raise Quarantine("two different labels in the table")
-                return LabelFiles(classes=classes_of(found.pop(), self._spec, self._aliases))
+                return OutsideLabel(classes=classes_of(found.pop(), self._spec, self._aliases))
             case NiftiLabels():
                 paths = {self._masks[name] for name in self._names(headers) if name in self._masks}
                 if not paths:
                     raise Quarantine("no label")
                 if len(paths) > 1:
                     raise Quarantine("several files for one channel or mask")
-                return LabelFiles(nifti=paths.pop())
+                return OutsideLabel(nifti=paths.pop())
             case _:
                 return None
 
@@ -253,11 +253,15 @@ class _Finder:
             raise Quarantine("same instance twice")
         if any(len({h.frame_of_reference for h in stack}) > 1 for stack in stacks):
             raise Quarantine("mixed series")
-        label = self.labels.of(stacks[0]) or self._objects(stacks)
-        attributes = dict(first.attributes)
+        label = self.labels.of(stacks[0])
+        drawn = [Drawn()] * len(stacks) if label else self._objects(stacks)
+        label, attributes = label or OutsideLabel(), dict(first.attributes)
         if self.spec.modality in PLANAR:
-            return ImageCase(first.patient, self.spec, first.path, label, self.settings.aliases, attributes)
-        found = tuple(Stack(_modality(stack[0]), tuple(h.path for h in stack)) for stack in stacks)
+            return ImageCase(first.patient, self.spec, first.path, label, self.settings.aliases, attributes, drawn[0])
+        found = tuple(
+            Stack(_modality(stack[0]), tuple(h.path for h in stack), objects)
+            for stack, objects in zip(stacks, drawn, strict=True)
+        )
         return SeriesCase(first.patient, self.spec, found, label, self.settings.aliases, attributes)
 
     def _channels(self, group: list[list[Header]]) -> list[list[Header]]:
@@ -272,17 +276,20 @@ class _Finder:
             out.append(matching[0])
         return out
 
-    def _objects(self, stacks: list[list[Header]]) -> LabelFiles:
-        """Label objects that name the first series (whose grid is the case's)."""
-        objects = self.archive.labels.get(stacks[0][0].series, [])
-        if not objects:
+    def _objects(self, stacks: list[list[Header]]) -> list[Drawn]:
+        """Label objects of each series; one that names several counts for the first of them."""
+        out, seen = [], set()
+        for stack in stacks:
+            objects = [x for x in self.archive.labels.get(stack[0].series, []) if x.sop_instance not in seen]
+            seen |= {label.sop_instance for label in objects}
+            if any(label.patient != stack[0].patient for label in objects):
+                raise Quarantine("label of another patient")
+            segmentations = tuple(label.path for label in objects if label.sop_class in SEGMENTATIONS)
+            structure_sets = tuple(label.path for label in objects if label.sop_class == STRUCTURE_SET)
+            out.append(Drawn(segmentations, structure_sets))
+        if not seen:
             raise Quarantine("no label")
-        if any(label.patient != stacks[0][0].patient for label in objects):
-            raise Quarantine("label of another patient")
-        return LabelFiles(
-            tuple(label.path for label in objects if label.sop_class in SEGMENTATIONS),
-            tuple(label.path for label in objects if label.sop_class == STRUCTURE_SET),
-        )
+        return out
 
 
 def _owner(header: Header) -> tuple[str, str, str]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from medfl.client.data.admission import admit
 from medfl.client.data.case import Example, Quarantine
-from medfl.client.data.grids import onto_grid
-from medfl.client.data.labels import label_image, label_volume
+from medfl.client.data.grids import mask_onto_grid, onto_grid
+from medfl.client.data.labels import OneObject, combine, label_image, label_objects
 from medfl.client.data.nifti import read_mask_on
 from medfl.client.data.pixels import open_series
 from medfl.client.data.planar import read_planar
@@ -23,26 +23,33 @@ from medfl.shared.data_spec import DataSpec, Modality
 
 
 @dataclass(frozen=True, slots=True)
-class LabelFiles:
-    """Where a case's label is: objects, a mask file, or the classes themselves."""
+class Drawn:
+    """Label objects that were made on one series, or one image."""
 
     segmentations: tuple[Path, ...] = field(default=(), repr=False)
     structure_sets: tuple[Path, ...] = field(default=(), repr=False)
-    nifti: Path | None = field(default=None, repr=False)
-    classes: frozenset[int] | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Files that the label is read from."""
-        return (*self.segmentations, *self.structure_sets, *([self.nifti] if self.nifti else []))
+        """All of them."""
+        return (*self.segmentations, *self.structure_sets)
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideLabel:
+    """A label that is no DICOM object: a mask file, or the classes themselves."""
+
+    nifti: Path | None = field(default=None, repr=False)
+    classes: frozenset[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Files of one series, and what its values are."""
+    """Files of one series, what its values are, and what was drawn on it."""
 
     modality: Modality
     files: tuple[Path, ...] = field(repr=False)
+    drawn: Drawn = Drawn()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +59,38 @@ class SeriesCase:
     patient: str
     spec: DataSpec = field(repr=False)
     stacks: tuple[Stack, ...]
-    label: LabelFiles
+    label: OutsideLabel
     aliases: Mapping[str, str] = field(repr=False)
     attributes: Mapping[str, str]
 
     @property
     def files(self) -> tuple[Path, ...]:
         """What the case is read from."""
-        return (*(path for stack in self.stacks for path in stack.files), *self.label.files)
+        images = [path for stack in self.stacks for path in stack.files]
+        labels = [path for stack in self.stacks for path in stack.drawn.files]
+        return (*images, *labels, *([self.label.nifti] if self.label.nifti else []))
 
     @property
     def fingerprint(self) -> str:
-        """How many files each channel has, what they are, the classes and the aliases."""
-        stacks = [(stack.modality.value, len(stack.files)) for stack in self.stacks]
+        """How many files and labels each channel has, what they are, the classes and the aliases."""
+        stacks = [(stack.modality.value, len(stack.files), len(stack.drawn.files)) for stack in self.stacks]
         return repr((stacks, self.label.classes and sorted(self.label.classes), sorted(self.aliases.items())))
 
     def read(self) -> Example:
-        """Decode, check, order and orient the volumes and bring the labels onto their grid."""
+        """Decode, check, order and orient the volumes and bring the labels onto the grid of the first."""
         review: set[str] = set()
         volumes: list[hd.Volume] = []
-        instances: dict[str, int] = {}
+        objects: list[OneObject] = []
         for stack in self.stacks:
             datasets = open_series(stack.files)
             for dataset in datasets:
                 review |= admit(dataset)
-            volumes.append(read_volume(datasets, stack.modality))
-            if not instances:
-                instances = slice_of_each(datasets, volumes[0])
+            volumes.append(volume := read_volume(datasets, stack.modality))
+            drawn, where = stack.drawn, slice_of_each(datasets, volume)
+            for classes, names in label_objects(
+                drawn.segmentations, drawn.structure_sets, volume, where, self.spec, self.aliases
+            ):
+                objects.append(({n: mask_onto_grid(mask, volume, volumes[0]) for n, mask in classes.items()}, names))
         grid = volumes[0]
         if self.spec.dimensions == 3 and len(grid.array) == 1:
             raise Quarantine("one slice where a volume is expected")
@@ -87,9 +99,7 @@ class SeriesCase:
         if self.label.nifti is not None:
             mask = read_mask_on(self.label.nifti, grid, self.spec)
         elif self.label.classes is None:
-            mask, unmatched = label_volume(
-                self.label.segmentations, self.label.structure_sets, grid, instances, self.spec, self.aliases
-            )
+            mask, unmatched = combine(objects, grid.spatial_shape)
         channels = [grid.array, *(onto_grid(volume, grid) for volume in volumes[1:])]
         return oriented(grid, channels, mask, self.spec, self.label.classes, frozenset(review), unmatched)
 
@@ -101,14 +111,15 @@ class ImageCase:
     patient: str
     spec: DataSpec = field(repr=False)
     image: Path = field(repr=False)
-    label: LabelFiles
+    label: OutsideLabel
     aliases: Mapping[str, str] = field(repr=False)
     attributes: Mapping[str, str]
+    drawn: Drawn = Drawn()
 
     @property
     def files(self) -> tuple[Path, ...]:
         """What the case is read from."""
-        return (self.image, *self.label.files)
+        return (self.image, *self.drawn.files)
 
     @property
     def fingerprint(self) -> str:
@@ -124,7 +135,7 @@ class ImageCase:
         unmatched: tuple[str, ...] = ()
         if self.label.classes is None:
             mask, unmatched = label_image(
-                self.label.segmentations, str(dataset.SOPInstanceUID), image.shape[1:], self.spec, self.aliases
+                self.drawn.segmentations, str(dataset.SOPInstanceUID), image.shape[1:], self.spec, self.aliases
             )
         return Example(image, _pixel_spacing(dataset), mask, self.label.classes, review, unmatched)
 

@@ -42,17 +42,34 @@ def place(label: hd.Volume, grid: hd.Volume) -> NDArray[Any]:
     return out
 
 
+def mask_onto_grid(mask: NDArray[np.bool_], volume: hd.Volume, grid: hd.Volume) -> NDArray[np.bool_]:
+    """``mask``, which lies on the voxels of ``volume``, at the voxels of ``grid`` (nearest neighbour).
+
+    Raises:
+        Quarantine: the two do not share a frame of reference, or part of the mask lies outside of the grid.
+    """
+    if _same_grid(volume, grid):
+        return mask
+    between = _index_to_index(volume, grid)
+    found = np.argwhere(mask)
+    there = np.round(found @ np.linalg.inv(between)[:3, :3].T + np.linalg.inv(between)[:3, 3])
+    if (there < 0).any() or (there >= grid.spatial_shape).any():
+        raise Quarantine("label reaches outside the image")
+    moved = affine_transform(
+        mask.astype(np.uint8), between[:3, :3], between[:3, 3], output_shape=grid.spatial_shape, order=0
+    )
+    return np.asarray(moved, bool)
+
+
 def onto_grid(volume: hd.Volume, grid: hd.Volume) -> NDArray[np.float32]:
     """``volume`` resampled linearly at the voxels of ``grid``; outside it, its lowest value.
 
     Raises:
         Quarantine: the two do not share a frame of reference, or do not overlap.
     """
-    if volume.frame_of_reference_uid != grid.frame_of_reference_uid:
-        raise Quarantine("channels in different frames of reference")
-    if volume.spatial_shape == grid.spatial_shape and np.allclose(volume.affine, grid.affine, atol=0.01):
+    if _same_grid(volume, grid):
         return np.asarray(volume.array, np.float32)
-    between = volume.inverse_affine @ grid.affine  # index of grid -> index of volume
+    between = _index_to_index(volume, grid)
     ends = between @ np.array([[0, 0, 0, 1], [*(n - 1 for n in grid.spatial_shape), 1]], float).T
     limits = np.array(volume.spatial_shape, float)[:, None]
     if ((ends[:3] < -0.5).all(axis=1) | (ends[:3] > limits - 0.5).all(axis=1)).any():
@@ -64,3 +81,20 @@ def onto_grid(volume: hd.Volume, grid: hd.Volume) -> NDArray[np.float32]:
         ),
         np.float32,
     )
+
+
+def _same_grid(volume: hd.Volume, grid: hd.Volume) -> bool:
+    same_frame = volume.frame_of_reference_uid == grid.frame_of_reference_uid
+    same_shape = volume.spatial_shape == grid.spatial_shape
+    return same_frame and same_shape and np.allclose(volume.affine, grid.affine, atol=0.01)
+
+
+def _index_to_index(volume: hd.Volume, grid: hd.Volume) -> NDArray[np.float64]:
+    """(4, 4) from an index of ``grid`` to the index of ``volume`` at the same place.
+
+    Raises:
+        Quarantine: the two do not share a frame of reference.
+    """
+    if volume.frame_of_reference_uid != grid.frame_of_reference_uid:
+        raise Quarantine("channels in different frames of reference")
+    return np.asarray(volume.inverse_affine @ grid.affine, np.float64)

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pydicom
-
 from medfl.client.data.case import Findings, Quarantine
+from medfl.client.data.files import read_file
 from medfl.client.data.guard import reading
 from medfl.client.data.secret import SiteKey
 
@@ -61,7 +60,7 @@ class Reader:
             Quarantine: not DICOM, unreadable, or without identifiers.
         """
         with reading("unreadable DICOM file"):
-            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_FIELDS)
+            dataset = read_file(path, stop_before_pixels=True, specific_tags=_FIELDS)
             meta = dataset.file_meta
             patient, issuer = (_text(dataset.get(name)) for name in ("PatientID", "IssuerOfPatientID"))
             uids = [_text(dataset.get(name) or meta.get(f"MediaStorage{name}")) for name in _UIDS]

@@ -27,12 +27,24 @@ def label_volume(
     spec: DataSpec,
     aliases: Mapping[str, str],
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Class of every voxel of ``volume`` (see :func:`combine`). ``instances`` says in which of its slices
-    each SOP instance lies, -1 for one that is all of them.
-    """
-    objects = [read_segments(path, volume, instances, spec, aliases) for path in segmentations]
-    objects += [read_contours(path, volume, instances, spec, aliases) for path in structure_sets]
+    """Class of every voxel of ``volume`` (see :func:`combine`), from the objects that were made on it."""
+    objects = label_objects(segmentations, structure_sets, volume, instances, spec, aliases)
     return combine(objects, volume.spatial_shape)
+
+
+def label_objects(
+    segmentations: Sequence[Path],
+    structure_sets: Sequence[Path],
+    volume: hd.Volume,
+    instances: Mapping[str, int],
+    spec: DataSpec,
+    aliases: Mapping[str, str],
+) -> list[OneObject]:
+    """Voxels of ``volume`` of each class in each object. ``instances`` says in which of its slices each SOP instance
+    lies, -1 for one that is all of them.
+    """
+    objects: list[OneObject] = [read_segments(path, volume, instances, spec, aliases) for path in segmentations]
+    return objects + [read_contours(path, volume, instances, spec, aliases) for path in structure_sets]
 
 
 def label_image(

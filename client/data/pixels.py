@@ -16,9 +16,12 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.decoder import decompress
+from medfl.client.data.files import stored_length
 from medfl.client.data.guard import reading
 
 _PIXELS = 0x7FE00010
+_UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter
+_ITEM, _END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0\0\0\0\0"  # of encapsulated pixels
 _BEHIND_PIXELS = frozenset({0xFFFAFFFA, 0xFFFCFFFC})  # digital signatures, padding
 _GREY = frozenset({"MONOCHROME1", "MONOCHROME2"})
 
@@ -30,6 +33,7 @@ def open_dataset(path: Path) -> pydicom.FileDataset:
         Quarantine: not DICOM, or damaged.
     """
     with reading("unreadable DICOM file"):
+        length = stored_length(path)
         dataset = pydicom.dcmread(path)
         for keyword in ("SOPClassUID", "SOPInstanceUID"):  # PS3.10 7.1: the meta group says the same
             if not dataset.get(keyword) and f"MediaStorage{keyword}" in dataset.file_meta:
@@ -37,21 +41,43 @@ def open_dataset(path: Path) -> pydicom.FileDataset:
         for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):  # some are padded with spaces
             if (uid := dataset.get(keyword)) and uid != uid.strip():
                 setattr(dataset, keyword, uid.strip())
-        _ends_with_pixels(dataset)
+        _ends_with_pixels(dataset, length)
+        _fragments_are_whole(dataset)
         if dataset.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian:
             _to_little_endian(dataset)
     return dataset
 
 
-def _ends_with_pixels(dataset: pydicom.FileDataset) -> None:
+def _ends_with_pixels(dataset: pydicom.FileDataset, length: int) -> None:
     """Only a signature or padding may follow pixels (PS3.5 7.1): else bytes came in between, and all behind them moved.
+
+    ``length`` is the file's: pydicom drops a rest that is too short for an element.
 
     Raises:
         Quarantine: something else does.
     """
     tags = [int(tag) for tag in dataset.keys()]  # noqa: SIM118 - iterating the dataset would parse every element
-    if _PIXELS in tags and not set(tags[tags.index(_PIXELS) + 1 :]) <= _BEHIND_PIXELS:
+    if _PIXELS not in tags:
+        return
+    if not set(tags[tags.index(_PIXELS) + 1 :]) <= _BEHIND_PIXELS:
         raise Quarantine("bytes behind the pixels")
+    pixels: Any = dataset.get_item(_PIXELS)  # as it was read: nothing has looked at it yet
+    if tags[-1] == _PIXELS and pixels.length != _UNDEFINED and pixels.value_tell + pixels.length != length:
+        raise Quarantine("bytes behind the pixels")
+
+
+def _fragments_are_whole(dataset: pydicom.FileDataset) -> None:
+    """Refuse compressed pixels whose items (PS3.5 A.4) do not end where the value ends: bytes came in between, or went.
+
+    pydicom looks for the delimiter wherever it is, and drops what lies between the last item and it.
+    """
+    if "PixelData" not in dataset or not _is_encapsulated(dataset):
+        return
+    value, at = dataset.PixelData, 0
+    while value[at : at + 4] == _ITEM:
+        at += 8 + int.from_bytes(value[at + 4 : at + 8], "little")
+    if value[at:] not in {b"", _END}:
+        raise Quarantine("compressed pixels that are not whole")
 
 
 def open_series(paths: Sequence[Path]) -> list[pydicom.FileDataset]:
@@ -156,6 +182,18 @@ def _checked(dataset: pydicom.Dataset) -> Iterator[None]:
 def _is_encapsulated(dataset: pydicom.Dataset) -> bool:
     syntax = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
     return syntax is not None and bool(syntax.is_encapsulated)
+
+
+def frames_are_described(dataset: pydicom.Dataset) -> None:
+    """Refuse a multi-frame object whose pixels, number of frames and descriptions of frames do not agree.
+
+    Raises:
+        Quarantine: they differ.
+    """
+    frames = dataset.get("NumberOfFrames")
+    if frames is None or len(dataset.get("PerFrameFunctionalGroupsSequence") or []) != int(frames):
+        raise Quarantine("frames and their descriptions differ in number")
+    _length_is_right(dataset)
 
 
 def _length_is_right(dataset: pydicom.Dataset) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.guard import reading
@@ -15,7 +15,7 @@ _COLOURS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"}) 
 
 
 def read_planar(dataset: pydicom.Dataset, channels: int) -> NDArray[np.float32]:
-    """(channel, row, column) float32 in 0..255: grey through rescale, VOI LUT and MONOCHROME1; colour as RGB.
+    """(channel, row, column) float32 in 0..255: grey through rescale, VOI LUT and MONOCHROME1; colours as RGB.
 
     Grey without a VOI LUT is scaled from the full range that its bits can store, never from what happens to occur.
 
@@ -26,8 +26,12 @@ def read_planar(dataset: pydicom.Dataset, channels: int) -> NDArray[np.float32]:
         raise Quarantine("several frames where one image is expected")
     samples = int(dataset.get("SamplesPerPixel") or 1)
     if samples == 3:
-        return _colour(decode(dataset), dataset, channels)
+        if dataset.get("PhotometricInterpretation") not in _COLOURS:
+            raise Quarantine("unknown colour space")
+        return _colour(decode(dataset), 2 ** int(dataset.BitsStored) - 1, channels)
     photometric = str(dataset.get("PhotometricInterpretation") or "")
+    if samples == 1 and photometric == "PALETTE COLOR":
+        return _colour(*_through_palette(decode(dataset), dataset), channels)
     if samples != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
         raise Quarantine("unknown colour space")
     if channels != 1:
@@ -40,15 +44,35 @@ def read_planar(dataset: pydicom.Dataset, channels: int) -> NDArray[np.float32]:
     return shown[None]
 
 
-def _colour(stored: NDArray[np.generic], dataset: pydicom.Dataset, channels: int) -> NDArray[np.float32]:
-    if dataset.get("PhotometricInterpretation") not in _COLOURS:
-        raise Quarantine("unknown colour space")
-    if channels == 1 and (stored == stored[..., :1]).all():  # grey stored as colour, as ultrasound often is
-        stored = stored[..., :1]
-    if stored.shape[-1] != channels:
+def _colour(rgb: NDArray[np.generic], top: int, channels: int) -> NDArray[np.float32]:
+    """``rgb`` (row, column, 3), whose largest possible value is ``top``."""
+    if channels == 1 and (rgb == rgb[..., :1]).all():  # grey stored as colour, as ultrasound often is
+        rgb = rgb[..., :1]
+    if rgb.shape[-1] != channels:
         raise Quarantine(f"colour image, but the study has {channels} channel{'s' * (channels != 1)}")
-    top = 2 ** int(dataset.BitsStored) - 1
-    return np.ascontiguousarray(np.moveaxis(stored, -1, 0), np.float32) * np.float32(255 / top)
+    return np.ascontiguousarray(np.moveaxis(rgb, -1, 0), np.float32) * np.float32(255 / top)
+
+
+def _through_palette(stored: NDArray[np.generic], dataset: pydicom.Dataset) -> tuple[NDArray[np.generic], int]:
+    """Colours (row, column, 3) that ``stored`` values stand for (PS3.3 C.7.6.3.1.5), and their largest possible value.
+
+    Raises:
+        Quarantine: tables are missing, contradict each other, or hold values of another depth than they say.
+    """
+    with reading("unreadable colour table"):
+        (entries, first, bits), *others = (
+            list(dataset[f"{colour}PaletteColorLookupTableDescriptor"].value) for colour in ("Red", "Green", "Blue")
+        )
+        indices = np.arange(first, first + (entries or 2**16))
+        # pydicom counts entries in the type of the colours: more than 256 of 8 bits would begin again at 0.
+        if others != [[entries, first, bits]] * 2 or len(indices) > 2**bits or bits not in {8, 16}:
+            raise Quarantine("unreadable colour table")
+        table = apply_color_lut(indices, dataset)
+        top = 2**bits - 1
+        # Some write 8-bit colours into tables that say 16: nearly black, or not, nobody knows.
+        if table.shape != (len(indices), 3) or table.max() > top or (bits == 16 and table.max() < 256):
+            raise Quarantine("unreadable colour table")
+    return table[np.clip(stored.astype(np.int64), indices[0], indices[-1]) - first], top
 
 
 def _displayed(stored: NDArray[np.generic], dataset: pydicom.Dataset) -> NDArray[np.float32]:

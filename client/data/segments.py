@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from medfl.client.data.case import Quarantine
 from medfl.client.data.grids import place
 from medfl.client.data.guard import reading
-from medfl.client.data.pixels import open_series
+from medfl.client.data.pixels import frames_are_described, open_series
 from medfl.shared.data_spec import DataSpec
 
 _SLICES_APART = 0.4
@@ -105,6 +105,7 @@ def _open(
     """The object, its segment numbers of each class, and the names of segments that are no class."""
     with reading("unreadable segmentation"):
         (dataset,) = open_series([path])
+        frames_are_described(dataset)
         seg = hd.seg.Segmentation.from_dataset(dataset, copy=False)
         names = {number: seg.get_segment_description(number).segment_label for number in seg.segment_numbers}
     chosen: dict[int, list[int]] = {}

@@ -14,8 +14,8 @@ from medfl.client.data.case import Quarantine
 def suv_factor(dataset: pydicom.Dataset) -> float:
     """What a rescaled value (Bq/ml) must be multiplied with to become SUVbw in g/ml; 1 where it is SUV already.
 
-    Decay is counted from injection to the start of the series, as for ``DecayCorrection`` START.
-    Source: QIBA FDG-PET/CT SUV vendor-neutral pseudo-code.
+    With ``DecayCorrection`` START decay is counted from injection to the start of the series; with ADMIN values are
+    those at the time of injection already. Source: QIBA FDG-PET/CT SUV vendor-neutral pseudo-code.
 
     Raises:
         Quarantine: units, decay correction, dose, half-life, weight or times are missing or of another kind.
@@ -25,7 +25,8 @@ def suv_factor(dataset: pydicom.Dataset) -> float:
             raise Quarantine("PET in an uptake value other than by body weight")
         return 1.0
     corrected = {str(value) for value in dataset.get("CorrectedImage") or []}
-    if str(dataset.get("Units") or "") != "BQML" or str(dataset.get("DecayCorrection") or "") != "START":
+    counted_from = str(dataset.get("DecayCorrection") or "")
+    if str(dataset.get("Units") or "") != "BQML" or counted_from not in {"START", "ADMIN"}:
         raise Quarantine("PET that cannot become SUV: units or decay correction")
     if not {"ATTN", "DECY"} <= corrected:
         raise Quarantine("PET that cannot become SUV: not corrected for attenuation and decay")
@@ -33,7 +34,9 @@ def suv_factor(dataset: pydicom.Dataset) -> float:
         (tracer,) = dataset.RadiopharmaceuticalInformationSequence
         dose, half_life = float(tracer.RadionuclideTotalDose), float(tracer.RadionuclideHalfLife)
         weight_g = 1000 * float(dataset.PatientWeight)
-        waited = (_series_start(dataset) - _injection(dataset, tracer)).total_seconds()
+        waited = 0.0
+        if counted_from == "START":
+            waited = (_series_start(dataset) - _injection(dataset, tracer)).total_seconds()
     except (AttributeError, KeyError, TypeError, ValueError):
         raise Quarantine("PET that cannot become SUV: dose, half-life, weight or times are missing") from None
     if not (dose > 1e5 and half_life > 0 and 1e3 < weight_g < 1e6 and 0 <= waited < 86400):

@@ -79,6 +79,18 @@ def test_names_go_through_the_sites_aliases_and_the_studys_map(tmp_path: Path) -
     assert unmatched == ("Foie",)
 
 
+@pytest.mark.parametrize("frames", [None, 1, 3])
+def test_a_segmentation_with_another_number_of_frames_than_descriptions_is_refused(
+    frames: int | None, tmp_path: Path
+) -> None:
+    slices = ct()
+    label = seg(slices)
+    label.NumberOfFrames = frames
+    (path,) = save([label], tmp_path)
+    with pytest.raises(Quarantine, match="frames and their descriptions differ in number"):
+        upright(slices, path)
+
+
 def test_a_segmentation_in_another_frame_of_reference_is_refused(tmp_path: Path) -> None:
     slices = ct()
     label = seg(slices)
@@ -185,6 +197,12 @@ def a_point(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
     return drawing
 
 
+def another_number_of_points(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
+    dataset = structure_set(slices, {"Lesion": [circle(slices, 3, 6)]})
+    dataset.ROIContourSequence[0].ContourSequence[0].NumberOfContourPoints = 399
+    return dataset
+
+
 def names(slices: list[pydicom.FileDataset], instance: str) -> pydicom.Dataset:
     drawing = structure_set(slices, {"Lesion": [circle(slices, 2, 5.03)]})
     image = pydicom.Dataset()
@@ -200,6 +218,7 @@ def names(slices: list[pydicom.FileDataset], instance: str) -> pydicom.Dataset:
         (twice, "contours of one region that cross each other"),
         (never_drawn, "region without a closed contour"),
         (a_point, "region without a closed contour"),
+        (another_number_of_points, "unreadable structure set"),
         (lambda slices: names(slices, generate_uid()), "label was made on slices that are missing"),
         (lambda slices: names(slices, slices[3].SOPInstanceUID), "contour that lies in another slice than it names"),
     ],

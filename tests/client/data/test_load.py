@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from medfl.client.data.tensors import SiteData
 from medfl.shared.config import parse_settings
 from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import ConfigError, DataError
+
+Slices = list[pydicom.FileDataset]
 
 
 def load(folder: Path, study: DataSpec | None = None, room: int | None = None, **changes: object) -> SiteData:
@@ -210,17 +213,24 @@ def test_a_classification_without_a_table_is_a_configuration_error(tmp_path: Pat
         load_site_data(settings, spec(), task="classification", key=KEY)
 
 
-def test_two_series_of_a_study_become_channels_on_the_first_ones_grid(tmp_path: Path) -> None:
-    for number in range(10):
+def two_phases(folder: Path, drawn_on: Callable[[Slices, Slices], list[pydicom.Dataset]], patients: int = 10) -> None:
+    """Patients with two series each, and the labels that ``drawn_on`` makes of them."""
+    for number in range(patients):
         first, second = (ct(hounsfield(n), name=f"P{number}") for n in (number, 100 + number))
         uid, series = generate_uid(), generate_uid()
         for one, two in zip(first, second, strict=True):
             one.StudyInstanceUID = two.StudyInstanceUID = uid
             one.SeriesDescription, two.SeriesDescription = "native phase", "Venous 3.0"
             two.SeriesInstanceUID, two.SOPInstanceUID = series, generate_uid()
-        save([*first, *second, seg(first)], tmp_path / str(number))
-    study = spec(channels=2, series=("plain", "venous"))
-    data = load(tmp_path, study, series={"plain": "native", "venous": "^venous"})
+        save([*first, *second, *drawn_on(first, second)], folder / str(number))
+
+
+PHASES = {"plain": "native", "venous": "^venous"}
+
+
+def test_two_series_of_a_study_become_channels_on_the_first_ones_grid(tmp_path: Path) -> None:
+    two_phases(tmp_path, lambda first, second: [seg(first)])
+    data = load(tmp_path, spec(channels=2, series=("plain", "venous")), series=PHASES)
     images = data.splits[Split.TRAIN].images
     assert images.shape[1] == 2
     pairs = {np.maximum(hounsfield(n), -1024).tobytes(): n for n in [*range(10), *range(100, 110)]}
@@ -229,6 +239,20 @@ def test_two_series_of_a_study_become_channels_on_the_first_ones_grid(tmp_path: 
         pairs[np.ascontiguousarray(v[:, 1]).tobytes()] - pairs[np.ascontiguousarray(v[:, 0]).tobytes()] == 100
         for v in volume
     )
+
+
+def test_labels_may_be_drawn_on_any_channel(tmp_path: Path) -> None:
+    two_phases(tmp_path, lambda first, second: [seg(first), seg(second, {"Vessel": lesion()[::-1]})])
+    study = spec(channels=2, series=("plain", "venous"), classes=("background", "lesion", "vessel"))
+    labels = load(tmp_path, study, series=PHASES).splits[Split.TRAIN].labels
+    expected = np.where(lesion()[::-1], 2, lesion())
+    assert all(np.array_equal(volume, expected) for volume in labels.reshape(-1, 6, 32, 32).numpy())
+
+
+def test_one_class_drawn_on_two_channels_is_left_out(tmp_path: Path) -> None:
+    two_phases(tmp_path, lambda first, second: [seg(first), seg(second)], patients=3)
+    with pytest.raises(DataError, match=r"two label objects for one class \(3\)"):
+        load(tmp_path, spec(channels=2, series=("plain", "venous")), series=PHASES, split={"min_patients": 3})
 
 
 def test_settings_from_yaml_name_the_key_that_is_wrong(tmp_path: Path) -> None:

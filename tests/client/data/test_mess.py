@@ -230,12 +230,24 @@ def test_compressed_pixels_that_end_too_early_are_not_half_a_picture(tmp_path: P
         open_series(save(slices, tmp_path))
 
 
-def test_bytes_that_came_in_between_are_noticed_by_what_is_left_behind_the_pixels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("twice", [1, 3, 16])  # pydicom drops a rest of less than eight without a word
+def test_bytes_that_came_in_between_are_noticed_by_what_is_left_behind_the_pixels(twice: int, tmp_path: Path) -> None:
     (path, *others) = save(ct(), tmp_path)
     content = path.read_bytes()
-    path.write_bytes(content[:-500] + content[-516:])  # sixteen bytes twice
+    path.write_bytes(content[:-500] + content[-500 - twice :])
     with pytest.raises(Quarantine, match="bytes behind the pixels"):
         open_series([path, *others])
+
+
+@pytest.mark.parametrize("twice", [1, 3, 16])
+def test_bytes_that_came_in_between_are_noticed_among_compressed_pixels(twice: int, tmp_path: Path) -> None:
+    slices = ct()
+    slices[2].compress(RLELossless, generate_instance_uid=False)
+    paths = save(slices, tmp_path)
+    content = paths[2].read_bytes()
+    paths[2].write_bytes(content[:-500] + content[-500 - twice :])
+    with pytest.raises(Quarantine, match="compressed pixels that are not whole"):
+        open_series(paths)
 
 
 def enhanced(slices: Slices) -> pydicom.Dataset:

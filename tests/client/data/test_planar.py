@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -109,7 +110,7 @@ def test_a_reversible_colour_transform_is_undone() -> None:
     ("change", "reason"),
     [
         ({"NumberOfFrames": 3}, "several frames"),
-        ({"PhotometricInterpretation": "PALETTE COLOR"}, "unknown colour space"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "unreadable colour table"),
         ({"BitsStored": 8, "HighBit": 7}, "pixel bits that the header does not describe"),
         ({"HighBit": 15}, "pixel bits in an unusual place"),
         ({"PixelData": b"\0" * 20}, "wrong length"),
@@ -119,6 +120,61 @@ def test_a_reversible_colour_transform_is_undone() -> None:
 def test_images_that_would_have_to_be_guessed_are_left_out(change: dict[str, object], reason: str) -> None:
     with pytest.raises(Quarantine, match=reason):
         read_planar(image(RAMP, **change), 1)
+
+
+def palette(pixels: np.ndarray, first: int = 0, said: int = 16, **changes: object) -> FileDataset:  # type: ignore[type-arg]
+    """An image of 16 colours: red grows with the index, green falls, blue is full."""
+    dataset = image(pixels, US, bits=8, PhotometricInterpretation="PALETTE COLOR")
+    index = np.arange(16)
+    for colour, values in (("Red", 4096 * index), ("Green", 65535 - 4096 * index), ("Blue", 0 * index + 65535)):
+        setattr(dataset, f"{colour}PaletteColorLookupTableDescriptor", [16, first, said])
+        setattr(dataset, f"{colour}PaletteColorLookupTableData", values.astype("<u2").tobytes())
+    for keyword, value in changes.items():
+        setattr(dataset, keyword, value)
+    return dataset
+
+
+def test_a_palette_gives_its_colours() -> None:
+    pixels = np.random.default_rng(0).integers(0, 16, (8, 10))
+    shown = read_planar(palette(pixels), 3)
+    assert np.allclose(shown, np.stack([4096 * pixels, 65535 - 4096 * pixels, 0 * pixels + 65535]) * 255 / 65535)
+
+
+def test_values_outside_of_a_palette_take_its_nearest_colour() -> None:
+    # PS3.3 C.7.6.3.1.5: below the first mapped value the first entry, above the last the last
+    shown = read_planar(palette(np.array([[0, 9, 10, 25, 26, 255]]), first=10), 3)
+    assert np.allclose(shown[0], np.array([[0, 0, 0, 15, 15, 15]]) * 4096 * 255 / 65535)
+
+
+def test_a_palette_of_eight_bits_with_more_than_256_entries_does_not_begin_again() -> None:
+    dataset = image(RAMP, US, PhotometricInterpretation="PALETTE COLOR")
+    for colour in ("Red", "Green", "Blue"):
+        setattr(dataset, f"{colour}PaletteColorLookupTableDescriptor", [4096, 0, 8])
+        setattr(dataset, f"{colour}PaletteColorLookupTableData", bytes(n // 16 for n in range(4096)))
+    with pytest.raises(Quarantine, match="unreadable colour table"):
+        read_planar(dataset, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"GreenPaletteColorLookupTableDescriptor": [16, 1, 16]},
+        {"BluePaletteColorLookupTableData": bytes(30)},
+        {"RedPaletteColorLookupTableData": bytes(4)},
+        {"said": 8},  # but the colours need 16
+    ],
+)
+def test_a_palette_that_contradicts_itself_is_left_out(changes: dict[str, Any]) -> None:
+    with pytest.raises(Quarantine, match="unreadable colour table"):
+        read_planar(palette(np.zeros((4, 4), int), **changes), 3)
+
+
+def test_a_palette_that_says_16_bits_and_holds_8_is_left_out() -> None:
+    dataset = palette(np.zeros((4, 4), int))
+    for colour in ("Red", "Green", "Blue"):
+        setattr(dataset, f"{colour}PaletteColorLookupTableData", np.arange(16).astype("<u2").tobytes())
+    with pytest.raises(Quarantine, match="unreadable colour table"):
+        read_planar(dataset, 3)
 
 
 def test_colour_is_left_out_of_a_grey_study() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from dicom_lab import COLUMN_MM, ROW_MM, SLICE_MM, ct, hounsfield, save
+from dicom_lab import COLUMN_MM, ROW_MM, SLICE_MM, ct, hounsfield, lesion, save
 from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +30,7 @@ from waiting import wait_for
 
 from medfl.client.data import decoder
 from medfl.client.data.case import Quarantine
-from medfl.client.data.grids import onto_grid
+from medfl.client.data.grids import mask_onto_grid, onto_grid
 from medfl.client.data.pixels import open_series
 from medfl.client.data.uptake import suv_factor
 from medfl.client.data.volumes import read_volume
@@ -228,6 +228,20 @@ def test_a_second_channel_is_resampled_onto_the_grid_of_the_first() -> None:
     assert onto_grid(coarse, fine)[:, 5, 5].tolist() == pytest.approx([5 * n for n in range(11)])
 
 
+def test_a_label_of_a_second_channel_lands_on_the_grid_of_the_first() -> None:
+    coarse = read_volume(ct(), Modality.CT).to_patient_orientation("HPL")
+    affine = coarse.affine.copy()
+    affine[:, 0] /= 2
+    frame = coarse.frame_of_reference_uid
+    fine = type(coarse)(np.zeros((11, 32, 32), np.float32), affine, "PATIENT", frame_of_reference_uid=frame)
+    moved = mask_onto_grid(lesion(), coarse, fine)
+    assert np.array_equal(moved[::2], lesion())
+    assert np.array_equal(mask_onto_grid(moved, fine, coarse), lesion())
+    cut = type(coarse)(np.zeros((6, 8, 32), np.float32), coarse.affine, "PATIENT", frame_of_reference_uid=frame)
+    with pytest.raises(Quarantine, match="reaches outside"):  # the lesion ends in row 8
+        mask_onto_grid(lesion(), coarse, cut)
+
+
 def test_channels_of_different_frames_of_reference_are_refused() -> None:
     one = read_volume(ct(), Modality.CT)
     other = read_volume(ct(name="P2"), Modality.CT)
@@ -251,6 +265,17 @@ def pet() -> pydicom.Dataset:
 def test_uptake_counts_decay_from_injection_to_the_series() -> None:
     # one half-life has passed: 175 MBq are left in 70,000 g: 70000 / 175e6 = 4e-4 for each Bq/ml
     assert suv_factor(pet()) == pytest.approx(4e-4)
+
+
+def test_uptake_of_values_as_of_injection_counts_no_decay() -> None:
+    dataset = pet()
+    dataset.DecayCorrection = "ADMIN"
+    del dataset.SeriesTime
+    # 350 MBq in 70,000 g: 70000 / 350e6 = 2e-4 for each Bq/ml
+    assert suv_factor(dataset) == pytest.approx(2e-4)
+    dataset.DecayCorrection = "NONE"
+    with pytest.raises(Quarantine, match="decay correction"):
+        suv_factor(dataset)
 
 
 @pytest.mark.parametrize("keyword", ["PatientWeight", "Units", "DecayCorrection", "CorrectedImage", "SeriesTime"])

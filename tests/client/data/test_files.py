@@ -1,0 +1,71 @@
+"""Files that would take all memory are left out before they do."""
+
+from __future__ import annotations
+
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import pydicom
+import pytest
+from dicom_lab import KEY, ct, save
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+from medfl.client.data import decoder, files
+from medfl.client.data.case import Quarantine
+from medfl.client.data.files import stored_length
+from medfl.client.data.headers import Reader
+from medfl.client.data.pixels import open_dataset, open_series
+
+
+def deflated(folder: Path) -> Path:
+    source = ct()[:1]
+    source[0].file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    return save(source, folder)[0]
+
+
+def bomb(folder: Path, size: int) -> Path:
+    """A deflated file whose dataset ends with ``size`` zeros."""
+    path = deflated(folder)
+    content = path.read_bytes()
+    with path.open("rb") as file:
+        pydicom.filereader.read_preamble(file, force=False)
+        pydicom.filereader.read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
+        start = file.tell()
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    packed = [packer.compress(zlib.decompress(content[start:], -zlib.MAX_WBITS))]
+    packed += [packer.compress(bytes(2**20)) for _ in range(size // 2**20)]
+    path.write_bytes(content[:start] + b"".join(packed) + packer.flush())
+    return path
+
+
+def test_a_file_that_inflates_without_bound_is_left_out_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_MOST_INFLATED", 32 * 2**20)
+    path = bomb(tmp_path, 256 * 2**20)
+    assert path.stat().st_size < 2**20
+    for read in (Reader(KEY).read, open_dataset):
+        tracemalloc.start()
+        with pytest.raises(Quarantine, match="deflated file that becomes too large"):
+            read(path)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 8 * 2**20
+
+
+def test_the_length_of_a_deflated_file_is_its_datasets(tmp_path: Path) -> None:
+    path = deflated(tmp_path)
+    plain = ct()[0]
+    # 32 x 32 pixels of 2 bytes, and what describes them
+    assert 2048 < stored_length(path) < 2048 + 2000
+    assert open_dataset(path).PixelData == plain.PixelData
+
+
+def test_pixels_that_decode_to_more_than_any_scan_are_left_out(tmp_path: Path) -> None:
+    (dataset,) = source = ct()[:1]
+    dataset.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+    dataset.Rows = dataset.Columns = 65535
+    with pytest.raises(Quarantine, match="pixels that decode to more than any scan"):
+        open_series(save(source, tmp_path))
+    assert decoder._pool is None  # nobody has tried
