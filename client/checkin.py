@@ -11,6 +11,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medfl.client.rosters import SiteRosters
+from medfl.client.work import Work
 from medfl.shared.certificates import (
     WARN_DAYS,
     SiteFiles,
@@ -50,6 +51,7 @@ class CheckIns:
     """Call it with the connection every few seconds, from any thread but one at a time.
 
     ``on_force`` is told each roster that comes into force while the node runs, before it is used here first.
+    ``work`` is what is being trained: it is given up when the coordinator says that its study is over.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class CheckIns:
         rosters: SiteRosters,
         *,
         on_force: Callable[[Membership], None] = lambda membership: None,
+        work: Callable[[], Work | None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._site, self._files, self._key = site, files, key
         self._rosters = rosters
         self._on_force = on_force
+        self._work = work
         self._clock = clock
         force = rosters.in_force()
         self._force = 0 if force is None else force.epoch
@@ -75,11 +79,13 @@ class CheckIns:
         """One question and its answer. Whatever is wrong with the answer is logged, and nothing of it used."""
         try:
             self._note_force()
-            began = self._clock()
-            raw = line.check_in(self._question(began))
+            began, work = self._clock(), self._work()
+            raw = line.check_in(self._question(began, "" if work is None else work.study))
             if raw is None:
                 return
             answer = CheckedIn.parse(raw)
+            if answer.over and work is not None:
+                work.given_up.set()
             self._compare_clocks(answer.time, began, self._clock())
             self._send_roster = answer.send_roster
             if answer.roster is not None:
@@ -89,7 +95,7 @@ class CheckIns:
         except MedFLError as error:
             self._say("trouble", logging.ERROR, f"check-in: {error}")
 
-    def _question(self, now: float) -> bytes:
+    def _question(self, now: float, working_on: str) -> bytes:
         newest = self._rosters.newest()
         days = days_left(load_certificate(self._files.certificate))
         if days < WARN_DAYS:
@@ -103,6 +109,7 @@ class CheckIns:
             now,
             make_request(self._files, self._site) if days < WARN_DAYS else None,
             Signed.parse(self._rosters.newest_signed()) if self._send_roster and newest is not None else None,
+            working_on,
         )
         return claim.signed(self._key)
 

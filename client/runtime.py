@@ -34,6 +34,7 @@ from medfl.client.secagg.session import SecureSite
 from medfl.client.site import Site, no_key_pinned
 from medfl.client.transport import TransportSettings
 from medfl.client.trust import coordinator_address, site_rosters
+from medfl.client.work import Work
 from medfl.client.workbench import Workbench
 from medfl.shared.audit_log import audit_file
 from medfl.shared.certificates import SiteFiles
@@ -162,8 +163,8 @@ def dialled(settings: SiteSettings) -> Callable[[], str]:
     return partial(coordinator_address, settings)
 
 
-def check_ins(settings: SiteSettings, audit: Audit) -> CheckIns:
-    """What the node tells and hears beside all studies. Raises ConfigError, DataError."""
+def check_ins(settings: SiteSettings, audit: Audit, *, work: Callable[[], Work | None] = lambda: None) -> CheckIns:
+    """What the node tells and hears beside all studies; ``work``: what it trains. Raises ConfigError, DataError."""
 
     def in_force(membership: Membership) -> None:
         roster = membership.roster
@@ -171,7 +172,7 @@ def check_ins(settings: SiteSettings, audit: Audit) -> CheckIns:
 
     files = SiteFiles(settings.keys)
     key = load_site_key(files.site_key)
-    return CheckIns(settings.site, files, key, site_rosters(settings), on_force=in_force)
+    return CheckIns(settings.site, files, key, site_rosters(settings), on_force=in_force, work=work)
 
 
 def load_data(

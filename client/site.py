@@ -27,6 +27,7 @@ from medfl.client.training.client_level import fix_client_level_plan, train_clie
 from medfl.client.training.evaluate import evaluate
 from medfl.client.training.local import Given, TrainLocally, train_local
 from medfl.client.training.plain import round_generator
+from medfl.client.work import Work
 from medfl.client.workbench import Bench, Workbench
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.chain import Head
@@ -57,6 +58,8 @@ from medfl.shared.study import Study
 from medfl.shared.weights import Flat, weights_digest
 
 log = logging.getLogger("medfl.site")
+
+STUDY_OVER = "study over"
 
 
 class LoadData(Protocol):
@@ -121,6 +124,7 @@ class Site:
         self._train_local = train_locally
         self._data: tuple[str, SiteData] | None = None
         self._open_ledger: Ledger | None = None
+        self.work: Work | None = None  # the training in progress, for other threads
 
     def consider(self, offer: StudyOffer) -> OfferAccepted:
         """Accept ``offer`` when the policy permits it, the network can be built and the data are there.
@@ -176,7 +180,12 @@ class Site:
             self._policy.permit_upload(4 * (bench.layout.length + beside.up(bench.layout.length)))
             given = Given(weights, shared, self._kept(study, asked, request.counted))
             bench.load(weights, given.kept if bench.personal.tensors else None)
-            result, kept = self._train(study, bench, self._split(study, Split.TRAIN), request, given)
+            data = self._split(study, Split.TRAIN)
+            self.work = Work(study.digest)
+            try:
+                result, kept = self._train(study, bench, data, request, given, self._between_batches(study, self.work))
+            finally:
+                self.work = None
             if kept is not None:
                 self._records.keep_personal(study.digest, kept, asked=asked, counted=request.counted)
             self._records.keep_answer(study.digest, asked, result)
@@ -186,7 +195,13 @@ class Site:
         return result if self._releases(study) else replace(result, tally={})
 
     def _train(
-        self, study: Study, bench: Bench, data: TensorSet, request: ModelRequest, given: Given
+        self,
+        study: Study,
+        bench: Bench,
+        data: TensorSet,
+        request: ModelRequest,
+        given: Given,
+        progress: Callable[[int, int], None],
     ) -> tuple[TrainReply, Flat | None]:
         """The result of a round, and what the site keeps of it."""
         started = time.monotonic()
@@ -200,7 +215,7 @@ class Site:
                     data,
                     round_number=request.round,
                     weights=given.weights,
-                    progress=self._between_batches(study),
+                    progress=progress,
                 )
                 self._note_spent(study, request, private, time.monotonic() - started)
                 # Equal weights and no tally: an exact count or loss would be a release of its own.
@@ -216,7 +231,7 @@ class Site:
                     given,
                     round_number=request.round,
                     survivors=self._require_participant().smallest_sum,
-                    progress=self._between_batches(study),
+                    progress=progress,
                 )
                 self._note_spent(study, request, private, time.monotonic() - started)
                 return TrainReply(private.update, examples=1), kept
@@ -229,16 +244,20 @@ class Site:
                     given,
                     generator=generator,
                     round_number=request.round,
-                    progress=self._between_batches(study),
+                    progress=progress,
                 )
                 self._note(study, request, "train", local.tally, time.monotonic() - started)
                 return TrainReply(local.update, examples=len(data.labels), tally=local.tally), local.kept
 
-    def _between_batches(self, study: Study) -> Callable[[int, int], None]:
-        """Ends a training whose study was withdrawn meanwhile (PolicyRefusal); else what this machine wants."""
+    def _between_batches(self, study: Study, work: Work) -> Callable[[int, int], None]:
+        """Ends a training whose study was withdrawn meanwhile (PolicyRefusal), or is over for the coordinator
+        (ProtocolError); else what this machine wants.
+        """
 
         def look(step: int, steps: int) -> None:
             self._approvals.require(study.digest, study)
+            if work.given_up.is_set():
+                raise ProtocolError(f"study {study.name} is over: its training was given up", reason=STUDY_OVER)
             if self._progress is not None:
                 self._progress(step, steps)
 

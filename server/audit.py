@@ -14,7 +14,8 @@ from pathlib import Path
 from threading import Lock
 
 from medfl.shared.audit_log import open_audit_log
-from medfl.shared.chain import Head, Inspection
+from medfl.shared.chain import Head, Inspection, Row
+from medfl.shared.consortium import Membership
 from medfl.shared.errors import PolicyRefusal
 from medfl.shared.passage import Answer, Content, Form, Passage
 
@@ -24,6 +25,12 @@ class Event(StrEnum):
 
     STARTED = "started"
     STOPPED = "stopped"  # absent before the next start: the coordinator was killed, or its machine
+    JOINED = "site approved"  # it is in a later roster, which a command has signed
+    REPLACED = "site's keys replaced"
+    REVOKED = "site revoked"
+    SUBMITTED = "study submitted"
+    TOLD_TO_STOP = "study told to stop"
+    RESUMED = "study resumed"
     STUDY = "study begun"  # or gone on with
     ENDED = "study ended"
     OUT = "out"  # is about to leave
@@ -40,9 +47,10 @@ class Audit:
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self._chain = open_audit_log(path, clock=clock)
         self._waiting: list[dict[str, str | int]] = []
         self._lock = Lock()
+        self._roster_noted = 0
+        self._chain = open_audit_log(path, clock=clock, look=self._look)
 
     @property
     def head(self) -> Head:
@@ -56,6 +64,32 @@ class Audit:
     def stopped(self) -> None:
         """The coordinator ends as it should."""
         self._now(Event.STOPPED)
+
+    def commanded(self, event: Event, study: str, name: str, *, by: str) -> None:
+        """A person has had a study submitted, stopped or resumed; ``by``: the account on this machine."""
+        self._now(event, study=study, name=name, by=by)
+
+    def note_rosters(self, newest: int, at: Callable[[int], Membership | None]) -> None:
+        """Which sites came, went or changed keys in rosters that the log does not tell of, up to epoch ``newest``."""
+        before = at(self._roster_noted)
+        known = {} if before is None else before.by_name
+        with self._lock:
+            for epoch in range(self._roster_noted + 1, newest + 1):
+                if (roster := at(epoch)) is None:
+                    continue
+                for name in sorted(known.keys() - roster.by_name.keys()):
+                    self._add(Event.REVOKED, site=name, key=known[name].fingerprint, epoch=epoch)
+                for name, site in sorted(roster.by_name.items()):
+                    if known.get(name) != site:
+                        event = Event.REPLACED if name in known else Event.JOINED
+                        self._add(event, site=name, key=site.fingerprint, epoch=epoch)
+                known = roster.by_name
+            self._write()
+            self._roster_noted = newest
+
+    def _look(self, row: Row) -> None:
+        if row["event"] in (Event.JOINED, Event.REPLACED, Event.REVOKED):
+            self._roster_noted = max(self._roster_noted, int(row["epoch"]))
 
     def study_begun(self, study: str, name: str) -> None:
         """A study begins, or goes on after a restart."""
@@ -122,7 +156,7 @@ class Audit:
 
 COLUMNS = (
     *("row", "time", "event", "site", "study", "name", "kind", "phase", "round", "bytes", "sha256", "form"),
-    *("outcome", "code", "reason", "rows", "head", "receipt"),
+    *("outcome", "code", "reason", "rows", "head", "receipt", "by", "key"),
     *("release", "configuration", "roster", "epoch", "hash"),
 )
 

@@ -24,7 +24,7 @@ from medfl.server.audit import Audit
 from medfl.server.audited_grid import AuditedGrid
 from medfl.server.checkpoint import CheckpointFolder, save_model
 from medfl.server.config import ConsortiumSettings
-from medfl.server.desk import Desk
+from medfl.server.desk import Desk, StudyStop
 from medfl.server.doorkeeper import Doorkeeper
 from medfl.server.guard import Limits
 from medfl.server.heads import HeadKeeping
@@ -39,7 +39,7 @@ from medfl.server.studies import Entry, Record, State
 from medfl.server.submission import desk_of, initial_of, submit_listed
 from medfl.server.weight_sum import SecureParts
 from medfl.shared.admin import AdminSocket
-from medfl.shared.algorithms.beginning import begin_once
+from medfl.shared.algorithms.beginning import Killed, begin_once
 from medfl.shared.audit_log import audit_file
 from medfl.shared.errors import ConfigError, MedFLError, PolicyRefusal
 from medfl.shared.files import write_whole
@@ -52,6 +52,7 @@ from medfl.shared.weights import weights_digest
 
 log = logging.getLogger("medfl.server")
 
+_AGAIN_S = 5.0  # until a study is tried again whose first model's process was killed
 _LOOK_S = 1.0  # while no study waits: at the disk, where a command may have left one while we started
 
 
@@ -103,14 +104,14 @@ def coordinate(settings: ConsortiumSettings, *, reporter: Reporter, stop: Event)
     Raises:
         ConfigError: another coordinator uses the state folder, or a file is missing or damaged.
     """
-    desk = desk_of(settings, running=True)
     with ExitStack() as held:
         link = held.enter_context(Link(link_settings(settings)))
         audit = held.enter_context(_open_audit(settings))
+        desk = desk_of(settings, running_with=audit)
         systemd = held.enter_context(Supervision(link.alive))
         admin = held.enter_context(AdminSocket(settings.state))
         quiet_libraries()  # again: Flower sets up its logger when it is imported
-        door = held.enter_context(Doorkeeper(settings, link))
+        door = held.enter_context(Doorkeeper(settings, link, audit))
         turns = _Turns(settings, desk, link, door, audit, Several(reporter, desk.live), stop)
         ran = submit_listed(settings, desk)
         desk.serve(admin)
@@ -157,22 +158,23 @@ class _Turns:
                 result = self._run(entry, to_end)
             except (PolicyRefusal, OSError):
                 raise  # this machine's disk or audit log: the study goes on when they are mended
+            except Killed as error:
+                log.error("%s. It is tried again in %.0f s", error, _AGAIN_S)
+                to_end.wait(_AGAIN_S)
+                store.mark(entry.digest, *_interrupted(to_end), round_number=entry.record.round)
+                return
             except MedFLError as error:
                 log.error("study %s failed: %s", entry.study.name, error)
-                store.mark(entry.digest, State.ENDED, reason=f"failed: {error}"[:200])
+                store.mark(entry.digest, State.ENDED, f"failed: {error}"[:200])
                 return
             except Exception as error:
                 log.exception("study %s failed", entry.study.name)
                 reason = f"failed: unexpected {type(error).__name__}: see server.log"
-                store.mark(entry.digest, State.ENDED, reason=reason)
+                store.mark(entry.digest, State.ENDED, reason)
                 return
-            if result.ending is not Ending.STOPPED:
-                state, reason = State.ENDED, result.ending.value
-            elif to_end.by_a_person:
-                state, reason = State.STOPPED, result.ending.value
-            else:
-                state, reason = State.WAITING, ""  # goes on when the coordinator is started again
-            store.mark(entry.digest, state, reason=reason, round_number=result.round)
+            stopped = result.ending is Ending.STOPPED
+            state, reason = _interrupted(to_end) if stopped else (State.ENDED, result.ending.value)
+            store.mark(entry.digest, state, reason, round_number=result.round)
 
     def _run(self, entry: Entry, to_end: Event) -> Result:
         study, folder = entry.study, run_folder(self.settings.runs, entry.study)
@@ -220,6 +222,13 @@ class _Turns:
         finally:
             logging.getLogger("medfl").removeHandler(log_file)
             log_file.close()
+
+
+def _interrupted(to_end: StudyStop) -> tuple[State, str]:
+    """What becomes of a study that has not come to its end: the next start, or turn, goes on with it, unless a person
+    has stopped it.
+    """
+    return (State.STOPPED, Ending.STOPPED.value) if to_end.by_a_person else (State.WAITING, "")
 
 
 @contextmanager

@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+from pydantic import Field
+
+from medfl.server import audit
 from medfl.server.progress import Live, Progress, progress_of
 from medfl.server.studies import Entry, State, StudyStore, study_in
 from medfl.shared.admin import AdminSocket, Nothing, NotRunning, Verb, ask
@@ -27,15 +30,17 @@ Q = TypeVar("Q", bound=Settings)
 
 
 class Submission(Settings):
-    """A signed study, as :meth:`medfl.shared.signing.Signed.to_bytes` writes it."""
+    """A signed study, as :meth:`medfl.shared.signing.Signed.to_bytes` writes it; ``by``: the account that asks."""
 
     signed: str
+    by: str = Field(max_length=200)
 
 
 class Named(Settings):
-    """One study by its digest."""
+    """One study by its digest; ``by``: the account that asks."""
 
     digest: str
+    by: str = Field(max_length=200)
 
 
 class Table(Settings):
@@ -87,11 +92,23 @@ class Checks:
     fits: Callable[[Study], None]
 
 
-class Desk:
-    """The functions, around the store and, in the running coordinator, the study that runs."""
+class Note(Protocol):
+    """Writes what a person asks for into the audit log; raises PolicyRefusal where it cannot be written."""
 
-    def __init__(self, store: StudyStore, runs: Path, checks: Checks, *, running: bool = False) -> None:
+    def __call__(self, event: audit.Event, study: Study, by: str, /) -> None:
+        """Return when it is on the disk."""
+        ...
+
+
+class Desk:
+    """The functions, around the store and, in the running coordinator, the study that runs.
+
+    Each is in the audit log before it counts, a stop after.
+    """
+
+    def __init__(self, store: StudyStore, runs: Path, checks: Checks, *, note: Note, running: bool = False) -> None:
         self.store, self._runs, self._checks, self._is_coordinator = store, runs, checks, running
+        self._note = note
         self.live = Live()
         self.news = Event()  # something was submitted or resumed
         self._lock = threading.Lock()
@@ -112,8 +129,11 @@ class Desk:
         """
         signed = Signed.parse(asked.signed.encode())
         self._checks.verify(signed)
-        self._checks.fits(study_in(signed))
+        study = study_in(signed)
+        self._checks.fits(study)
         with self._lock:
+            if self.store.find(study.digest) is None:
+                self._note(audit.Event.SUBMITTED, study, asked.by)
             entry = self.store.add(signed)
         self.news.set()
         return self._progress(entry)
@@ -138,7 +158,8 @@ class Desk:
                 self._current[1].set()
             else:
                 done = self._progress(entry).round
-                entry = self.store.mark(entry.digest, State.STOPPED, reason="stopped", round_number=done)
+                entry = self.store.mark(entry.digest, State.STOPPED, "stopped", round_number=done)
+            self._note(audit.Event.TOLD_TO_STOP, entry.study, asked.by)
             return self._progress(entry)
 
     def resume(self, asked: Named) -> Progress:
@@ -156,6 +177,7 @@ class Desk:
                 raise ConfigError(f"study {name} is {record.state.value} already")
             if record.state is State.ENDED and record.reason in FINISHED:
                 raise ConfigError(f"study {name} is finished ({record.reason}): there is nothing to go on with")
+            self._note(audit.Event.RESUMED, entry.study, asked.by)
             entry = self.store.mark(entry.digest, State.WAITING, round_number=record.round)
         self.news.set()
         return self._progress(entry)

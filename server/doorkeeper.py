@@ -1,22 +1,26 @@
 """Who is let in, kept up while the coordinator runs: a changed roster or certificate on the disk takes effect at once.
 
 Commands such as ``approve`` and ``revoke`` write files; this looks at them once a second. Sites check in every few
-seconds: they are handed the newest roster and renewed certificates, and say which roster is in force at each.
+seconds: they are handed the newest roster and renewed certificates, are told when what they train on is over, and say
+which roster is in force at each.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Self
 
+from medfl.server.audit import Audit
 from medfl.server.config import ConsortiumSettings
 from medfl.server.enrolling import Registrar
 from medfl.server.link import Link
 from medfl.server.rosters import RosterFolder
+from medfl.server.studies import State, StudyStore
 from medfl.server.weight_sum import Chosen
 from medfl.shared.certificates import WARN_DAYS, certificate_pem, days_left, load_certificate, read_authority
 from medfl.shared.checkin import CheckedIn, CheckIn, verify
@@ -30,34 +34,38 @@ log = logging.getLogger("medfl.server")
 LOOK_S = 1.0
 REMIND_S = 24 * 3600.0
 CLOCK_TOLERANCE_S = 60.0
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Doorkeeper:
     """``with Doorkeeper(settings, link) as door: ...`` enrols the roster's sites, and keeps doing so."""
 
-    def __init__(self, settings: ConsortiumSettings, link: Link) -> None:
+    def __init__(self, settings: ConsortiumSettings, link: Link, audit: Audit) -> None:
         self._settings = settings
         self._link = link
+        self._audit = audit
+        self._studies = StudyStore(settings.state)
         self._rosters = RosterFolder.of(settings)
-        self._enrolled = 0
+        self._enrolled = self._noted = 0  # epochs: let in, and in the audit log
         self._seen: tuple[float, ...] = ()
         self._in_force: dict[str, int] = {}  # at each site that has checked in
         self._said: dict[str, float] = {}
         self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="doorkeeper", daemon=True)
 
     def __enter__(self) -> Self:
         """Let the roster's sites in. Raises ConfigError when there is no roster of this consortium."""
         self._seen = self._stamps()
         self._let_in()
+        self._note()
         self._link.desk = self.answer
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Look no longer."""
-        self._over.set()
+        self._left.set()
         self._thread.join(10)
 
     def answer(self, raw: bytes) -> bytes | None:
@@ -81,6 +89,7 @@ class Doorkeeper:
             self._rosters.newest_signed() if claim.newest < newest.epoch else None,
             self._renewed(claim, entry.site_key, entry.node_key),
             send_roster=behind,
+            over=self._over(claim.working_on),
         ).to_bytes()
 
     def choose(self, sites: Collection[str]) -> Chosen:
@@ -114,7 +123,7 @@ class Doorkeeper:
             return {site: epoch for site, epoch in sorted(self._in_force.items()) if epoch < newest}
 
     def _watch(self) -> None:
-        while not self._over.wait(LOOK_S):
+        while not self._left.wait(LOOK_S):
             try:
                 self._look()
             except MedFLError as error:
@@ -125,6 +134,7 @@ class Doorkeeper:
     def _look(self) -> None:
         if self._rosters.newest_epoch != self._enrolled:
             self._let_in()
+        self._note()
         if (stamps := self._stamps()) != self._seen:
             self._link.reload_tls()
             self._seen = stamps
@@ -141,6 +151,12 @@ class Doorkeeper:
         with self._lock:
             self._in_force = {site: epoch for site, epoch in self._in_force.items() if site in newest.by_name}
         log.info("roster of epoch %d: %s", newest.epoch, ", ".join(newest.by_name) or "no sites yet")
+
+    def _note(self) -> None:
+        """Write down who came and went; after the fact, for a revoked site is not let in for want of a disk."""
+        if self._noted != self._enrolled:
+            self._audit.note_rosters(self._enrolled, self._rosters.at)
+            self._noted = self._enrolled
 
     def _stamps(self) -> tuple[float, ...]:
         paths = (self._settings.tls.certificate, self._settings.trust.revoked)
@@ -171,6 +187,16 @@ class Doorkeeper:
             return
         text = "this coordinator came from an old backup: the roster of epoch %d, signed here, was taken from %s"
         log.warning(text, membership.epoch, site)
+
+    def _over(self, digest: str) -> bool:
+        """Whether the study with ``digest`` was stopped or has ended: nobody waits for its training."""
+        if _DIGEST.fullmatch(digest) is None:
+            return False
+        try:
+            entry = self._studies.find(digest)
+        except ConfigError:  # its files are damaged, which is told elsewhere
+            return False
+        return entry is not None and entry.record.state in (State.STOPPED, State.ENDED)
 
     def _renewed(self, claim: CheckIn, site_key: str, node_key: str) -> bytes:
         """A new certificate where the site asks for one with the keys of the roster; empty where the key is offline."""

@@ -67,7 +67,7 @@ class StudyStore:
             ProtocolError: the content is no study.
         """
         study = study_in(signed)
-        if (known := self._read(study.digest)) is not None:
+        if (known := self.find(study.digest)) is not None:
             return known
         folder = private_folder(self._folder / study.digest)
         write_whole(folder / "study.signed", signed.to_bytes())
@@ -87,9 +87,13 @@ class StudyStore:
         found = [self._read(place.name) for place in self._folder.iterdir()]
         return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.record.number)
 
+    def find(self, digest: str) -> Entry | None:
+        """The study with ``digest``, or None where there is none. Raises ConfigError where its files are damaged."""
+        return self._read(digest)
+
     def entry(self, digest: str) -> Entry:
         """The study with ``digest``. Raises ConfigError when there is none."""
-        found = self._read(digest)
+        found = self.find(digest)
         if found is None:
             raise ConfigError(f"no study with the digest {digest[:12]} was submitted here")
         return found
@@ -99,7 +103,7 @@ class StudyStore:
         due = [entry for entry in self.entries() if entry.record.state in (State.WAITING, State.RUNNING)]
         return min(due, key=lambda e: (e.record.state is not State.RUNNING, e.record.number), default=None)
 
-    def mark(self, digest: str, state: State, *, reason: str = "", round_number: int = 0) -> Entry:
+    def mark(self, digest: str, state: State, reason: str = "", *, round_number: int = 0) -> Entry:
         """Note durably what became of a study."""
         record = self.entry(digest).record
         changes = {"state": state, "reason": reason, "round": round_number, "changed": _now()}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+from contextlib import closing
 from pathlib import Path
 
+from medfl.server.audit import Audit, Event
 from medfl.server.config import ConsortiumSettings
 from medfl.server.desk import FINISHED, Checks, Desk, Named, Submission
 from medfl.server.rosters import RosterFolder
 from medfl.server.studies import State, StudyStore
 from medfl.shared.algorithms.beginning import begin_apart
+from medfl.shared.audit_log import audit_file
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.initial_weights import digest_of, read_initial
@@ -17,6 +20,9 @@ from medfl.shared.keys import load_site_key
 from medfl.shared.signing import Document, Signed, load_signing_public_key, sign
 from medfl.shared.study import Study
 from medfl.strategies.build import needs_of
+
+CONFIGURATION = "the configuration"
+"""Who submits the studies that it names."""
 
 
 def check_study(settings: ConsortiumSettings, study: Study, *, source: str) -> None:
@@ -59,15 +65,27 @@ def sign_study(settings: ConsortiumSettings, study: Study, *, source: Path) -> S
     return sign(load_site_key(settings.trust.signing_key), Document.STUDY, study.canonical())
 
 
-def desk_of(settings: ConsortiumSettings, *, running: bool = False) -> Desk:
-    """The administrator's functions over this consortium's files. Raises ConfigError: its public key cannot be read."""
+def desk_of(settings: ConsortiumSettings, *, running_with: Audit | None = None) -> Desk:
+    """The administrator's functions over this consortium's files; ``running_with``: in the coordinator, its audit log.
+
+    Raises:
+        ConfigError: the consortium's public key cannot be read.
+    """
     private = settings.trust.signing_key
     key = load_signing_public_key(private.with_name(f"{private.name}.pub"))
     checks = Checks(
         verify=lambda signed: signed.content(key, Document.STUDY),
         fits=lambda study: check_study(settings, study, source=f"study {study.name}"),
     )
-    return Desk(StudyStore(settings.state), settings.runs, checks, running=running)
+
+    def note(event: Event, study: Study, by: str) -> None:
+        if running_with is not None:
+            running_with.commanded(event, study.digest, study.name, by=by)
+            return
+        with closing(Audit(audit_file(settings.state))) as audit:
+            audit.commanded(event, study.digest, study.name, by=by)
+
+    return Desk(StudyStore(settings.state), settings.runs, checks, note=note, running=running_with is not None)
 
 
 def submit_listed(settings: ConsortiumSettings, desk: Desk) -> list[str]:
@@ -83,9 +101,10 @@ def submit_listed(settings: ConsortiumSettings, desk: Desk) -> list[str]:
         digests.append(study.digest)
         record = known.get(study.digest)
         if record is None:
-            desk.submit(Submission(signed=sign_study(settings, study, source=path).to_bytes().decode()))
+            signed = sign_study(settings, study, source=path).to_bytes().decode()
+            desk.submit(Submission(signed=signed, by=CONFIGURATION))
         elif record.state is State.ENDED and record.reason not in FINISHED:
-            desk.resume(Named(digest=study.digest))
+            desk.resume(Named(digest=study.digest, by=CONFIGURATION))
     return digests
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ _AUDIT = Role(
     "audit log",
     "Nothing runs until all its files are moved to a safe place (keep them, they are evidence): a new log begins then",
 )
+_PATIENCE_S = 1.0
 
 
 def audit_file(state: Path) -> Path:
@@ -27,15 +29,21 @@ def open_audit_log(
 ) -> Chain:
     """The log at ``path``, to be written by this process alone; ``look`` is shown every row.
 
+    A command that writes its row and ends is waited for.
+
     Raises:
         ConfigError: another process holds it. PolicyRefusal: reasons ``audit log damaged``, ``audit log unwritable``.
     """
-    try:
-        return Chain(path, _AUDIT, clock=clock, keep_rows=False, look=look)
-    except PolicyRefusal as refusal:
-        if refusal.reason == f"{_AUDIT.name} busy":
-            raise ConfigError(str(refusal)) from None
-        raise
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return Chain(path, _AUDIT, clock=clock, keep_rows=False, look=look)
+        except PolicyRefusal as refusal:
+            if refusal.reason != f"{_AUDIT.name} busy":
+                raise
+            if time.monotonic() > until:
+                raise ConfigError(str(refusal)) from None
+        time.sleep(0.05)
 
 
 def inspected(path: Path) -> Inspection:

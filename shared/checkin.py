@@ -36,6 +36,7 @@ class CheckIn:
     time: float  # of this machine, Unix seconds
     renew: Request | None = None  # a new certificate for the same key
     roster: Signed | None = None  # the newest, for a coordinator that was restored from an old backup
+    working_on: str = ""  # digest of the study that is being trained here
 
     def signed(self, key: Ed25519PrivateKey) -> bytes:
         """As bytes, signed with the site key."""
@@ -49,6 +50,7 @@ class CheckIn:
                 "time": self.time,
                 "renew": _text(None if self.renew is None else self.renew.to_bytes()),
                 "roster": _text(None if self.roster is None else self.roster.to_bytes()),
+                "working_on": self.working_on,
             }
         ).encode()
         signature = key.sign(_DOMAIN + content)
@@ -73,6 +75,7 @@ class CheckIn:
                 float(_typed(fields, "time", (int, float))),
                 None if fields["renew"] is None else Request.parse(_typed(fields, "renew", str).encode()),
                 None if fields["roster"] is None else Signed.parse(_typed(fields, "roster", str).encode()),
+                _typed({"working_on": ""} | fields, "working_on", str),  # older sites do not say
             )
         except ProtocolError:
             raise
@@ -91,12 +94,15 @@ def verify(key: Ed25519PublicKey, signature: bytes, content: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CheckedIn:
-    """Coordinator to site: the newest roster where the site lacks it, a renewed certificate, and the time here."""
+    """Coordinator to site: the newest roster where the site lacks it, a renewed certificate, the time here, and whether
+    the study that the site works on is over.
+    """
 
     time: float
     roster: Signed | None = None
     certificate: bytes = b""  # PEM
     send_roster: bool = False  # the site knows a later roster than this coordinator
+    over: bool = False
 
     def to_bytes(self) -> bytes:
         """As JSON."""
@@ -106,6 +112,7 @@ class CheckedIn:
             "roster": _text(None if self.roster is None else self.roster.to_bytes()),
             "certificate": self.certificate.decode(),
             "send_roster": self.send_roster,
+            "over": self.over,
         }
         return json.dumps(fields).encode()
 
@@ -122,6 +129,7 @@ class CheckedIn:
                 roster,
                 _typed(fields, "certificate", str).encode(),
                 _typed(fields, "send_roster", bool),
+                _typed({"over": False} | fields, "over", bool),  # older coordinators do not say
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, binascii.Error):
             raise ProtocolError("the coordinator's answer to a check-in is malformed") from None

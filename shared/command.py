@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import importlib.metadata
 import logging
+import os
 import signal
 import sys
 import threading
@@ -64,6 +66,14 @@ def add_group(commands: Commands, name: str, summary: str) -> Commands:
 def _usage(made: argparse.ArgumentParser) -> int:
     made.print_help()
     return 2
+
+
+def account() -> str:
+    """Who gives the command: the account on this machine, the one before sudo where that is known."""
+    try:
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return f"user {os.getuid()}"
 
 
 EXIT_CODES = (

@@ -16,7 +16,7 @@ def write_whole(path: Path, content: bytes, *, mode: int = PRIVATE_FILE) -> None
         OSError: the disk is full or read-only; ``path`` is then as it was.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _sweep(path)
+    sweep(path)
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with open(descriptor, "wb") as file:
@@ -30,8 +30,11 @@ def write_whole(path: Path, content: bytes, *, mode: int = PRIVATE_FILE) -> None
     sync_folder(path.parent)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed processes left of their attempts at ``path``: of a model, each would be its size again."""
+def sweep(path: Path) -> None:
+    """Remove what killed processes left of their attempts at ``path``, ``.NAME.PID.part`` or ``.NAME.ANY.PID.part``.
+
+    Of a model, each would be its size again; of a secret, a second one.
+    """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         pid = left.name.split(".")[-2]
         if pid.isdigit() and int(pid) != os.getpid() and not Path(f"/proc/{pid}").exists():

@@ -9,11 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from medfl.shared.lifeline import ending_with_us
+
 _GRACE_S = 20.0
 
 
 class Processes:
-    """``with Processes() as running: running.start(...)``; leaving stops them all: SIGTERM, then SIGKILL."""
+    """``with Processes() as running: running.start(...)``; leaving stops them all: SIGTERM, then SIGKILL.
+
+    They end with the thread that started them, too, when it is killed.
+    """
 
     def __init__(self) -> None:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -45,6 +50,7 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,  # Ctrl-C reaches the parent only, which then stops them in order
+                preexec_fn=ending_with_us(),  # noqa: PLW1509 - one system call, no lock
             )
         self._running[name] = process
         return process

@@ -109,7 +109,7 @@ def _node(options: argparse.Namespace) -> int:  # noqa: PLR0915 - many of them i
             gate_of(approvals),
             on_change=told,
             on_own_word=witness.node_says,
-            check_in=check_ins(settings, audit),
+            check_in=check_ins(settings, audit, work=lambda: site.work),
             address=dialled(settings),
             over=lost.is_set,
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medfl.shared.errors import ConfigError
+from medfl.shared.files import sweep, sync_folder
 
 KEY_BYTES = 32
 
@@ -52,10 +53,11 @@ def open_site_key(path: Path) -> SiteKey:
 
 def _create(path: Path) -> None:
     """Put 32 random bytes at ``path`` unless it exists. Linked in when complete: two processes agree on one secret."""
+    sweep(path)  # a process killed in here may have left the secret under another name as well
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.{os.getpid()}.part")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -66,10 +68,6 @@ def _create(path: Path) -> None:
             os.link(temporary, path)
         except FileExistsError:
             return  # another process was first: its secret counts
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medfl.shared.command import add_command
+from medfl.shared.command import account, add_command
 
 if TYPE_CHECKING:
     from medfl.server.config import ConsortiumSettings
@@ -46,7 +46,7 @@ def _submit(options: argparse.Namespace) -> int:
 
     settings = load_consortium(options.config)
     signed = sign_study(settings, load_settings(options.study, Study), source=options.study)
-    asked = Submission(signed=signed.to_bytes().decode())
+    asked = Submission(signed=signed.to_bytes().decode(), by=account())
     found = put(settings.state, SUBMIT, asked, desk_of(settings).submit)
     print(f"study {found.study}: {found.digest}")
     print(f"signed and kept as number {found.number}; {_said(found)}")
@@ -100,7 +100,8 @@ def _stop(options: argparse.Namespace) -> int:
     from medfl.server.submission import desk_of
 
     settings = load_consortium(options.config)
-    found = put(settings.state, STOP, Named(digest=_which(settings, options.study)), desk_of(settings).stop)
+    asked = Named(digest=_which(settings, options.study), by=account())
+    found = put(settings.state, STOP, asked, desk_of(settings).stop)
     ends = "ends now" if found.state.value == "running" else "is stopped"
     print(f"study {found.study} {ends} after round {found.round} of {found.rounds}; its checkpoint is kept")
     print(f"to go on: medfl-server resume {found.digest[:12]}")
@@ -113,7 +114,8 @@ def _resume(options: argparse.Namespace) -> int:
     from medfl.server.submission import desk_of
 
     settings = load_consortium(options.config)
-    found = put(settings.state, RESUME, Named(digest=_which(settings, options.study)), desk_of(settings).resume)
+    asked = Named(digest=_which(settings, options.study), by=account())
+    found = put(settings.state, RESUME, asked, desk_of(settings).resume)
     print(f"study {found.study} goes on after round {found.round} of {found.rounds} when its turn comes")
     return 0
 

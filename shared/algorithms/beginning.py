@@ -19,8 +19,13 @@ import medfl.shared.environment  # noqa: F401 - before torch
 from medfl.shared.command import run
 from medfl.shared.errors import ConfigError, MedFLError
 from medfl.shared.files import write_whole
+from medfl.shared.lifeline import ending_with_us
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout, weights_digest
+
+
+class Killed(MedFLError):
+    """The process that makes the first model was killed: nothing is wrong with the study, and it may be tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,8 @@ def begin_apart(study: Study, initial: bytes | None = None) -> Beginning:
     """As :func:`begin`, in a process of its own: this one never imports PyTorch.
 
     Raises:
-        ConfigError: the study's strategy or initial weights do not fit its network. MedFLError: the process died.
+        ConfigError: the study's strategy or initial weights do not fit its network. Killed: the process was.
+            MedFLError: it failed.
     """
     return _parse(_made_apart(study, initial), study)
 
@@ -57,7 +63,7 @@ def begin_once(study: Study, path: Path, initial: bytes | None = None) -> Beginn
     """As :func:`begin_apart`, kept at ``path``: a coordinator that is started again need not wait for PyTorch.
 
     Raises:
-        ConfigError, MedFLError: as :func:`begin_apart`.
+        ConfigError, Killed, MedFLError: as :func:`begin_apart`.
     """
     with suppress(OSError, SafetensorError, ValueError, KeyError):  # there is none yet, or it is damaged
         return _parse(path.read_bytes(), study)
@@ -70,7 +76,19 @@ def begin_once(study: Study, path: Path, initial: bytes | None = None) -> Beginn
 def _made_apart(study: Study, initial: bytes | None) -> bytes:
     canonical = study.canonical()
     command = [sys.executable, "-m", "medfl.shared.algorithms.beginning", study.digest, str(len(canonical))]
-    made = subprocess.run(command, input=canonical + (initial or b""), capture_output=True, check=False)
+    made = subprocess.run(
+        command,
+        input=canonical + (initial or b""),
+        capture_output=True,
+        check=False,
+        start_new_session=True,  # Ctrl-C is for the coordinator, which ends it then
+        preexec_fn=ending_with_us(),
+    )
+    if made.returncode < 0:
+        raise Killed(
+            f"study {study.name}: the process that makes its first model was killed (signal {-made.returncode}): "
+            "look whether memory ran out (dmesg)"
+        )
     if made.returncode:
         said = made.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         kind = ConfigError if made.returncode == ConfigError.exit_status else MedFLError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,35 @@ def test_a_training_in_progress_ends_within_a_batch_and_nothing_of_it_is_kept(
 ) -> None:
     world.approve()
     offer(world.site, STUDY)
+    steps = at_step(5, world.withdraw, monkeypatch)
+    assert reason(train(world.site, STUDY)) == (Code.REFUSED, "study withdrawn")
+    assert len(steps) == 5
+    kept = {path.name for path in (world.folder / "studies" / STUDY.digest).iterdir()}
+    assert kept == {"offer.signed", "decision.json", "study.json"}
+
+
+def test_a_training_whose_study_is_over_for_the_coordinator_ends_within_a_batch_and_may_be_asked_for_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.approve()
+    offer(world.site, STUDY)
+
+    def give_up() -> None:
+        work = world.site.work
+        assert work is not None
+        assert work.study == STUDY.digest
+        work.given_up.set()
+
+    with monkeypatch.context() as patched:
+        steps = at_step(5, give_up, patched)
+        assert reason(train(world.site, STUDY)) == (Code.PROTOCOL, "study over")
+        assert len(steps) == 5
+    assert world.site.work is None
+    TrainReply.parse(train(world.site, STUDY))
+
+
+def at_step(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Call ``act`` in that step of the next training; the list of steps taken, which grows."""
     steps: list[int] = []
     build_loss = plain.build_loss
 
@@ -113,17 +143,14 @@ def test_a_training_in_progress_ends_within_a_batch_and_nothing_of_it_is_kept(
 
         def one(*given: object) -> object:
             steps.append(1)
-            if len(steps) == 5:
-                world.withdraw()
+            if len(steps) == number:
+                act()
             return real(*given)  # type: ignore[arg-type]
 
         return one
 
     monkeypatch.setattr(plain, "build_loss", counted)
-    assert reason(train(world.site, STUDY)) == (Code.REFUSED, "study withdrawn")
-    assert len(steps) == 5
-    kept = {path.name for path in (world.folder / "studies" / STUDY.digest).iterdir()}
-    assert kept == {"offer.signed", "decision.json", "study.json"}
+    return steps
 
 
 def test_after_a_withdrawal_nothing_is_answered_and_nothing_evaluated(world: World) -> None:

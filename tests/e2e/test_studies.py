@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,7 +115,9 @@ def test_two_studies_one_after_the_other_and_a_third_that_a_site_leaves(
 
     # Submitted and approved while everything runs: training begins within seconds.
     assert world.submit(first) == 0
+    kill_the_first_models_process(coordinator.pid)  # as a machine does whose memory ran out: it is made again
     wait_for(lambda: all(world.offered(site, first) for site in SITES))
+    assert "was killed (signal 9)" in (world.root / "fl" / "server.log").read_text()
     wait_for(lambda: said(world, capsys, "status").count("does not take part: refused: study not approved") == 2)
     capsys.readouterr()
     assert world.at("north", "studies") == 0
@@ -167,13 +171,27 @@ def test_two_studies_one_after_the_other_and_a_third_that_a_site_leaves(
     assert not key.exists()
     assert world.ask("stop", "third") == 0
     wait_for(lambda: world.state(third) == "stopped", 180)
-    assert world.at("south", "withdraw", "third", "--by", "Dr A. Example") == 0  # it would train on to its deadline
+    wait_for(lambda: "study third is over" in (world.root / "south" / "client.log").read_text(), 30)
 
     codes = world.running.stop_all()
     assert {name: codes[name] for name in SITES} == dict.fromkeys(SITES, 0)
     events = [row["event"] for row in inspect(world.root / "north" / "state" / "audit.jsonl").rows]
     assert events.count("study approved") == 3
     assert events.count("study withdrawn") == 3
+    events = [row["event"] for row in inspect(world.root / "fl" / "state" / "audit.jsonl").rows if "by" in row]
+    assert [event.removeprefix("study ") for event in events] == [
+        *("submitted", "submitted", "told to stop", "submitted", "resumed", "told to stop"),
+    ]
+
+
+def kill_the_first_models_process(coordinator: int) -> None:
+    def running() -> list[int]:
+        children = Path(f"/proc/{coordinator}/task").glob("*/children")
+        found = [int(child) for file in children for child in file.read_text().split()]
+        return [pid for pid in found if b"algorithms.beginning" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    wait_for(running, 60)
+    os.kill(running()[0], signal.SIGKILL)
 
 
 def said(world: World, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import socket
 import ssl
 import threading
@@ -15,6 +16,7 @@ import pytest
 from consortium import found_consortium_folder, site_settings
 from cryptography import x509
 from federation import echo, let_in, until
+from tiny import classes_study
 
 from medfl.client.audit import Audit
 from medfl.client.checkin import CheckIns
@@ -25,11 +27,14 @@ from medfl.client.node import Node
 from medfl.client.runtime import check_ins, node_settings
 from medfl.client.transport import Kind, LinkTrouble
 from medfl.client.trust import coordinator_address, site_rosters
+from medfl.client.work import Work
+from medfl.server.audit import Audit as CoordinatorsAudit
 from medfl.server.config import ConsortiumSettings, load_consortium
 from medfl.server.coordinator import link_settings
 from medfl.server.doorkeeper import Doorkeeper
 from medfl.server.enrolling import Registrar
 from medfl.server.link import Link
+from medfl.server.studies import State, StudyStore
 from medfl.shared import checkin
 from medfl.shared.audit_log import audit_file
 from medfl.shared.certificates import (
@@ -39,9 +44,11 @@ from medfl.shared.certificates import (
     load_authority,
     load_certificate,
 )
+from medfl.shared.chain import inspect
 from medfl.shared.enrolment import Invitation, make_keys, make_request
 from medfl.shared.keys import load_site_key
 from medfl.shared.passphrase import passphrase
+from medfl.shared.signing import Document, sign
 from medfl.simulations.demo import free_port
 
 
@@ -56,7 +63,9 @@ class World:
         self.settings: ConsortiumSettings = load_consortium(config)
         self.registrar = Registrar(self.settings)
         self.link = stack.enter_context(Link(link_settings(self.settings)))
-        self.door = stack.enter_context(Doorkeeper(self.settings, self.link))
+        self.audit = CoordinatorsAudit(audit_file(self.settings.state))
+        stack.callback(self.audit.close)
+        self.door = stack.enter_context(Doorkeeper(self.settings, self.link, self.audit))
 
     def site(self, name: str) -> SiteSettings:
         return site_settings(self.root, name).model_copy(update={"coordinator": f"127.0.0.1:{self.link.port}"})
@@ -154,6 +163,47 @@ def test_a_revoked_site_is_cut_off_within_seconds_and_left_out_elsewhere_without
     with pytest.raises(Exception, match="use the current one"):
         north.with_digest(old.roster.digest)
     assert north.with_digest(old.roster.digest, finishing=True) == old.roster
+
+
+def test_who_was_approved_replaced_and_revoked_stands_in_the_coordinators_log_once(world: World) -> None:
+    def told() -> list[tuple[str, str, int]]:
+        rows = inspect(audit_file(world.settings.state)).rows
+        return [(row["event"], row["site"], row["epoch"]) for row in rows if "key" in row]
+
+    begun = [("site approved", name, 2) for name in ("north", "south", "west")]
+    assert told() == begun
+    world.registrar.revoke("south")
+    until(lambda: told() == [*begun, ("site revoked", "south", 3)], 10)
+    world.door.__exit__()
+    shutil.rmtree(world.root / "west" / "keys")
+    world.enrol("west")  # while no coordinator runs
+    world.registrar.revoke("north")
+    later = [("site revoked", "south", 3), ("site's keys replaced", "west", 4), ("site revoked", "north", 5)]
+    for _ in range(2):  # one that starts takes up what happened meanwhile, the next finds it noted
+        world.audit.close()
+        world.audit = CoordinatorsAudit(audit_file(world.settings.state))
+        with Doorkeeper(world.settings, world.link, world.audit):
+            assert told() == [*begun, *later]
+
+
+def test_a_site_hears_that_the_study_it_trains_on_is_over_and_of_no_other_that_it_is(world: World) -> None:
+    study = classes_study()
+    store = StudyStore(world.settings.state)
+    store.add(sign(load_site_key(world.settings.trust.signing_key), Document.STUDY, study.canonical()))
+    fleet, site, works = world.fleet("north"), world.site("north"), [Work(study.digest), Work("ab" * 32), Work("../x")]
+    files = SiteFiles(site.keys)
+    key, rosters = load_site_key(files.site_key), site_rosters(site)
+
+    def given_up() -> list[bool]:
+        for work in works:
+            CheckIns("north", files, key, rosters, work=lambda work=work: work)(fleet)
+        return [work.given_up.is_set() for work in works]
+
+    for state in (State.WAITING, State.RUNNING):  # also while a killed coordinator comes back
+        store.mark(study.digest, state)
+        assert given_up() == [False, False, False]
+    store.mark(study.digest, State.STOPPED)
+    assert given_up() == [True, False, False]
 
 
 def test_a_stranger_with_a_certificate_of_the_authority_is_nobody(world: World) -> None:
@@ -322,7 +372,7 @@ def test_a_coordinator_that_moves_tells_its_sites_where_to(world: World, caplog:
     text = (world.root / "fl" / "consortium.yaml").read_text()
     (world.root / "fl" / "consortium.yaml").write_text(text.replace("port: 0", f"port: {port}"))
     settings = load_consortium(world.root / "fl" / "consortium.yaml")
-    with Link(link_settings(settings)) as link, Doorkeeper(settings, link):
+    with Link(link_settings(settings)) as link, Doorkeeper(settings, link, world.audit):
         until(lambda: len(link.online()) == 1, 30)
         node.stop()
         thread.join(10)

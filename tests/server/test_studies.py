@@ -12,6 +12,7 @@ import pytest
 from signer import KEY, verify
 from tiny import classes_study
 
+from medfl.server.audit import Event
 from medfl.server.desk import LIST, SUBMIT, Checks, Desk, Named, StudyStop, Submission
 from medfl.server.progress import progress_of, run_folder
 from medfl.server.reporter import MetricsFile, RoundReport
@@ -21,6 +22,7 @@ from medfl.shared.errors import ConfigError, PolicyRefusal, ProtocolError
 from medfl.shared.signing import Document, Signed, sign
 from medfl.shared.study import Study, named
 
+BY = "alex"
 FIRST, SECOND = classes_study(name="first"), classes_study(name="second")
 
 
@@ -29,7 +31,7 @@ def signed(study: Study) -> Signed:
 
 
 def submission(study: Study) -> Submission:
-    return Submission(signed=signed(study).to_bytes().decode())
+    return Submission(signed=signed(study).to_bytes().decode(), by=BY)
 
 
 def refuse_krum(study: Study) -> None:
@@ -38,8 +40,47 @@ def refuse_krum(study: Study) -> None:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(StudyStore(tmp_path / "state"), tmp_path / "runs", Checks(verify, refuse_krum), running=True)
+def noted() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def desk(tmp_path: Path, noted: list[str]) -> Desk:
+    def note(event: Event, study: Study, by: str) -> None:
+        noted.append(f"{event.value}: {study.name} by {by}")
+
+    return Desk(StudyStore(tmp_path / "state"), tmp_path / "runs", Checks(verify, refuse_krum), note=note, running=True)
+
+
+def test_what_a_person_asked_for_is_noted_once_and_what_was_refused_is_not(desk: Desk, noted: list[str]) -> None:
+    for _ in range(2):
+        desk.submit(submission(FIRST))
+    desk.stop(Named(digest=FIRST.digest, by=BY))
+    with pytest.raises(ConfigError):
+        desk.stop(Named(digest=FIRST.digest, by=BY))
+    desk.resume(Named(digest=FIRST.digest, by=BY))
+    with pytest.raises(ConfigError):
+        desk.resume(Named(digest=FIRST.digest, by=BY))
+    assert noted == [
+        "study submitted: first by alex",
+        "study told to stop: first by alex",
+        "study resumed: first by alex",
+    ]
+
+
+def test_nothing_is_submitted_or_resumed_while_it_cannot_be_noted_and_a_stop_is_a_stop(desk: Desk) -> None:
+    def unwritable(event: Event, study: Study, by: str) -> None:
+        raise PolicyRefusal("the disk refuses", reason="audit log unwritable")
+
+    desk.submit(submission(FIRST))
+    desk._note = unwritable
+    with pytest.raises(PolicyRefusal):
+        desk.submit(submission(SECOND))
+    with pytest.raises(PolicyRefusal):
+        desk.stop(Named(digest=FIRST.digest, by=BY))
+    with pytest.raises(PolicyRefusal):
+        desk.resume(Named(digest=FIRST.digest, by=BY))
+    assert [entry.record.state for entry in desk.store.entries()] == [State.STOPPED]
 
 
 def next_name(desk: Desk) -> str | None:
@@ -53,15 +94,15 @@ def test_studies_have_their_turn_in_order_of_submission(desk: Desk) -> None:
     found = desk.submit(submission(FIRST))
     assert (found.number, found.state, found.digest) == (2, State.WAITING, FIRST.digest)
     assert next_name(desk) == "second"
-    desk.store.mark(SECOND.digest, State.ENDED, reason="done", round_number=2)
+    desk.store.mark(SECOND.digest, State.ENDED, "done", round_number=2)
     assert next_name(desk) == "first"
-    desk.store.mark(FIRST.digest, State.ENDED, reason="done", round_number=2)
+    desk.store.mark(FIRST.digest, State.ENDED, "done", round_number=2)
     assert desk.next() is None
 
 
 def test_the_same_study_again_changes_nothing(desk: Desk) -> None:
     desk.submit(submission(FIRST))
-    desk.store.mark(FIRST.digest, State.ENDED, reason="done", round_number=2)
+    desk.store.mark(FIRST.digest, State.ENDED, "done", round_number=2)
     assert desk.submit(submission(FIRST)).state is State.ENDED
     assert len(desk.store.entries()) == 1
 
@@ -90,11 +131,11 @@ def test_a_damaged_file_is_told_and_not_forgotten(desk: Desk, tmp_path: Path) ->
 def test_nothing_is_kept_that_is_not_signed_or_could_never_run(desk: Desk) -> None:
     forged = Signed(Document.STUDY, FIRST.canonical(), bytes(64))
     with pytest.raises(PolicyRefusal):
-        desk.submit(Submission(signed=forged.to_bytes().decode()))
+        desk.submit(Submission(signed=forged.to_bytes().decode(), by=BY))
     with pytest.raises(ConfigError, match="never run"):
         desk.submit(submission(classes_study(strategy={"name": "krum"}, rounds={"minimum_sites": 7, "count": 1})))
     with pytest.raises(ProtocolError):
-        desk.submit(Submission(signed="{}"))
+        desk.submit(Submission(signed="{}", by=BY))
     assert desk.store.entries() == []
 
 
@@ -107,24 +148,24 @@ def test_a_study_that_was_running_when_the_coordinator_was_killed_is_next(desk: 
 
 def test_a_waiting_study_stops_at_once_and_goes_on_when_asked(desk: Desk) -> None:
     desk.submit(submission(FIRST))
-    assert desk.stop(Named(digest=FIRST.digest)).state is State.STOPPED
+    assert desk.stop(Named(digest=FIRST.digest, by=BY)).state is State.STOPPED
     assert desk.next() is None
     with pytest.raises(ConfigError, match="stopped already"):
-        desk.stop(Named(digest=FIRST.digest))
-    assert desk.resume(Named(digest=FIRST.digest)).state is State.WAITING
+        desk.stop(Named(digest=FIRST.digest, by=BY))
+    assert desk.resume(Named(digest=FIRST.digest, by=BY)).state is State.WAITING
     assert next_name(desk) == "first"
     with pytest.raises(ConfigError, match="waiting already"):
-        desk.resume(Named(digest=FIRST.digest))
+        desk.resume(Named(digest=FIRST.digest, by=BY))
 
 
 def test_a_finished_study_neither_stops_nor_goes_on_and_one_without_quorum_may(desk: Desk) -> None:
     desk.submit(submission(FIRST))
-    desk.store.mark(FIRST.digest, State.ENDED, reason="done", round_number=2)
+    desk.store.mark(FIRST.digest, State.ENDED, "done", round_number=2)
     for verb in (desk.stop, desk.resume):
         with pytest.raises(ConfigError):
-            verb(Named(digest=FIRST.digest))
-    desk.store.mark(FIRST.digest, State.ENDED, reason="too few sites took part", round_number=1)
-    assert desk.resume(Named(digest=FIRST.digest)).state is State.WAITING
+            verb(Named(digest=FIRST.digest, by=BY))
+    desk.store.mark(FIRST.digest, State.ENDED, "too few sites took part", round_number=1)
+    assert desk.resume(Named(digest=FIRST.digest, by=BY)).state is State.WAITING
 
 
 def test_a_running_study_is_told_to_end_and_nothing_else_is(desk: Desk) -> None:
@@ -134,12 +175,12 @@ def test_a_running_study_is_told_to_end_and_nothing_else_is(desk: Desk) -> None:
     with desk.turn_of(desk.store.entry(FIRST.digest), process) as to_end:
         assert desk.store.entry(FIRST.digest).record.state is State.RUNNING
         assert not to_end.is_set()
-        desk.stop(Named(digest=FIRST.digest))
+        desk.stop(Named(digest=FIRST.digest, by=BY))
         assert to_end.is_set()
         assert to_end.by_a_person
         assert not process.is_set()
         with pytest.raises(ConfigError, match="just being stopped"):
-            desk.resume(Named(digest=FIRST.digest))
+            desk.resume(Named(digest=FIRST.digest, by=BY))
     assert desk.store.entry(SECOND.digest).record.state is State.WAITING
 
 
@@ -172,7 +213,7 @@ def test_progress_is_told_by_the_studys_own_files_and_time_left_by_its_last_roun
     assert found.seconds_left == 8.0  # four rounds of the last five's mean, 2 s
     assert found.sites == {"north": "trained"}
     (folder / "ending.json").write_text(json.dumps({"ending": "done", "round": 10, "model": "ab" * 32}))
-    desk.store.mark(study.digest, State.ENDED, reason="done", round_number=10)
+    desk.store.mark(study.digest, State.ENDED, "done", round_number=10)
     found = progress_of(desk.store.entry(study.digest), tmp_path / "runs")
     assert (found.round, found.model, found.seconds_left) == (10, "ab" * 32, None)
 
@@ -198,7 +239,7 @@ def test_the_socket_does_the_same(desk: Desk, tmp_path: Path) -> None:
         table = ask(tmp_path / "state", LIST, Nothing())
         assert [found.digest for found in table.studies] == [FIRST.digest]
         assert table.running
-        forged = Submission(signed=Signed(Document.STUDY, SECOND.canonical(), bytes(64)).to_bytes().decode())
+        forged = Submission(signed=Signed(Document.STUDY, SECOND.canonical(), bytes(64)).to_bytes().decode(), by=BY)
         with pytest.raises(PolicyRefusal):
             ask(tmp_path / "state", SUBMIT, forged)
 

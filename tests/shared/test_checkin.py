@@ -13,7 +13,7 @@ from medfl.shared.checkin import CheckedIn, CheckIn, verify
 from medfl.shared.errors import ProtocolError
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
-CLAIM = CheckIn("north", 2, 3, "SHA256:x", 1.5)
+CLAIM = CheckIn("north", 2, 3, "SHA256:x", 1.5, working_on="ab" * 32)
 
 
 def test_a_check_in_is_read_back_and_believed_with_the_sites_own_key() -> None:
@@ -46,7 +46,7 @@ def test_whatever_comes_is_parsed_or_a_protocol_error(raw: bytes) -> None:
 
 
 @given(
-    st.sampled_from(["version", "site", "in_force", "newest", "fingerprint", "time", "renew", "roster"]),
+    st.sampled_from(["version", "site", "in_force", "newest", "fingerprint", "time", "renew", "roster", "working_on"]),
     st.none() | st.booleans() | st.text(max_size=5) | st.lists(st.integers(), max_size=2),
 )
 def test_a_field_of_another_kind_never_breaks_the_parser(field: str, value: object) -> None:
@@ -60,5 +60,15 @@ def test_a_field_of_another_kind_never_breaks_the_parser(field: str, value: obje
 
 
 def test_an_answer_is_read_back() -> None:
-    answer = CheckedIn(12.5, certificate=b"pem", send_roster=True)
+    answer = CheckedIn(12.5, certificate=b"pem", send_roster=True, over=True)
     assert CheckedIn.parse(answer.to_bytes()) == answer
+
+
+def test_those_who_do_not_speak_of_work_yet_are_understood() -> None:
+    def without(raw: bytes, field: str) -> bytes:
+        return json.dumps({key: value for key, value in json.loads(raw).items() if key != field}).encode()
+
+    signature, content = CLAIM.signed(KEY).split(b"\n", 1)
+    claim, *_ = CheckIn.parse(signature + b"\n" + without(content, "working_on"))
+    assert claim.working_on == ""
+    assert not CheckedIn.parse(without(CheckedIn(1.0, over=True).to_bytes(), "over")).over

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -72,6 +74,20 @@ def test_a_secret_is_made_once_private_and_kept(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert open_site_key(path).material == first.material
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_process_killed_while_it_made_the_secret_left_is_removed(tmp_path: Path) -> None:
+    made = (
+        "import os, sys; from pathlib import Path; from medfl.client.data import secret;"
+        "link = os.link; secret.os.link = lambda *names: (link(*names), os.kill(os.getpid(), 9));"
+        "secret.open_site_key(Path(sys.argv[1]))"
+    )
+    path = tmp_path / "secret"
+    assert subprocess.run([sys.executable, "-c", made, str(path)], check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    material = path.read_bytes()
+    assert open_site_key(path).material == material
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_processes_that_start_together_agree_on_one_secret(tmp_path: Path) -> None:
