@@ -25,6 +25,7 @@ log = logging.getLogger("medfl.server")
 _STATE = "strategy."
 _AVERAGE = "average"
 _GOOD = "good."
+_UNREADABLE = (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,31 @@ class CheckpointFolder:
                 return checkpoint
         return None
 
+    def save_best(self, study: str, round_number: int, weights: Flat) -> None:
+        """Keep the model with the best score; the one before it goes when :meth:`mark_evaluated` notes the score."""
+        tensors, about = {"weights": weights}, {"study": study, "round": round_number}
+        content = save(tensors, metadata={"medfl": json.dumps(about | {"digest": _digest(tensors, about)})})
+        write_whole(self._best(round_number), content)
+
+    def load_best(self, study: str, round_number: int) -> Flat | None:
+        """The model of this round that :meth:`save_best` kept, or None where it is gone or damaged."""
+        try:
+            tensors, about = _tensors(self._best(round_number))
+        except _UNREADABLE:
+            return None
+        weights = tensors.get("weights")
+        return weights if (about["study"], about["round"]) == (study, round_number) else None
+
     def mark_evaluated(self, round_number: int, best: Best | None = None) -> None:
         """Note durably that the scores of this round have been reported, and the best score with it."""
         content = {"round": round_number, "best": None if best is None else asdict(best)}
         write_whole(self._evaluated, json.dumps(content).encode())
+        for path in self.folder.glob("best-*.safetensors"):
+            if best is not None and path != self._best(best.round):
+                path.unlink(missing_ok=True)
+
+    def _best(self, round_number: int) -> Path:
+        return self.folder / f"best-{round_number}.safetensors"
 
     def evaluated(self) -> tuple[int, Best | None]:
         """The last round whose scores were reported, and the best score; 0 where none was, or nobody knows."""
@@ -117,11 +139,7 @@ class CheckpointFolder:
 
 def _read(path: Path) -> Checkpoint | None:
     try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {})["medfl"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        if _digest(tensors, about) != about["digest"]:
-            return None
+        tensors, about = _tensors(path)
         weights, average = tensors.pop("weights"), tensors.pop(_AVERAGE, None)
         told = about["metrics"]
         return Checkpoint(
@@ -137,8 +155,18 @@ def _read(path: Path) -> Checkpoint | None:
             watch=about.get("watch", {}),
             good={n.removeprefix(_GOOD): array for n, array in tensors.items() if n.startswith(_GOOD)},
         )
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError):
+    except _UNREADABLE:
         return None
+
+
+def _tensors(path: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+    """What was written to ``path``, and what was said about it; ``_UNREADABLE`` where it is not whole."""
+    with safe_open(path, framework="numpy") as file:
+        about = json.loads((file.metadata() or {})["medfl"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    if _digest(tensors, about) != about["digest"]:
+        raise ValueError("it was damaged")
+    return tensors, about
 
 
 def _best(content: Mapping[str, Any] | None) -> Best | None:

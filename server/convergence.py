@@ -32,11 +32,18 @@ class Convergence:
 
     def note(self, number: int, scores: Mapping[str, float]) -> bool:
         """Take in the held-out ``scores`` of round ``number``; whether the study has converged with it."""
-        if self._settings is None or (found := headline(scores)) is None:
+        if self._settings is None or headline(scores) is None:
             return False
-        if self.best is None or found[1] > self.best.score + self._settings.gain:
-            self.best = Best(found[1], number)
+        self.best = self.better(number, scores) or self.best
         return self.look(number)
+
+    def better(self, number: int, scores: Mapping[str, float]) -> Best | None:
+        """The ``scores`` of round ``number`` where they are the best so far by more than the gain, else None."""
+        if self._settings is None or (found := headline(scores)) is None:
+            return None
+        if self.best is not None and found[1] <= self.best.score + self._settings.gain:
+            return None
+        return Best(found[1], number)
 
     def look(self, number: int) -> bool:
         """Whether the study has converged, when its last scored round is ``number``."""

@@ -215,7 +215,8 @@ class _Turns:
             ending = {"ending": result.ending.value, "round": result.round, "study": study.digest}
             if result.round:
                 path = folder / "model.safetensors"
-                save_model(path, study, result.layout, result.weights, round_number=result.round, initial=initial)
+                save_model(path, study, result.layout, result.weights, round_number=result.of_round, initial=initial)
+                ending["model_of_round"] = result.of_round
                 ending["model"] = weights_digest(result.weights)  # as sites note it of what they receive
             write_whole(folder / "ending.json", json.dumps(ending).encode(), mode=0o644)
             return result

@@ -73,12 +73,13 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True)
 class Result:
-    """The model a study ended with. ``round`` is the last complete round (0: none)."""
+    """The model a study ended with. ``round`` is the last complete round (0: none), ``of_round`` the model's own."""
 
     ending: Ending
     round: int
     weights: Flat
     layout: Layout
+    of_round: int
 
 
 class Rounds:
@@ -121,6 +122,7 @@ class Rounds:
         self._answers = Answers()
         self._expected: frozenset[str] = frozenset()  # after a restart: who is about to be back
         self._watch = Watch(study.safeguards)
+        self._best: Flat | None = None  # the model with the best score, where there is no disk for it
         self._average: Flat | None = None  # of the last rounds' models, where the study asks for it
         stages = Stages(grid, reporter, stop, Pace(study.rounds.deadline_s), self._admission)
         self._convergence = Convergence(study.rounds.converged)
@@ -137,7 +139,20 @@ class Rounds:
         self._reporter.started(self._study, self._round + 1 if evaluated else self._round)
         ending = self._run(evaluated)
         self._reporter.ended(ending.value)
-        return Result(ending, self._round, self._model, self._layout)
+        of_round, weights = self._finished(ending)
+        return Result(ending, self._round, weights, self._layout, of_round)
+
+    def _finished(self, ending: Ending) -> tuple[int, Flat]:
+        """The model that is handed out and its round: where the study watches its score, the one with the best."""
+        converged, best = self._study.rounds.converged, self._convergence.best
+        if ending in (Ending.DONE, Ending.CONVERGED) and converged and converged.keep == "best" and best:
+            kept = self._best
+            if self._checkpoints is not None:
+                kept = self._checkpoints.load_best(self._study.digest, best.round)
+            if kept is not None:
+                return best.round, kept
+            log.warning("the model of round %d, the best, cannot be read: that of the last round stands", best.round)
+        return self._round, self._model
 
     def _run(self, evaluated: bool) -> Ending:
         rounds, void, since = self._study.rounds, 0, time.monotonic()
@@ -369,6 +384,11 @@ class Rounds:
         if number % rounds.evaluate_every == 0 or number == rounds.count:
             evaluated = self._collector.evaluate(number, self._model, cohort, configure)
         scores = read(evaluated.tally)
+        if self._convergence.better(number, scores) is not None:
+            if self._checkpoints is None:
+                self._best = self._model
+            else:
+                self._checkpoints.save_best(self._study.digest, number, self._model)
         report = RoundReport(
             round=number,
             seconds=time.monotonic() - started,

@@ -1,29 +1,38 @@
-"""Child processes that end with their parent, however it ends: the kernel sees to it (Linux, PR_SET_PDEATHSIG)."""
+"""A process that ends with its parent, however that ends: the kernel sees to it (Linux, PR_SET_PDEATHSIG).
+
+``python -m medfl.shared.lifeline PARENT MODULE ARGUMENT...`` is ``python -m MODULE ARGUMENT...`` with a lifeline. The
+child asks for it: code that runs between fork and exec can hang where the parent has threads.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import signal
 import sys
-from collections.abc import Callable
 
 _SET_SIGNAL_AT_PARENTS_DEATH = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def ending_with_us() -> Callable[[], None]:
-    """What ``subprocess`` is to call in the child (``preexec_fn``): SIGKILL when the thread that starts it has ended.
+def end_with(parent: int) -> None:
+    """From now on, this process is killed as soon as the thread of ``parent`` (its id) that started it has ended.
 
     Elsewhere than on Linux it does nothing.
     """
-    parent = os.getpid()
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_SET_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it had died before the kernel knew
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def in_child() -> None:
-        if _LIBC is None:
-            return
-        _LIBC.prctl(_SET_SIGNAL_AT_PARENTS_DEATH, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it had died before the kernel knew
-            os.kill(os.getpid(), signal.SIGKILL)
 
-    return in_child
+def with_lifeline(module: str, *arguments: str) -> list[str]:
+    """The command that runs ``module`` as a child that ends with this process."""
+    return [sys.executable, "-m", "medfl.shared.lifeline", str(os.getpid()), module, *arguments]
+
+
+if __name__ == "__main__":
+    end_with(int(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -97,10 +97,14 @@ class Training(Settings):
 
 
 class Converged(Settings):
-    """When a study has converged: its held-out score has not grown for so many rounds."""
+    """When a study has converged: its held-out score has not grown for so many rounds.
+
+    The finished model is the one with the best score, or with ``keep: last`` that of the last round.
+    """
 
     rounds: int = Field(ge=1, le=10_000)
     gain: float = Field(default=0.001, ge=0, lt=1)  # less is no growth
+    keep: Literal["best", "last"] = "best"
 
 
 class Rounds(Settings):

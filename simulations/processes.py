@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from medfl.shared.lifeline import ending_with_us
+from medfl.shared.lifeline import with_lifeline
 
 _GRACE_S = 20.0
 
@@ -44,13 +43,12 @@ class Processes:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                with_lifeline(module, *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,  # Ctrl-C reaches the parent only, which then stops them in order
-                preexec_fn=ending_with_us(),  # noqa: PLW1509 - one system call, no lock
             )
         self._running[name] = process
         return process

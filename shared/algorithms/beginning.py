@@ -19,7 +19,7 @@ import medfl.shared.environment  # noqa: F401 - before torch
 from medfl.shared.command import run
 from medfl.shared.errors import ConfigError, MedFLError
 from medfl.shared.files import write_whole
-from medfl.shared.lifeline import ending_with_us
+from medfl.shared.lifeline import with_lifeline
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout, weights_digest
 
@@ -75,14 +75,13 @@ def begin_once(study: Study, path: Path, initial: bytes | None = None) -> Beginn
 
 def _made_apart(study: Study, initial: bytes | None) -> bytes:
     canonical = study.canonical()
-    command = [sys.executable, "-m", "medfl.shared.algorithms.beginning", study.digest, str(len(canonical))]
+    command = with_lifeline("medfl.shared.algorithms.beginning", study.digest, str(len(canonical)))
     made = subprocess.run(
         command,
         input=canonical + (initial or b""),
         capture_output=True,
         check=False,
-        start_new_session=True,  # Ctrl-C is for the coordinator, which ends it then
-        preexec_fn=ending_with_us(),
+        start_new_session=True,  # Ctrl-C is for the coordinator
     )
     if made.returncode < 0:
         raise Killed(

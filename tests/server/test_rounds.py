@@ -415,6 +415,32 @@ def test_a_study_ends_when_its_score_has_not_grown_for_as_many_rounds_as_it_says
     assert (result.ending, result.round) == (Ending.CONVERGED, 4)
 
 
+@pytest.mark.parametrize("disk", [True, False])
+@pytest.mark.parametrize(("keep", "of_round"), [("best", 2), ("last", 4)])
+def test_a_converged_study_hands_out_its_best_model_unless_it_says_the_last(
+    tmp_path: Path, keep: str, of_round: int, disk: bool
+) -> None:
+    study = classes_study(rounds={"count": 9, "converged": {"rounds": 2, "gain": 0.01, "keep": keep}})
+    grid = ScriptedGrid({"a": scoring(5, 8, 7), "b": ScriptedSite(1.0)})
+    result = run(study, grid, checkpoints=CheckpointFolder(tmp_path) if disk else None)
+    assert (result.round, result.of_round) == (4, of_round)
+    assert moved(study, result) == pytest.approx(of_round, abs=1e-5)  # every site moves every weight by 1 a round
+    assert len(list(tmp_path.glob("best-*"))) == disk
+
+
+def test_a_best_model_that_was_damaged_is_told_and_the_last_one_stands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def damage(report: RoundReport) -> None:
+        if report.round == 4:
+            (tmp_path / "best-2.safetensors").write_bytes(b"damaged")
+
+    grid = ScriptedGrid({"a": scoring(5, 8, 7), "b": ScriptedSite(1.0)})
+    result = run(CONVERGING, grid, heard=Heard(on_round=damage), checkpoints=CheckpointFolder(tmp_path))
+    assert result.of_round == 4
+    assert "the best, cannot be read" in caplog.text
+
+
 @pytest.mark.parametrize("after", [2, 3, 4])
 def test_a_restarted_study_converges_in_the_same_round(tmp_path: Path, after: int) -> None:
     stop = Event()
@@ -422,7 +448,8 @@ def test_a_restarted_study_converges_in_the_same_round(tmp_path: Path, after: in
     sites = {"a": scoring(5, 8, 8), "b": ScriptedSite(1.0)}
     run(CONVERGING, ScriptedGrid(sites), heard=heard, checkpoints=CheckpointFolder(tmp_path), stop=stop)
     again = run(CONVERGING, ScriptedGrid(sites), checkpoints=CheckpointFolder(tmp_path))
-    assert (again.ending, again.round) == (Ending.CONVERGED, 4)
+    assert (again.ending, again.round, again.of_round) == (Ending.CONVERGED, 4, 2)
+    assert moved(CONVERGING, again) == pytest.approx(2, abs=1e-5)
 
 
 def test_a_study_ends_when_the_budget_of_too_many_sites_is_spent_and_waits_for_nobody() -> None:
