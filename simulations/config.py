@@ -10,6 +10,7 @@ from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from medfl.client.data.settings import DataSettings, SplitSettings
 from medfl.shared.config import LocalPath, Settings
+from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Name, Study
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -132,6 +133,8 @@ class SimulationSettings(Settings):
     threads: int = Field(default=1, ge=1, le=1024)
     workers: int = Field(default=1, ge=1, le=256)  # processes that sites are dealt to, each with one thread
     at_once: int = Field(default=1, ge=1, le=10_000)  # sites of equal shapes trained as one batched model; same to 1e-6
+    engine: Literal["local", "ray"] = "local"  # ray: Flower's own runtime, for more machines than one
+    ray_address: str | None = None  # of a Ray cluster, such as auto; absent: Ray is started on this machine
 
     @model_validator(mode="after")
     def _one_thread_a_worker(self) -> SimulationSettings:
@@ -141,6 +144,20 @@ class SimulationSettings(Settings):
             raise ValueError("workers train one site at a time each: use workers or at_once")
         if self.workers > 1 and self.device == "cuda":
             raise ValueError("on a GPU all sites share one process and one network: leave workers out")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_ray(self) -> SimulationSettings:
+        if self.engine == "local":
+            return self
+        if self.workers > 1 or self.at_once > 1:
+            raise ValueError("engine: ray deals sites to processes itself: leave workers and at_once out")
+        slow = any(site.slowness != 1 or site.joins > 1 for site in self.sites)
+        if slow or (self.partition is not None and self.partition.stragglers) or self.failures.deadline is not None:
+            raise ValueError("engine: ray keeps no simulated clock: leave slowness, joins, stragglers and deadline out")
+        for name, study in self.studies().items():
+            if (why := unfit_for_ray(study)) is not None:
+                raise ValueError(f"{name}: {why}")
         return self
 
     @model_validator(mode="after")
@@ -183,6 +200,18 @@ class SimulationSettings(Settings):
         if not self.variants:
             return {self.study.strategy.name: self.study}
         return {name: varied(self.study, name, changes) for name, changes in self.variants.items()}
+
+
+def unfit_for_ray(study: Study) -> str | None:
+    """Why ``study`` cannot run on Ray and what can be done, or None where it can."""
+    here = {
+        "privacy": not isinstance(study.privacy, NoPrivacy),
+        "secure_aggregation": study.secure_aggregation.mode != "none",
+        "initial_weights": study.initial_weights is not None,
+    }
+    if what := [section for section, needed in here.items() if needed]:
+        return f"engine: ray: {what[0]} needs what stays on this machine: use engine: local, with workers"
+    return None
 
 
 _KINDS = ("name", "mode")  # what tells the kinds of a section apart

@@ -248,17 +248,7 @@ class _Federated:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / "study.json", study.canonical(), mode=0o644)
             listeners.insert(0, MetricsFile(self.folder / "metrics.jsonl"))
-        federation = federate(
-            study,
-            work.training,
-            device=work.device,
-            reporter=Several(*listeners),
-            failures=None if work.settings.failures == type(work.settings.failures)() else work.settings.failures,
-            attackers=attackers_of(work.settings, list(work.sites)),
-            rhythms=rhythms_of(work.settings, list(work.sites)),
-            workers=1 if work.device.type == "cuda" else work.settings.workers,
-            at_once=work.settings.at_once,
-        )
+        federation = self._federate(study, Several(*listeners))
         result = federation.result
         if result.ending not in (Ending.DONE, Ending.CONVERGED):
             raise TrainingError(
@@ -291,6 +281,34 @@ class _Federated:
             backdoor=self._backdoor(study, federation),
         )
         return [cell if self.folder is not None else replace(cell, kind="baseline")]
+
+    def _federate(self, study: Study, reporter: Reporter) -> Federation:
+        """On the engine that the settings name."""
+        work = self.seed
+        attackers = attackers_of(work.settings, list(work.sites))
+        if work.settings.engine == "ray":
+            from medfl.simulations.ray_engine import federate_on_ray  # imports Ray, where it is installed
+
+            return federate_on_ray(
+                study,
+                work.training,
+                reporter=reporter,
+                failures=work.settings.failures,
+                attackers=attackers,
+                address=work.settings.ray_address,
+                gpus_per_site=1.0 if work.device.type == "cuda" else 0.0,
+            )
+        return federate(
+            study,
+            work.training,
+            device=work.device,
+            reporter=reporter,
+            failures=None if work.settings.failures == type(work.settings.failures)() else work.settings.failures,
+            attackers=attackers,
+            rhythms=rhythms_of(work.settings, list(work.sites)),
+            workers=1 if work.device.type == "cuda" else work.settings.workers,
+            at_once=work.settings.at_once,
+        )
 
     def _backdoor(self, study: Study, federation: Federation) -> float | None:
         """How often the attackers' mark works at honest sites; None where nobody planted one."""

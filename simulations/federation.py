@@ -15,7 +15,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
@@ -41,7 +41,7 @@ from medfl.shared.initial_weights import shelved
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.secagg.roster import Member, make_roster
-from medfl.shared.signing import Document, sign
+from medfl.shared.signing import Document, Signed, sign
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.simulations.config import Attacker, Failures
@@ -115,7 +115,7 @@ def federate(
     Each virtual site's ledger lives as long as the study: what a researcher tries does not add up on real patients.
     """
     device = device or torch.device("cpu")
-    policy, signer = permissive_policy(study), Ed25519PrivateKey.generate()
+    policy, consortium = permissive_policy(study), Consortium.signing(study)
     logging.getLogger("medfl.site").setLevel(logging.WARNING)  # a line for each virtual site and round is too much
     workbench = Workbench(device)
     ledgers = TemporaryDirectory(prefix="medfl-ledgers-")
@@ -136,7 +136,7 @@ def federate(
             ledger=Path(ledgers.name) / name / "ledger.jsonl",
             participant=participants.get(name),
             train_locally=together.trainer_of(name),
-            verify=lambda signed: signed.content(signer.public_key(), Document.STUDY),
+            verify=consortium.verify,
         )
         for name, data in sites.items()
     }
@@ -164,7 +164,7 @@ def federate(
             reporter=Several(history, *([reporter] if reporter else [])),
             stop=stop or Event(),
             secure=secure,
-            signature=sign(signer, Document.STUDY, study.canonical()).signature,
+            signature=consortium.signature,
             initial=initial,
         )
         outcome.append(rounds.run())
@@ -181,6 +181,25 @@ def federate(
     rows = {name: kept.rows.get(study.digest, []) for name, kept in records.items()}
     kept = {name: own for name, record in records.items() if (own := record.personal(study.digest)) is not None}
     return Federation(outcome[0], tuple(history.rounds), rows, kept, tuple(history.times))
+
+
+@dataclass(frozen=True, slots=True)
+class Consortium:
+    """A researcher's own consortium of one study, which it has signed. Can be pickled."""
+
+    key: bytes  # public, Ed25519
+    signature: bytes
+
+    @classmethod
+    def signing(cls, study: Study) -> Consortium:
+        """With a new key, whose private half is forgotten."""
+        signer = Ed25519PrivateKey.generate()
+        signature = sign(signer, Document.STUDY, study.canonical()).signature
+        return cls(signer.public_key().public_bytes_raw(), signature)
+
+    def verify(self, signed: Signed) -> bytes:
+        """As a site does. Raises SignatureRefused."""
+        return signed.content(Ed25519PublicKey.from_public_bytes(self.key), Document.STUDY)
 
 
 def _secure_parts(study: Study, names: Sequence[str]) -> tuple[SecureParts | None, dict[str, Participant]]:

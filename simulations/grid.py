@@ -19,6 +19,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from medfl.shared.messages import Kind
 
+FIRST_NODE = 2
+"""Node id of the first site; the others follow in their order. Draws of sites depend on it."""
+
 _RUN_ID, _TASK_ID, _SERVER_ID = 1, 1, 1
 
 
@@ -28,7 +31,7 @@ class VirtualGrid(Grid):
     def __init__(self, app: Callable[[Message, Context], Message], names: Iterable[str]) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = _TASK_ID, _RUN_ID, _SERVER_ID
         self._app = app
-        self._names = {node: name for node, name in enumerate(names, start=2)}
+        self._names = {node: name for node, name in enumerate(names, start=FIRST_NODE)}
         self._contexts: dict[int, Context] = {}
         self._waiting: OrderedDict[str, Message] = OrderedDict()
         self._sent = 0

@@ -11,7 +11,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 # isort: split
 import numpy as np
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import ConfigRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
@@ -32,22 +32,29 @@ def misbehaving(app: ClientApp, failures: Failures, attackers: Mapping[str, Atta
 
     What happens depends on the seed, the site and how often it was asked, and on nothing else.
     """
-    asked: dict[str, int] = {}
 
     def answer(message: Message, context: Context) -> Message:
         if message.metadata.message_type != Kind.TRAIN.value:
             return app(message, context)
         site = str(context.node_config["site"])
-        asked[site] = asked.get(site, 0) + 1
-        chance = _uniform(f"{seed}/{site}/{asked[site]}")
+        asked = _asked(context)
+        chance = _uniform(f"{seed}/{site}/{asked}")
         if chance < failures.drop_out:
             return _silence(message)
         reply = app(message, context)
         if chance < failures.drop_out + failures.late:
             return _silence(message)
-        return _attacked(reply, attackers[site], f"{seed}/{site}/{asked[site]}") if site in attackers else reply
+        return _attacked(reply, attackers[site], f"{seed}/{site}/{asked}") if site in attackers else reply
 
     return answer
+
+
+def _asked(context: Context) -> int:
+    """How often the site of ``context`` was asked to train, this time included; counted in the context itself."""
+    known = context.state.config_records.setdefault("medfl-asked", ConfigRecord({"times": 0}))
+    times = known["times"]
+    known["times"] = count = times + 1 if isinstance(times, int) else 1
+    return count
 
 
 def with_flipped_labels(data: SiteData, classes: int) -> SiteData:

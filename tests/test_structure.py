@@ -29,6 +29,7 @@ WALLS = {  # third party -> where it may be imported, as folders or files
     "pynetdicom": ("client/data",),
     "dicomweb_client": ("client/data",),
     "nibabel": ("client/data",),
+    "ray": ("simulations/ray_engine.py",),
     "PIL": ("client/data", "simulations/pictures.py"),
     "opacus": ("client/privacy", "shared/privacy"),
     "dp_accounting": ("client/privacy", "shared/privacy"),
@@ -63,6 +64,7 @@ FLOWER_PRIVATE = (
     "server/link_state.py",
     "client/fleet.py",
     "simulations/grid.py",
+    "simulations/ray_engine.py",  # flwr.simulation
 )
 
 

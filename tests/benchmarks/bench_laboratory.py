@@ -1,13 +1,14 @@
 """The simulator with many sites beside bare loops that do the same arithmetic, each in its own process, one thread.
 
-    python tests/benchmarks/bench_laboratory.py [--rounds 1000] [--repeats 3]
+    python tests/benchmarks/bench_laboratory.py [--rounds 1000] [--repeats 3] [--without-ray]
 
 Two jobs. Small: 1,000 sites of 32 samples with 20 features, logistic regression, SGD, batch 8, 10 sites a round
 (pfl-research's benchmark of overhead); once more with the 10 sites of a round trained as one batched model. Many: the
 U-Net of bench_simulation.py at 4, 50 and 500 sites, 4 or 8 of them active in each of 3 rounds; the peak of memory above
 what the data take must not grow with the number of sites.
-Seconds are of the processor, so that a busy machine does not blur them.
-Flower's own runtime with Ray is measured by tests/simulations/test_flower_runtime.py's app where Ray is installed.
+Seconds are of the processor, so that a busy machine does not blur them. At last the U-Net among 4 sites once more in
+this process and under Flower's own runtime with Ray on one CPU, from the first round to the last, in seconds of the
+clock: Ray's work is in other processes.
 """
 
 from __future__ import annotations
@@ -119,6 +120,32 @@ def medfl_small(rounds: int, *, at_once: int = 1) -> dict[str, Any]:
     return {"seconds": time.process_time() - started, "weights": result.weights.tolist(), "peak": peak()}
 
 
+def on_ray(rounds: int) -> dict[str, Any]:
+    """The U-Net of bench_simulation.py among 4 sites, here and under Flower's runtime: seconds of all rounds."""
+    import torch
+    from bench_simulation import STUDY, site_tensors
+
+    from medfl.shared.logs import quiet_libraries
+    from medfl.shared.study import Study
+    from medfl.simulations.federation import federate
+    from medfl.simulations.ray_engine import federate_on_ray
+
+    quiet_libraries()
+    torch.set_num_threads(1)
+    settings = {"count": rounds, "minimum_sites": 4, "evaluate_every": rounds}
+    study = Study.model_validate(STUDY | {"rounds": settings})
+    data = {f"s{number}": as_site(*site_tensors(number)) for number in range(4)}
+    here = federate(study, data)
+    started = time.perf_counter()
+    there = federate_on_ray(study, data, cpus=1)
+    return {
+        "here": sum(report.seconds for report in here.rounds),
+        "ray": sum(report.seconds for report in there.rounds),
+        "with start": time.perf_counter() - started,
+        "away": float(abs(here.result.weights - there.result.weights).max()),
+    }
+
+
 def as_site(images: Any, labels: Any) -> Any:
     """Training data, and one held-out example."""
     import torch
@@ -202,6 +229,8 @@ def work(worker: list[str]) -> dict[str, Any]:
             return medfl_small(number)
         case "batched":
             return medfl_small(number, at_once=ACTIVE)
+        case "ray":
+            return on_ray(number)
         case "many-plain":
             return many(number, bare=True)
         case _:
@@ -214,6 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sites", type=int, nargs="*", default=[4, 50, 500])
+    parser.add_argument("--without-ray", action="store_true")
     parser.add_argument("--worker", nargs=2)
     options = parser.parse_args()
     if options.worker:
@@ -237,6 +267,10 @@ def main() -> None:
             [(p["seconds"], m["seconds"]) for p, m in runs],
         )
         show("  memory above the data, MiB", [(p["peak"], m["peak"]) for p, m in runs])
+    if not options.without_ray:
+        found = in_own_process("ray", "5")
+        print(f"U-Net, 4 sites, 5 rounds, seconds of the clock: {found['here']:.1f} here, {found['ray']:.1f} under Ray")
+        print(f"  ({found['with start']:.1f} with Ray's start; largest difference of a weight {found['away']:.1e})")
 
 
 def show(what: str, pairs: list[tuple[float, float]]) -> None:
