@@ -7,8 +7,8 @@ secure sums) does not travel, and such studies are refused.
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +20,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -32,15 +32,17 @@ from medfl.client.workbench import Workbench
 from medfl.server.app import build_server_app
 from medfl.server.reporter import Reporter, Several
 from medfl.server.rounds import Result, Rounds
+from medfl.shared.arrays import as_array, as_numpy
 from medfl.shared.errors import ConfigError, MedFLError
 from medfl.shared.study import Study
+from medfl.shared.weights import Flat
 from medfl.simulations.config import Attacker, Failures, unfit_for_ray
 from medfl.simulations.federation import Consortium, Federation, History, permissive_policy
 from medfl.simulations.grid import FIRST_NODE
 from medfl.simulations.misbehaviour import misbehaving
 
-_ASKED_S = 120.0  # Ray starts a process for each place, which imports PyTorch
-_MEMORY = "medfl-site"  # in a site's Context
+_ASKED_S = 600.0  # Ray starts a process for each place, which imports PyTorch; a dead one answers with an error
+_ROWS, _KEPT, _MADE = "medfl-rows", "medfl-kept", "medfl-made"  # a site's memory in its Context
 
 
 def federate_on_ray(
@@ -101,7 +103,7 @@ def federate_on_ray(
                 signature=consortium.signature,
             )
             outcome.append(rounds.run())
-            records.update(numbered.memories())
+            records.update(numbered.memories(study))
 
         run_simulation(
             build_server_app(work),
@@ -136,8 +138,7 @@ class _Hospitals:
         torch.set_num_threads(1)
         name = list(self.places)[int(context.node_config["partition-id"])]
         context.node_config["site"] = name
-        before = context.state.config_records.get(_MEMORY)
-        records = MemoryRecords() if before is None else _unpacked(before)
+        records = _CarriedRecords(context.state, self.study)
         site = Site(
             name,
             policy=permissive_policy(self.study),
@@ -155,11 +156,9 @@ class _Hospitals:
 
         @app.query("memory")
         def memory(message: Message, context: Context) -> Message:
-            return Message(RecordDict({"site": _packed(records)}), reply_to=message)
+            return Message(records.content(), reply_to=message)
 
-        reply = misbehaving(app, self.failures, self.attackers, seed=self.study.seed)(message, context)
-        context.state[_MEMORY] = _packed(records)
-        return reply
+        return misbehaving(app, self.failures, self.attackers, seed=self.study.seed)(message, context)
 
 
 class _Travelling(ClientApp):
@@ -193,7 +192,7 @@ class _NumberedGrid(Grid):
         if len(self._nodes) < len(self._names):
             ours = {name: number for number, name in self._names.items()}
             for node, said in self._ask(self._grid.get_node_ids(), "who").items():
-                number = ours[str(said["name"])]
+                number = ours[str(said.config_records["site"]["name"])]
                 self._nodes[number], self._numbers[node] = node, number
         return {number: name for number, name in self._names.items() if number in self._nodes}
 
@@ -205,12 +204,12 @@ class _NumberedGrid(Grid):
         """All of them."""
         return self._names.values()
 
-    def memories(self) -> dict[str, MemoryRecords]:
-        """What every site remembers, by its name. Raises MedFLError where one does not say."""
+    def memories(self, study: Study) -> dict[str, MemoryRecords]:
+        """What every site remembers of ``study``, by its name. Raises MedFLError where one does not say."""
         said = self._ask(self._nodes.values(), "memory")
         if len(said) < len(self._names):
             raise MedFLError("a site's process on Ray ended before it said what it has recorded: see Ray's own logs")
-        return {self._names[self._numbers[node]]: _unpacked(about) for node, about in said.items()}
+        return {self._names[self._numbers[node]]: _CarriedRecords(content, study) for node, content in said.items()}
 
     def get_node_ids(self) -> Iterable[int]:
         """All numbers."""
@@ -253,20 +252,42 @@ class _NumberedGrid(Grid):
         reply.metadata.__dict__["_src_node_id"] = self._numbers.get(node, node)
         return reply
 
-    def _ask(self, nodes: Iterable[int], what: str) -> dict[int, ConfigRecord]:
+    def _ask(self, nodes: Iterable[int], what: str) -> dict[int, RecordDict]:
         """Flower's node -> what it says."""
         asked = [Message(RecordDict(), dst_node_id=node, message_type=f"query.{what}") for node in nodes]
         replies = self._grid.send_and_receive(asked, timeout=_ASKED_S)
-        return {r.metadata.src_node_id: r.content.config_records["site"] for r in replies if not r.has_error()}
+        return {r.metadata.src_node_id: r.content for r in replies if not r.has_error()}
 
 
-def _packed(records: MemoryRecords) -> ConfigRecord:
-    return ConfigRecord({"records": pickle.dumps(records)})
+class _CarriedRecords(MemoryRecords):
+    """A virtual site's records of one study, which lie in ``state`` and move with it from process to process."""
 
+    def __init__(self, state: RecordDict, study: Study) -> None:
+        super().__init__()
+        self._state = state
+        self.remember(study)
+        if (noted := state.config_records.get(_ROWS)) is not None:
+            self.rows[study.digest] = json.loads(str(noted["rows"]))
+        if (kept := state.array_records.get(_KEPT)) is not None:
+            before = as_numpy(kept["before"]) if "before" in kept else None
+            self._personal[study.digest] = (
+                str(state.config_records[_MADE]["asked"]),
+                as_numpy(kept["weights"]),
+                before,
+            )
 
-def _unpacked(said: ConfigRecord) -> MemoryRecords:
-    content = said["records"]
-    assert isinstance(content, bytes)  # noqa: S101 - as it was packed
-    records = pickle.loads(content)  # noqa: S301 - this very program packed it, on its own Ray cluster
-    assert isinstance(records, MemoryRecords)  # noqa: S101
-    return records
+    def note(self, digest: str, row: dict[str, Any]) -> None:
+        """Append one row."""
+        super().note(digest, row)
+        self._state[_ROWS] = ConfigRecord({"rows": json.dumps(self.rows[digest])})
+
+    def keep_personal(self, digest: str, weights: Flat, *, asked: str = "", counted: int | None = None) -> None:
+        """Replace the personal tensors."""
+        super().keep_personal(digest, weights, asked=asked, counted=counted)
+        asked, weights, before = self._personal[digest]
+        kept = {"weights": as_array(weights)} | ({} if before is None else {"before": as_array(before)})
+        self._state[_KEPT], self._state[_MADE] = ArrayRecord(kept), ConfigRecord({"asked": asked})
+
+    def content(self) -> RecordDict:
+        """A copy of all of it, for a message."""
+        return RecordDict({key: value for key, value in self._state.items() if key in (_ROWS, _KEPT, _MADE)})

@@ -21,7 +21,7 @@ from medfl.simulations.ray_engine import federate_on_ray
 SGD = {"optimizer": "sgd", "learning_rate": 0.05, "batch_size": 3, "steps": 4}
 STUDY = classes_study(
     training=SGD,
-    rounds={"count": 4, "minimum_sites": 2, "sites_per_round": 3, "patience_s": 90, "deadline_s": 90},
+    rounds={"count": 4, "minimum_sites": 2, "sites_per_round": 3, "patience_s": 250, "deadline_s": 250},
     strategy={"name": "scaffold"},
 )
 MISBEHAVIOUR: dict[str, Any] = {
