@@ -1,6 +1,6 @@
 """Flower's Grid directly on the link state: what a ServerApp sends with, and where its replies arrive.
 
-One of the three ``server/link*.py`` files, the only ones of the server that touch Flower's private modules.
+One of the four ``server/link*.py`` files, the only ones of the server that touch Flower's private modules.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.run import Run
 
+from medfl.server.link_inflate import inflate
 from medfl.server.link_state import FleetState
 from medfl.server.longpoll import Bell
 from medfl.shared.errors import ProtocolError
@@ -209,13 +209,15 @@ class LinkGrid(Grid):
                 if content == b"":
                     return unfinished
                 contents[node.object_id] = content
-            message = inflate_object_from_contents(sent.reply, contents)
+            self._state.object_store.delete(sent.reply)
+            del content
+            message = inflate(sent.reply, contents)
         except NoObjectInStoreError:  # its upload stopped for three minutes
             return _error(sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
         except Exception:  # whatever a node's bytes make Flower's parsers raise
             log.warning("node %d sent a reply that cannot be read", order.dst_node_id)
             return _error(sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
-        if not isinstance(message, Message) or not _answers(message, order.message_id, order.dst_node_id):
+        if message is None or not _answers(message, order.message_id, order.dst_node_id):
             log.warning("node %d sent a reply that is not one", order.dst_node_id)
             return _error(sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
         message.metadata.__dict__["_message_id"] = sent.reply

@@ -1,6 +1,6 @@
 """The coordinator's memory of nodes, runs and messages, and the web application that nodes talk to: Flower's.
 
-One of the three ``server/link*.py`` files, the only ones of the server that touch Flower's private modules.
+One of the four ``server/link*.py`` files, the only ones of the server that touch Flower's private modules.
 Nodes and run series live in a database file, so that a restarted coordinator is the one the sites know. Payloads live
 in memory: an interrupted run is closed at the next start, and no site's update touches the coordinator's disk.
 """

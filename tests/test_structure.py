@@ -61,6 +61,7 @@ WALLS = {  # third party -> where it may be imported, as folders or files
 FLOWER_PRIVATE = (
     "server/link.py",
     "server/link_grid.py",
+    "server/link_inflate.py",
     "server/link_state.py",
     "client/fleet.py",
     "simulations/grid.py",

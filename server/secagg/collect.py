@@ -43,5 +43,7 @@ def collect(
         except ProtocolError as error:
             refusals[site] = MALFORMED
             log.warning("%s: a reply was thrown away: %s", phase.value, error)
+        finally:
+            del reply  # a masked vector: or it would lie here while the next one is put together
     refusals.update(dict.fromkeys(requests.keys() - answered, NO_ANSWER))
     return accepted

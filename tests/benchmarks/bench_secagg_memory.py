@@ -25,15 +25,8 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 # isort: split
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from federation import fleet_settings, let_in
 from flwr.app import Context, Message
-from tiny import classes_study
 
-from medfl.client.node import Node, NodeSettings
-from medfl.client.secagg.contribution import Contribution
-from medfl.client.secagg.enrolment import Enrolment
-from medfl.client.secagg.journal import Journal
-from medfl.client.secagg.session import SecureSite
 from medfl.server.admission import Admission
 from medfl.server.link import Link, LinkSettings
 from medfl.server.pace import Pace
@@ -44,12 +37,14 @@ from medfl.server.secagg.store import FolderStore
 from medfl.server.secure_exchange import GridExchange
 from medfl.server.stage import Stages
 from medfl.shared.certificates import SiteFiles, create_consortium
+from medfl.shared.config import load_settings
 from medfl.shared.messages import SecureReply, SecureRequest
 from medfl.shared.secagg.announcement import Purpose
 from medfl.shared.secagg.encoding import Encoding, Segment
 from medfl.shared.secagg.exchange import PhaseRequest
 from medfl.shared.secagg.rings import Ring
 from medfl.shared.secagg.roster import Member, Roster, make_roster
+from medfl.shared.study import Study
 
 STUDY, MODEL = b"\x11" * 32, b"\x22" * 32
 DEADLINE_S = 900.0
@@ -78,7 +73,15 @@ def resident_mib(which: str) -> float:
 
 
 def sites_process(folder: Path, port: int, sites: int, length: int) -> None:
-    """All sites, one thread each."""
+    """All sites, one thread each. Only here is anything of a site imported."""
+    from federation import fleet_settings, let_in
+
+    from medfl.client.node import Node, NodeSettings
+    from medfl.client.secagg.contribution import Contribution
+    from medfl.client.secagg.enrolment import Enrolment
+    from medfl.client.secagg.journal import Journal
+    from medfl.client.secagg.session import SecureSite
+
     update = np.random.default_rng(0).normal(0, 0.01, length).astype(np.float32)
     encoding, roster = encoding_of(sites, length), roster_of(sites)
     threads = []
@@ -134,7 +137,7 @@ def main() -> None:
 
 def measure(link: Link, ids: dict[str, int], folder: Path, sites: int, length: int) -> None:
     """One sum."""
-    study = classes_study()
+    study = load_settings(Path(__file__).parents[2] / "configs" / "study.yaml", Study)
     with link.run(None, name="memory", digest=STUDY.hex()) as run:
 
         class Everybody:
