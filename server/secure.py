@@ -11,7 +11,7 @@ from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_
 from medfl.server.safeguards import shortened
 from medfl.server.secagg.finish import finish
 from medfl.server.secagg.outcome import SecureSum, SumPlan, SumVoid
-from medfl.server.secagg.round import SecureRound
+from medfl.server.secagg.round import summed
 from medfl.server.secure_exchange import GridExchange
 from medfl.server.stage import Stages
 from medfl.server.weight_sum import SecureParts, WeightSum, is_ready
@@ -78,7 +78,7 @@ class SecureCollector:
             return collected
         self._stages.reporter.stage(number, "secure sum", [], list(ready.values()))
         try:
-            total = self._sum(self._plan(Purpose.TRAIN, encoding, weights, ready), ready)
+            total = self._summed(self._plan(Purpose.TRAIN, encoding, weights, ready), ready)
         except SumVoid as void:
             log.warning("round %d: %s", number, void)
             collected.outcomes |= self._words(void, ready)
@@ -110,26 +110,14 @@ class SecureCollector:
             return Evaluated({}, by_site)
         try:
             plan = self._plan(Purpose.EVALUATE, encoding, weights, ready)
-            total = SecureRound(plan, roster=self._roster, store=self._parts.store).run(self._exchange(ready))
+            total = self._summed(plan, ready)
         except SumVoid as void:
             log.warning("scores of round %d were not summed: %s", number, void)
             return Evaluated({}, by_site)
         return Evaluated(dict(total.scalars), by_site)
 
-    def _sum(self, plan: SumPlan, ready: Mapping[int, str]) -> SecureSum:
-        """The sum of ``plan``; where it fails after its survivors were fixed, once more the very same sum.
-
-        Only that one may still be had: sites that trained anew would be asked for a second sum of the same model.
-        """
-        exchange = self._exchange(ready)
-        try:
-            return SecureRound(plan, roster=self._roster, store=self._parts.store).run(exchange)
-        except SumVoid as void:
-            pending = self._parts.store.pending(plan.study)
-            if not void.confirmed or void.culprits or pending is None:
-                raise
-            log.warning("%s: the same sum is asked for again", void)
-        return finish(pending, roster=self._roster, exchange=exchange)
+    def _summed(self, plan: SumPlan, ready: Mapping[int, str]) -> SecureSum:
+        return summed(plan, roster=self._roster, store=self._parts.store, exchange=self._exchange(ready))
 
     def unfinished(self, weights: Flat, cohort: Mapping[int, str]) -> Collected | None:
         """Finish the sum that was about to be unmasked when the coordinator was killed."""

@@ -13,7 +13,7 @@ from flwr.app import Message
 
 from medfl.server.collector import TRAINED
 from medfl.server.secagg.outcome import SumPlan, SumVoid
-from medfl.server.secagg.round import SecureRound
+from medfl.server.secagg.round import summed
 from medfl.server.secagg.store import Store
 from medfl.server.secure_exchange import GridExchange
 from medfl.server.stage import Stages
@@ -99,8 +99,13 @@ class WeightSum:
             self._roster = roster
             self._weight, self._sites = self._remembered()
         names = set(cohort.values())
-        if self._weight == 0 or (not names <= self._sites and self._sites <= names):
+        if self._weight == 0:
             self._sum(number, cohort)
+        elif not names <= self._sites and self._sites <= names:
+            try:
+                self._sum(number, cohort)
+            except SumVoid as void:
+                log.warning("the sites' weights are those of the last sum, as a new one did not come about: %s", void)
         if waiting := sorted(names - self._sites):
             log.info("%s: weight not yet summed, as a site of the last sum is away", ", ".join(waiting))
         return self._weight, {node: site for node, site in cohort.items() if site in self._sites}
@@ -116,8 +121,11 @@ class WeightSum:
         nodes = {ids[site]: node for node, site in cohort.items() if outcomes.get(site) == TRAINED and site in ids}
         plan = SumPlan(bytes.fromhex(self._study.digest), Purpose.SETUP, tuple(sorted(nodes)), encoding, _NO_MODEL)
         try:
-            total = SecureRound(plan, roster=self._roster, store=self._parts.store).run(
-                GridExchange(self._stages, nodes, deadline_s=deadline)
+            total = summed(
+                plan,
+                roster=self._roster,
+                store=self._parts.store,
+                exchange=GridExchange(self._stages, nodes, deadline_s=deadline),
             )
         except ConfigError as error:
             raise SumVoid(str(error), confirmed=False) from None

@@ -11,6 +11,7 @@ from pydantic import Field, StrictBool, ValidationError, model_validator
 from medfl.client.data.settings import DataSettings, SplitSettings
 from medfl.shared.config import LocalPath, Settings
 from medfl.shared.privacy.settings import NoPrivacy
+from medfl.shared.secagg.exchange import Phase
 from medfl.shared.study import Name, Study
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -96,10 +97,12 @@ class Partition(Settings):
 
 
 class Failures(Settings):
-    """How often a site does not answer a training request, drawn for each site and round."""
+    """How often a site does not answer, drawn for each site and each time it is asked."""
 
     drop_out: Share = 0.0  # it does not train
     late: Share = 0.0  # it trains, and its answer comes after the deadline
+    # Inside a secure sum, by phase: as often, the message never reaches the site, or its answer is lost.
+    phases: dict[Phase, Share] = Field(default_factory=dict)
     # In training times of a usual site: who takes longer answers too late. Absent: rounds wait for the slowest.
     # Asynchronous strategies have none.
     deadline: Annotated[float, Field(ge=1, le=1e4)] | None = None
@@ -179,6 +182,8 @@ class SimulationSettings(Settings):
             raise ValueError(f"variants: {taken[0]} is the name of a baseline: choose another")
         for name, study in self.studies().items():
             self._refuse_hidden_attack(name, study)
+        if self.failures.phases and all(s.secure_aggregation.mode == "none" for s in self.studies().values()):
+            raise ValueError("failures.phases are those of a secure sum, and no study here has one: leave them out")
         return self
 
     def _refuse_hidden_attack(self, name: str, study: Study) -> None:

@@ -34,7 +34,7 @@ from medfl.server.app import build_server_app
 from medfl.server.checkpoint import CheckpointFolder
 from medfl.server.reporter import Reporter, RoundReport, Several, Silent
 from medfl.server.rounds import Result, Rounds
-from medfl.server.secagg.store import MemoryStore
+from medfl.server.secagg.store import FolderStore, MemoryStore, Store
 from medfl.server.weight_sum import OneRoster, SecureParts
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.initial_weights import shelved
@@ -124,7 +124,9 @@ def federate(
     if initial is not None:
         for remembered in records.values():
             remembered.keep_initial(study.digest, initial)  # one copy for all
-    secure, participants = _secure_parts(study, list(sites))
+    # A sum that could not be opened at once is kept to be tried again, as a coordinator does, where that can happen.
+    store = FolderStore(Path(ledgers.name) / "sums") if failures is not None and failures.phases else MemoryStore()
+    secure, participants = _secure_parts(study, list(sites), store)
     together = Together({name: data.splits[Split.TRAIN] for name, data in sites.items()}, at_once=at_once)
     residents = {
         name: Site(
@@ -202,7 +204,9 @@ class Consortium:
         return signed.content(Ed25519PublicKey.from_public_bytes(self.key), Document.STUDY)
 
 
-def _secure_parts(study: Study, names: Sequence[str]) -> tuple[SecureParts | None, dict[str, Participant]]:
+def _secure_parts(
+    study: Study, names: Sequence[str], store: Store
+) -> tuple[SecureParts | None, dict[str, Participant]]:
     """Keys, a roster and a journal in memory for every virtual site, where the study sums securely."""
     if study.secure_aggregation.mode == "none":
         return None, {}
@@ -215,7 +219,7 @@ def _secure_parts(study: Study, names: Sequence[str]) -> tuple[SecureParts | Non
         member.name: Participant(SecureSite(Enrolment(member.id, keys[member.name], roster), Journal(None)))
         for member in members
     }
-    return SecureParts(OneRoster(roster), MemoryStore(), None), participants
+    return SecureParts(OneRoster(roster), store, None), participants
 
 
 def permissive_policy(study: Study) -> Policy:

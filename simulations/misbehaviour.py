@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.shared.errors import DataError, ProtocolError
-from medfl.shared.messages import Kind, TrainReply
+from medfl.shared.messages import Kind, SecureRequest, TrainReply
 from medfl.shared.weights import Flat
 from medfl.simulations.config import Attacker, Failures
 
@@ -33,11 +33,22 @@ def misbehaving(app: ClientApp, failures: Failures, attackers: Mapping[str, Atta
     What happens depends on the seed, the site and how often it was asked, and on nothing else.
     """
 
+    def lost_in_a_phase(message: Message, context: Context) -> Message:
+        phase = SecureRequest.parse(message.content).phase
+        chance = _uniform(f"{seed}/{context.node_config['site']}/{phase}/{_asked(context, phase.value)}")
+        share = failures.phases.get(phase, 0.0)
+        if chance < share / 2:
+            return _silence(message)
+        reply = app(message, context)
+        return _silence(message) if chance < share else reply
+
     def answer(message: Message, context: Context) -> Message:
+        if failures.phases and message.metadata.message_type == Kind.PHASE.value:
+            return lost_in_a_phase(message, context)
         if message.metadata.message_type != Kind.TRAIN.value:
             return app(message, context)
         site = str(context.node_config["site"])
-        asked = _asked(context)
+        asked = _asked(context, Kind.TRAIN.value)
         chance = _uniform(f"{seed}/{site}/{asked}")
         if chance < failures.drop_out:
             return _silence(message)
@@ -49,11 +60,11 @@ def misbehaving(app: ClientApp, failures: Failures, attackers: Mapping[str, Atta
     return answer
 
 
-def _asked(context: Context) -> int:
-    """How often the site of ``context`` was asked to train, this time included; counted in the context itself."""
-    known = context.state.config_records.setdefault("medfl-asked", ConfigRecord({"times": 0}))
-    times = known["times"]
-    known["times"] = count = times + 1 if isinstance(times, int) else 1
+def _asked(context: Context, what: str) -> int:
+    """How often the site of ``context`` was asked for ``what``, this time included; counted in the context itself."""
+    known = context.state.config_records.setdefault("medfl-asked", ConfigRecord())
+    times = known.get(what, 0)
+    known[what] = count = times + 1 if isinstance(times, int) else 1
     return count
 
 

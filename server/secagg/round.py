@@ -35,6 +35,25 @@ class _TooFew(Exception):
         self.phase, self.left = phase, left
 
 
+def summed(plan: SumPlan, *, roster: Roster, store: Store, exchange: Exchange) -> SecureSum:
+    """The sum of ``plan``; where it fails after its survivors were fixed, once more the very same sum.
+
+    Only that one may still be had: sites would refuse a second sum of the same model over others.
+
+    Raises:
+        ConfigError: the cohort is not one that any site would accept.
+        SumVoid: no sum came about.
+    """
+    try:
+        return SecureRound(plan, roster=roster, store=store).run(exchange)
+    except SumVoid as void:
+        pending = store.pending(plan.study, plan.purpose)
+        if not void.confirmed or void.culprits or pending is None:
+            raise
+        log.warning("%s: the same sum is asked for again", void)
+    return finish(pending, roster=roster, exchange=exchange)
+
+
 class SecureRound:
     """Brings about one :class:`SecureSum`, however the sites drop out; holds one model and never a single update."""
 

@@ -50,7 +50,8 @@ def test_it_is_what_flower_makes_of_the_same_pieces(arrays: dict[str, np.ndarray
     sent = message(**arrays)
     theirs = inflate_object_from_contents(sent.object_id, pieces_of(sent))
     ours = inflate(sent.object_id, pieces_of(sent))
-    assert isinstance(theirs, Message) and ours is not None
+    assert isinstance(theirs, Message)
+    assert ours is not None
     assert ours.metadata.dst_node_id == theirs.metadata.dst_node_id == 7
     assert ours.content["config"] == theirs.content["config"]
     for name, values in arrays.items():
@@ -68,7 +69,8 @@ def test_the_pieces_are_let_go_while_the_array_is_put_together() -> None:
     kept = inflate(name, pieces)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert kept is not None and not pieces
+    assert kept is not None
+    assert not pieces
     assert most < 48 * MIB  # beside the pieces that were there: the array once, and one piece
 
 

@@ -19,6 +19,7 @@ from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError, TrainingError
+from medfl.shared.secagg.exchange import Phase
 from medfl.shared.study import Study
 from medfl.simulations.baselines import alone_and_ensemble, best_threshold, mean_mask, pooled, trivial
 from medfl.simulations.cli import main
@@ -209,3 +210,19 @@ def test_neither_file_nor_command_is_a_usage_error() -> None:
 def test_seeds_must_be_given(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="seeds"):
         load_settings(simulation(tmp_path, STUDY, seeds=[]), SimulationSettings)
+
+
+def test_phases_of_secure_sums_are_named_in_the_file_and_need_a_secure_sum(tmp_path: Path) -> None:
+    def read(mode: str, phase: str) -> SimulationSettings:
+        study = classes_study(secure_aggregation={"mode": mode}, rounds={"minimum_sites": 3})
+        path = simulation(tmp_path, study, failures={"phases": {"masked_input": 0.1, phase: 0.2}})
+        content = yaml.safe_load(path.read_text())
+        content["sites"].append({**content["sites"][0], "name": "east"})
+        path.write_text(yaml.safe_dump(content))
+        return load_settings(path, SimulationSettings)
+
+    assert read("msa1", "unmask").failures.phases == {Phase.MASKED_INPUT: 0.1, Phase.UNMASK: 0.2}
+    with pytest.raises(ConfigError, match="no study here has one"):
+        read("none", "unmask")
+    with pytest.raises(ConfigError, match="phases"):
+        read("msa1", "unmasking")

@@ -9,6 +9,7 @@ from tiny import classes_study, labels_study, site_data
 
 from medfl.client.data.splits import Split
 from medfl.shared.errors import DataError
+from medfl.shared.secagg.exchange import Phase
 from medfl.simulations.config import Attacker, Failures
 from medfl.simulations.federation import Federation, federate
 from medfl.simulations.misbehaviour import changed_update, with_flipped_labels
@@ -74,3 +75,40 @@ def test_drop_outs_leave_the_same_model_under_secure_aggregation_as_in_clear() -
     assert any(why == "no answer" for outcomes in clear[0] for why in outcomes.values())
     assert secure[0] == clear[0]  # the same sites fail in the same rounds
     np.testing.assert_allclose(secure[1], clear[1], atol=1e-6)
+
+
+def secure_run(seed: int = 0, rounds: int = 4, **phases: float) -> Federation:
+    study = classes_study(
+        seed=seed,
+        rounds={"count": rounds, "minimum_sites": 3, "evaluate_every": 2},
+        secure_aggregation={"mode": "msa1"},
+    )
+    sites = {name: site_data(study, seed=n) for n, name in enumerate("abcdefg")}
+    return federate(study, sites, failures=Failures(phases={Phase(name): share for name, share in phases.items()}))
+
+
+def test_sites_are_lost_inside_the_phases_of_a_secure_sum_and_the_same_every_time() -> None:
+    first, again = (secure_run(masked_input=0.1, confirm_survivors=0.05, unmask=0.05) for _ in range(2))
+    assert first.result.ending.value == "done"
+    assert len(first.rounds) == 4
+    words = [word for report in first.rounds for word in report.outcomes.values()]
+    assert "left the secure sum: protocol: unavailable" in words
+    assert [r.outcomes for r in first.rounds] == [r.outcomes for r in again.rounds]
+    assert np.array_equal(first.result.weights, again.result.weights)  # sums of integers: the same bits
+
+
+def test_the_model_of_a_sum_that_lost_a_site_is_the_mean_of_the_others() -> None:
+    lossy = secure_run(rounds=1, masked_input=0.15)
+    stayed = {site for site, word in lossy.rounds[0].outcomes.items() if word == "trained"}
+    assert 3 <= len(stayed) < 7
+    study = classes_study(rounds={"count": 1, "minimum_sites": 3, "evaluate_every": 2})
+    sites = {name: site_data(study, seed=n) for n, name in enumerate("abcdefg")}
+    clear = federate(study, {name: data for name, data in sites.items() if name in stayed})
+    np.testing.assert_allclose(lossy.result.weights, clear.result.weights, atol=1e-6)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_every_phase_can_lose_sites_and_the_study_still_ends(phase: Phase) -> None:
+    federation = secure_run(rounds=3, **{phase.value: 0.15})
+    assert federation.result.ending.value == "done"
+    assert all(sum(word == "trained" for word in report.outcomes.values()) >= 3 for report in federation.rounds)
