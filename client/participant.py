@@ -35,10 +35,10 @@ class Participant:
         return Ready()
 
     def hold_update(self, study: Study, request: ModelRequest, result: TrainReply) -> Ready:
-        """Hold a trained update. Under differential privacy nothing goes with it, and every site weighs the same."""
+        """Hold a trained update. Under differential privacy every site weighs the same; nothing exact goes along."""
         parsed = Encoding.parse(request.encoding)
         plain = isinstance(study.privacy, NoPrivacy)
-        names = (LOSS, EXAMPLES) if plain else ()
+        names = (LOSS, EXAMPLES) if plain else tuple(result.tally)
         _expect(parsed, ring=Ring(study.secure_aggregation.ring_bits), names=names, length=result.update.size)
         self.secure.hold(
             Contribution(

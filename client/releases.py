@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from medfl.client.policy import Policy
 from medfl.shared.algorithms.needs import Beside, demands_of
-from medfl.shared.privacy.settings import NoPrivacy
+from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.study import Study
 
 
@@ -47,6 +47,7 @@ def releases(study: Study, policy: Policy) -> tuple[Release, ...]:
         Release("the strategy's numbers beside the update", _beside(study, bare)),
         Release("training loss", scores),
         Release("scores on held-out patients", scores),
+        Release("whether the update was within the clip", _within(study)),
         Release("how many values the encoding cut", _cut(private=private, secure=secure)),
         Release("numbers of patients, of drawn, clipped and dropped units", Treatment.OFF),
         Release("class weights, intensity statistics, which round's model is taken", Treatment.PLANNED),
@@ -69,6 +70,11 @@ def told(study: Study, policy: Policy) -> str:
 
 def _beside(study: Study, bare: Treatment) -> Treatment:
     return Treatment.OFF if demands_of(study.strategy).beside is Beside.NOTHING else bare
+
+
+def _within(study: Study) -> Treatment:
+    follows = isinstance(study.privacy, ClientLevel) and study.privacy.adaptive_clip is not None
+    return Treatment.NOISED if follows else Treatment.OFF
 
 
 def _cut(*, private: bool, secure: bool) -> Treatment:

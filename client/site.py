@@ -231,10 +231,11 @@ class Site:
                     given,
                     round_number=request.round,
                     survivors=self._require_participant().smallest_sum,
+                    encoding=request.encoding,
                     progress=progress,
                 )
                 self._note_spent(study, request, private, time.monotonic() - started)
-                return TrainReply(private.update, examples=1), kept
+                return TrainReply(private.update, examples=1, tally=private.noised), kept
             case NoPrivacy():
                 generator = round_generator(study, self.name, request.round, data.labels.device)
                 local = self._train_local(

@@ -42,6 +42,7 @@ from medfl.server.guard import Guard, Limits
 from medfl.server.link_grid import LinkGrid
 from medfl.server.link_state import FleetState, fleet_app
 from medfl.server.longpoll import Bell, LongPoll
+from medfl.server.memory import give_back_large_buffers
 from medfl.shared.certificates import check_certificate, revoked_serials
 from medfl.shared.errors import ConfigError, NetworkError, ProtocolError
 from medfl.shared.files import PRIVATE_FILE, private_folder
@@ -106,6 +107,7 @@ class Link:
         """Open the database, close what a dead coordinator left open, and serve."""
         _quieten()
         allow_many_files()
+        give_back_large_buffers()
         self._context = self._tls()
         front = self._tls()
         front.sni_callback = self._show_the_newest

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from flwr.app import Message
 
+from medfl.server.adaptive_clip import Clip
 from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_flower
 from medfl.server.safeguards import shortened
 from medfl.server.secagg.finish import finish
@@ -24,7 +25,7 @@ from medfl.shared.messages import (
     request_config,
 )
 from medfl.shared.metrics import EXAMPLES, LOSS, tally_names
-from medfl.shared.privacy.settings import NoPrivacy
+from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.announcement import Purpose
 from medfl.shared.secagg.clipping import clip_by_class, clip_by_tensor, merge, widened
 from medfl.shared.secagg.encoding import Encoding, Segment
@@ -55,6 +56,7 @@ class SecureCollector:
         self._segments = _segments(layout, study)
         self._private = not isinstance(study.privacy, NoPrivacy)
         self._weights = WeightSum(study, stages, parts)
+        self._clip = _clip(study, parts)
 
     def train(
         self, number: int, weights: Flat, cohort: Mapping[int, str], configure: Configure, *, quorum: int
@@ -158,6 +160,9 @@ class SecureCollector:
         else:
             collected.replies = [as_flower(weights + mean, total.weight)]
         collected.tally, collected.weight = dict(total.scalars), total.weight
+        if self._clip is not None:
+            self._clip.follow(total.scalars, sites=len(survivors))
+            collected.tally = {}
         collected.received_bytes = len(survivors) * total.mean.size * int(self._ring) // 8
         values = len(total.survivors) * total.mean.size
         if self._ring is Ring.BITS_16 and self._layout.length == total.mean.size:
@@ -170,8 +175,9 @@ class SecureCollector:
 
     def _train_encoding(self, reference: int) -> Encoding:
         rounding = self._ring is Ring.BITS_16
-        if self._private:  # nothing goes with a private update
-            return Encoding(self._ring, self._segments, reference, (), stochastic=rounding)
+        if self._private:  # nothing exact goes with a private update
+            names = () if self._clip is None else self._clip.names
+            return Encoding(self._ring, self._segments, reference, names, stochastic=rounding)
         return Encoding(self._ring, self._segments, reference, (LOSS, EXAMPLES), stochastic=rounding)
 
     def _sum_of_weights(self, number: int, cohort: Mapping[int, str]) -> tuple[int, Mapping[int, str]]:
@@ -208,6 +214,14 @@ class SecureCollector:
         size = sum(segment.length for segment in self._segments) * int(self._ring) // 8
         deadline_s = self._study.secure_aggregation.phase_deadline_s
         return GridExchange(self._stages, nodes, deadline_s=deadline_s, vector_bytes=size)
+
+
+def _clip(study: Study, parts: SecureParts) -> Clip | None:
+    """The clip that follows the updates, where the study asks for one."""
+    if not isinstance(study.privacy, ClientLevel) or study.privacy.adaptive_clip is None:
+        return None
+    memory = None if parts.memory is None else parts.memory.with_name("clip.json")
+    return Clip(study.privacy, study.privacy.adaptive_clip, memory)
 
 
 def _segments(layout: Layout, study: Study) -> tuple[Segment, ...]:

@@ -46,3 +46,13 @@ def clipped_and_noised(
     exact *= float(clip_factors(exact.norm(), clip_norm))
     out: Flat = noisy(exact, share_of_noise(noise_multiplier, clip_norm, survivors), generator).float().numpy()
     return out
+
+
+def noised_half(update: Flat, *, clip_norm: float, count_noise: float, survivors: int, generator: NoiseSource) -> float:
+    """One site's part of how many updates are within ``clip_norm``: 1/2 or -1/2, plus its share of the count's noise.
+
+    ``count_noise`` is the standard deviation on the sum of all parts; ``survivors`` as for :func:`share_of_noise`.
+    """
+    within = float(np.linalg.norm(update.astype(np.float64))) <= clip_norm
+    half = torch.tensor([0.5 if within else -0.5], dtype=torch.float64)
+    return float(noisy(half, share_of_noise(count_noise, 1.0, survivors), generator))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from medfl.client.data.tensors import TensorSet
 from medfl.client.privacy.ledger import Charge, Ledger, Spent
 from medfl.client.privacy.refusals import refuse_unnoised_changes
 from medfl.client.training.private import planned_units, require_promised_images, train_private
 from medfl.client.workbench import Bench
+from medfl.shared.metrics import Tally
 from medfl.shared.privacy.plan import TrainingPlan, plan_training, warnings
 from medfl.shared.privacy.settings import DpSgd
 from medfl.shared.study import Study
@@ -27,6 +28,7 @@ class PrivateRound:
     update: Flat
     spent: Spent
     plan: TrainingPlan
+    noised: Tally = field(default_factory=dict)  # numbers that go with the update, with noise of their own
 
 
 def fix_plan(ledger: Ledger, study: Study, settings: DpSgd, data: TensorSet) -> TrainingPlan:

@@ -11,13 +11,15 @@ import torch
 from medfl.client.data.tensors import TensorSet
 from medfl.client.privacy.ledger import Charge, Ledger
 from medfl.client.privacy.randomness import SecureGenerator
-from medfl.client.privacy.site_noise import clipped_and_noised
+from medfl.client.privacy.site_noise import clipped_and_noised, noised_half
 from medfl.client.training.charged import PrivateRound
 from medfl.client.training.local import Given, Progress, train_local
 from medfl.client.workbench import Bench
 from medfl.shared.privacy.accounting import epsilon
+from medfl.shared.privacy.adaptive_clip import clip_of, count_noise, number_within
 from medfl.shared.privacy.plan import TrainingPlan, plan_client_level
 from medfl.shared.privacy.settings import ClientLevel
+from medfl.shared.secagg.encoding import Encoding
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, weights_digest
 
@@ -45,6 +47,14 @@ def fix_client_level_plan(
         return known
     plan = plan_client_level(settings, rounds=study.rounds.count, patients=patients)
     noise = settings.noise_multiplier * math.sqrt(values) / survivors
+    if (adaptive := settings.adaptive_clip) is not None:
+        log.info(
+            "the clip of study %s follows the updates; the count of those within it has noise of %.3g sites, where a "
+            "sum has %d and more",
+            study.name,
+            count_noise(settings, adaptive),
+            survivors,
+        )
     log.warning(
         "study %s hides whether a site took part, at epsilon %g; each patient here is charged epsilon %.3g. With %d "
         "sites the noise on the mean update is %.3g times as long as the clip norm: at 1 and above it drowns what a "
@@ -68,13 +78,16 @@ def train_client_level(
     *,
     round_number: int,
     survivors: int,
+    encoding: bytes = b"",
     progress: Progress | None = None,
 ) -> tuple[PrivateRound, Flat | None]:
     """Charge one round, train it, and return the clipped and noised update, and what the site keeps.
 
-    The noise is part of the result, drawn once: the same answer sent again is the same bytes.
+    The noise is part of the result, drawn once: the same answer sent again is the same bytes. ``encoding`` names the
+    round's clip where it follows the updates.
 
     Raises:
+        ProtocolError: it names none.
         PolicyRefusal: the budget does not allow the round, or the ledger is damaged, busy or cannot be written.
         TrainingError: training diverged.
     """
@@ -82,16 +95,25 @@ def train_client_level(
     plan = fix_client_level_plan(
         ledger, study, settings, patients=patients, survivors=survivors, values=bench.layout.length
     )
+    clip, adaptive = settings.clip_norm, settings.adaptive_clip
+    if adaptive is not None:
+        clip = clip_of(Encoding.parse(encoding).scalars, settings)
     training = secrets.token_hex(8)
     ledger.charge(Charge(study.digest, round_number, training, plan.round_cost))
     order = torch.Generator(data.labels.device).manual_seed(secrets.randbits(63))
     local = train_local(bench, data, study, given, generator=order, round_number=round_number, progress=progress)
+    generator, noised = SecureGenerator(), dict[str, float]()
     update = clipped_and_noised(
         local.update,
-        clip_norm=settings.clip_norm,
+        clip_norm=clip,
         noise_multiplier=settings.noise_multiplier,
         survivors=survivors,
-        generator=SecureGenerator(),
+        generator=generator,
     )
+    if adaptive is not None:
+        spread = count_noise(settings, adaptive)
+        noised[number_within(clip)] = noised_half(
+            local.update, clip_norm=clip, count_noise=spread, survivors=survivors, generator=generator
+        )
     ledger.release(study.digest, training, digest=weights_digest(update), size=update.nbytes)
-    return PrivateRound(update, ledger.spent(study.digest), plan), local.kept
+    return PrivateRound(update, ledger.spent(study.digest), plan, noised), local.kept

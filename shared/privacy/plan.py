@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from medfl.shared.errors import ConfigError
 from medfl.shared.privacy.accounting import SampledGaussian, check_delta, epsilon, solve_noise_multiplier
+from medfl.shared.privacy.adaptive_clip import noise_for_both
 from medfl.shared.privacy.settings import ClientLevel, DpSgd, Unit
 
 FEW_PATIENTS = 100
@@ -70,19 +71,23 @@ def plan_client_level(settings: ClientLevel, *, rounds: int, patients: int) -> T
     """What a site charges its patients for rounds of client-level privacy: no sampling, so no amplification.
 
     With or without a site, the sum moves by one clip norm at most. With or without one of its patients, that site's
-    update may turn around inside the clip: two clip norms. So a patient is charged half the noise multiplier.
+    update may turn around inside the clip: two clip norms. So a patient is charged half the noise multiplier. The same
+    holds for the count of adaptive clipping, 1/2 and 1, so that its cost is in the one charge of the round.
 
     Raises:
         ConfigError: delta above 1/patients, or noise too small for the study's epsilon over ``rounds``.
     """
     check_delta(settings.delta, patients)
-    promised = epsilon([SampledGaussian(settings.noise_multiplier, 1.0, rounds)], settings.delta)
+    noise = noise_for_both(settings)
+    promised = epsilon([SampledGaussian(noise, 1.0, rounds)], settings.delta)
     if promised > settings.epsilon:
+        with_count = "" if settings.adaptive_clip is None else f" ({noise:.3g} with the count of adaptive_clip)"
         raise ConfigError(
-            f"privacy.noise_multiplier {settings.noise_multiplier:g} over {rounds} rounds costs epsilon {promised:.3g} "
-            f"for a site, above privacy.epsilon {settings.epsilon:g}: raise noise_multiplier or plan fewer rounds"
+            f"privacy.noise_multiplier {settings.noise_multiplier:g}{with_count} over {rounds} rounds costs epsilon "
+            f"{promised:.3g} for a site, above privacy.epsilon {settings.epsilon:g}: raise noise_multiplier or plan "
+            "fewer rounds"
         )
-    charged = SampledGaussian(settings.noise_multiplier / 2, 1.0, 1)
+    charged = SampledGaussian(noise / 2, 1.0, 1)
     return TrainingPlan(
         unit=Unit.PATIENT,
         epsilon=epsilon([charged.times(rounds)], settings.delta),

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medfl.shared.config import Settings
+from medfl.shared.config import Settings, later
 
 
 class Unit(StrEnum):
@@ -65,6 +65,15 @@ class DpSgd(Settings):
         return self
 
 
+class AdaptiveClip(Settings):
+    """The clip moves until ``quantile`` of the updates are within it: medfl.shared.privacy.adaptive_clip."""
+
+    quantile: float = Field(default=0.5, gt=0, lt=1)
+    learning_rate: float = Field(default=0.2, gt=0, le=2)
+    # Standard deviation on the number of sites within the clip; absent: twice noise_multiplier, which costs little.
+    count_noise: float | None = Field(default=None, gt=0, le=1e6)
+
+
 class ClientLevel(Settings):
     """Noise on whole site updates: hides that a site took part. At 3-30 sites the noise drowns the update.
 
@@ -76,6 +85,7 @@ class ClientLevel(Settings):
     delta: float = Field(default=1e-5, gt=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0, le=1e6)
     noise_multiplier: float = Field(gt=0, le=1e6)
+    adaptive_clip: AdaptiveClip | None = later(None)  # clip_norm is where it begins
 
 
 PrivacySettings = Annotated[NoPrivacy | DpSgd | ClientLevel, Field(discriminator="mode")]

@@ -25,6 +25,7 @@ from medfl.server.guard import Guard
 from medfl.server.link import Link
 from medfl.server.reporter import Silent
 from medfl.server.rounds import Rounds
+from medfl.server.secagg.store import MemoryStore
 from medfl.shared.messages import TrainReply
 from medfl.simulations import federation
 
@@ -92,7 +93,7 @@ def crossed(lab: Lab, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     )
     link = lab.link()
     ids = link.enrol(lab.roster())
-    secure, participants = federation._secure_parts(study, list(PATIENTS))
+    secure, participants = federation._secure_parts(study, list(PATIENTS), MemoryStore())
     for number, (name, patients) in enumerate(PATIENTS.items()):
         site = make_site(
             study,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -68,3 +69,26 @@ def test_each_round_is_charged_to_the_patients_and_nothing_exact_leaves() -> Non
         (last,) = [row for row in rows if row["set"] == "train" and row["round"] == 2]
         assert last["epsilon"] == pytest.approx(expected)
     assert all(report.training == {} and report.scores == {} for report in federation.rounds)
+
+
+def test_the_clip_follows_the_updates_through_the_masked_sum(caplog: pytest.LogCaptureFixture) -> None:
+    # All updates are far longer than 0.3 and the count is all but exact: each round the clip grows by exp(0.1).
+    caplog.set_level("INFO", logger="medfl.server")
+    adaptive = {**PRIVACY, "epsilon": 1e4, "adaptive_clip": {"count_noise": 0.05}}
+    federation, _ = run(
+        study(privacy=adaptive, training={"learning_rate": 10.0}, rounds={"count": 3, "minimum_sites": 3})
+    )
+    told = [record.getMessage() for record in caplog.records if "within the clip" in record.getMessage()]
+    clips = [float(words.rpartition(" ")[2]) for words in told]
+    assert clips == pytest.approx([0.3 * math.exp(0.1 * n) for n in (1, 2, 3)], rel=0.05)
+    # neither the exact count nor the noised one is among what the coordinator reports
+    assert all(report.training == {} for report in federation.rounds)
+
+
+def test_the_count_is_charged_with_the_update() -> None:
+    adaptive = {**PRIVACY, "adaptive_clip": {"count_noise": 1.0}}
+    federation, _ = run(study(privacy=adaptive))
+    # (1 / 1^2 + 1 / (2 * 1)^2) ** -0.5 = 0.894; a patient is charged half of it
+    expected = epsilon([SampledGaussian(0.8944 / 2, 1.0, 1)], 1e-2)
+    for rows in federation.site_rows.values():
+        assert next(row for row in rows if row["set"] == "train")["epsilon"] == pytest.approx(expected, rel=1e-3)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medfl.client.privacy.randomness import SecureGenerator
-from medfl.client.privacy.site_noise import clipped_and_noised, share_of_noise
+from medfl.client.privacy.site_noise import clipped_and_noised, noised_half, share_of_noise
 from medfl.shared.errors import ConfigError
 from medfl.shared.weights import Flat
 
@@ -48,3 +48,25 @@ def test_what_is_released_is_float32_and_the_update_is_left_alone() -> None:
 def test_noise_that_is_none_is_refused(noise: float, clip: float, survivors: int) -> None:
     with pytest.raises(ConfigError, match="set them under privacy"):
         share_of_noise(noise, clip, survivors)
+
+
+def half(update: list[float], *, clip: float = 5.0, noise: float = 1e-6, survivors: int = 9) -> float:
+    return noised_half(
+        np.array(update, np.float32),
+        clip_norm=clip,
+        count_noise=noise,
+        survivors=survivors,
+        generator=SecureGenerator(),
+    )
+
+
+def test_a_site_says_whether_its_update_was_within_the_clip_as_plus_or_minus_one_half() -> None:
+    assert half([3.0, 4.0]) == pytest.approx(0.5, abs=1e-4)  # norm 5, the clip itself
+    assert half([3.0, 4.1]) == pytest.approx(-0.5, abs=1e-4)
+
+
+def test_the_halves_of_the_fewest_survivors_have_the_counts_noise_together() -> None:
+    # nine sites of which each adds 3 / sqrt(9) = 1: 3 in all; standard error of 2,000 draws 1.6 %
+    sums = [sum(half([1.0], noise=3.0) for _ in range(9)) for _ in range(2_000)]
+    assert np.std(sums) == pytest.approx(3.0, rel=0.06)
+    assert np.mean(sums) == pytest.approx(4.5, abs=0.25)
