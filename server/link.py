@@ -4,8 +4,9 @@
 tests/server/test_link_contract.py says what is relied on). Used here: ``flwr.common.constant``,
 ``flwr.supercore.constant``, ``flwr.supercore.task_identity``.
 In link_state.py: ``flwr.server.superlink.linkstate``, ``flwr.supercore.object_store``, ``flwr.supercore.state.schema``,
-``flwr.supercore.routers.health``, ``flwr.supercore.protobuf.translation``, ``flwr.supercore.error``,
-``flwr.supercore.run``, ``flwr.superlink.federation``, ``flwr.superlink.routers.fleet``.
+``flwr.supercore.corestate``, ``flwr.supercore.routers.health``, ``flwr.supercore.protobuf.translation``,
+``flwr.supercore.error``, ``flwr.supercore.run``, ``flwr.superlink.federation``, ``flwr.superlink.routers.fleet``,
+``flwr.proto``.
 In link_inflate.py: ``flwr.supercore.inflatable``, ``flwr.supercore.constant``.
 In link_grid.py: ``flwr.supercore.inflatable``, ``flwr.app.message.message.remove_content_from_message``,
 ``flwr.common.constant``, ``flwr.supercore.run``, ``flwr.proto``, and ``_message_id`` of message metadata.

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import RLock
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 from fastapi import FastAPI
+from flwr.app import Message
 from flwr.common.constant import Status
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.corestate.in_memory_corestate import InMemoryCoreState, ObjectPushSession
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
@@ -45,7 +49,17 @@ class FleetState(SqlLinkState):
         super().__init__(str(database), NoOpFederationManager(), InMemoryObjectStore())
         self.open_run: int | None = None  # the run that Link.run keeps open
         self._node_ids: dict[bytes, int] = {}
+        self._object_push_sessions: dict[str, ObjectPushSession] = {}
+        self._object_push_session_by_root: dict[str, str] = {}
+        self._lock_object_push_sessions = RLock()
         self.initialize()
+
+    def store_message_and_object_tree(
+        self, message: Message, object_tree: ObjectTree, session_id: str
+    ) -> tuple[bool, list[str]]:
+        """As Flower's, with the sessions' lock taken before the database's, as where a session expires."""
+        with self._lock_object_push_sessions:
+            return super().store_message_and_object_tree(message, object_tree, session_id)
 
     def get_run_status(self, run_ids: set[int]) -> dict[int, RunStatus]:
         """The open run is running; the database knows about others."""
@@ -86,6 +100,14 @@ class FleetState(SqlLinkState):
 
     def add_clientapp_runtime(self, run_id: int, runtime: float) -> None:
         """Not counted."""
+
+
+# A push session lasts as long as the payload it brings, which is in memory: in SQL they were a third of a stage.
+for _name in (
+    *("start_session", "delete_sessions_in_run", "preregister_object_tree", "store_object", "get_object"),
+    "_cleanup_push_session",
+):
+    setattr(FleetState, _name, getattr(InMemoryCoreState, _name))
 
 
 def fleet_app(state: FleetState) -> ASGIApp:

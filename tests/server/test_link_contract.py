@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import sqlite3
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -78,6 +80,27 @@ def test_a_removed_node_is_readmitted_under_its_old_id(tmp_path: Path) -> None:
     state.readmit(b"key")
     assert state.get_node_id_by_public_key(b"key") == node_id
     assert state.activate_node(node_id, 10)
+
+
+def test_what_is_on_its_way_is_kept_in_memory_and_never_in_the_database(tmp_path: Path) -> None:
+    state = FleetState(tmp_path / "fleet.db")
+    session = state.start_session(3)
+    tree = ObjectTree(object_id="a" * 64)
+    assert state.preregister_object_tree(tree, session) == ["a" * 64]
+    assert not state.store_object(4, session, "a" * 64, b"of another run")
+    with sqlite3.connect(tmp_path / "fleet.db") as database:
+        tables = [
+            name
+            for (name,) in database.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE '%push_session%'"
+            )
+        ]
+        assert tables
+        assert [database.execute(f"SELECT COUNT(*) FROM {table}").fetchone() for table in tables] == [(0,)] * len(
+            tables
+        )
+    assert state.delete_sessions_in_run(3) is None
+    assert not state.store_object(3, session, "a" * 64, b"too late")
 
 
 def test_a_message_taken_apart_and_put_together_is_the_same() -> None:
