@@ -21,7 +21,7 @@ def named(document: str) -> set[tuple[str, str]]:
 @cache
 def functions_in(path: str) -> frozenset[str]:
     tree = ast.parse((ROOT / path).read_text("utf-8"))
-    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -37,3 +37,10 @@ def test_every_claim_of_the_threat_model_names_a_test() -> None:
     claims = [row for row in rows if not re.match(r"\| (he|it|claim)( tries)? \|", row)]
     assert len(claims) > 40
     assert [claim for claim in claims if "`tests/" not in claim] == []
+
+
+def test_every_row_about_secure_aggregation_names_a_test() -> None:
+    text = (ROOT / DOCUMENTS[1]).read_text("utf-8")
+    table = text[text.index("| what is tried | test |") :].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) == 26
+    assert [row for row in table if "`tests/" not in row] == []
