@@ -108,11 +108,12 @@ def _first_failure(mutant: Mutant) -> str:
             if report.failed:
                 failed.append(report.nodeid)
 
-    name = Path(mutant.file).name
     tests = TESTS[str(Path(mutant.file).parent)]
-    own = [path for folder in tests if (path := f"{folder}/test_{name}") and (ROOT / path).exists()]
+    own = [path for folder in tests if (ROOT / (path := f"{folder}/test_{Path(mutant.file).name}")).exists()]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main(["-x", "-q", "-p", "no:cacheprovider", *dict.fromkeys([*own, *tests])], plugins=[Watch()])
+        for chosen in (own, tests) if own else (tests,):  # nearly all are noticed by the file's own test
+            if not failed:
+                pytest.main(["-x", "-q", "-p", "no:cacheprovider", *chosen], plugins=[Watch()])
     return failed[0] if failed else "none"
 
 
