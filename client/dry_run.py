@@ -61,7 +61,7 @@ def _tensors(study: Study, tensors: tuple[tuple[str, tuple[int, ...]], ...]) -> 
     form = "float32, as it is" if study.secure_aggregation.mode == "none" else "masked integers"
     table = Table(title=f"The update: one vector, {form}", title_justify="left")
     for heading in ("tensor", "shape", "bytes"):
-        table.add_column(heading, justify="left" if heading == "tensor" else "right")
+        table.add_column(heading, justify="left" if heading == "tensor" else "right", overflow="fold")
     for name, shape in tensors:
         table.add_row(name, "x".join(map(str, shape)) or "1", f"{prod(shape) * width:,.0f}")
     table.add_section()

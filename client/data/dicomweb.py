@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
 
 import dicomweb_client.uri
 import requests
+import requests.auth
 from dicomweb_client.api import DICOMwebClient
 from pydicom.dataset import Dataset
 
 from medfl.client.data.guard import quiet
-from medfl.client.data.pacs import LABEL_MODALITIES, RemoteSeries, Store
+from medfl.client.data.pacs import LABEL_MODALITIES, Pace, RemoteSeries, Store
 from medfl.client.data.settings import DicomwebSettings
-from medfl.shared.errors import NetworkError
+from medfl.shared.errors import ConfigError, NetworkError
 
 _PAGE = 200
 _AS_STORED = (("application/dicom", "*"),)  # without it Orthanc transcodes
@@ -32,6 +36,8 @@ def dicomweb(settings: DicomwebSettings) -> Iterator[DicomwebArchive]:
     session = requests.Session()
     if settings.user is not None:
         session.auth = (settings.user, settings.password or "")
+    if settings.token_file is not None:
+        session.auth = _Bearer(settings.token_file)
     session.verify = str(settings.ca_file) if settings.ca_file else True
     session.request = _with_timeout(session.request, settings.fetch.timeout_s)  # type: ignore[method-assign]
     client = DICOMwebClient(settings.url, session=session)
@@ -41,7 +47,8 @@ def dicomweb(settings: DicomwebSettings) -> Iterator[DicomwebArchive]:
             yield DicomwebArchive(client, settings)
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        hint = "check data.user and data.password" if status in {401, 403} else "check data.url"
+        secret = "data.token_file" if settings.token_file else "data.user and data.password"
+        hint = f"check {secret}" if status in {401, 403} else "check data.url"
         raise NetworkError(f"the PACS answers {status} over DICOMweb: {hint}") from None
     except requests.exceptions.SSLError:
         raise NetworkError("the PACS's TLS certificate cannot be verified: set data.ca_file") from None
@@ -51,6 +58,34 @@ def dicomweb(settings: DicomwebSettings) -> Iterator[DicomwebArchive]:
         raise NetworkError("the PACS's answer over DICOMweb is not understood: check data.url") from None
     finally:
         session.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Bearer(requests.auth.AuthBase):
+    """RFC 6750. The file is read for every request: such tokens live for minutes, and something else renews them."""
+
+    path: Path
+
+    def __call__(self, request: Any) -> Any:
+        request.headers["Authorization"] = f"Bearer {_token(self.path)}"
+        return request
+
+
+def _token(path: Path) -> str:
+    """Content of a file that only its owner can read.
+
+    Raises:
+        ConfigError: it cannot be read, can be read by others, or holds no token. The token itself is never shown.
+    """
+    try:
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ConfigError("data.token_file: can be read by others: run chmod 600 on it")
+        token = path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError("data.token_file: cannot be read, or is not one line of text") from None
+    if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
+        raise ConfigError("data.token_file: does not hold a bearer token")
+    return token
 
 
 def _with_timeout(request: Any, seconds: float) -> Any:
@@ -102,21 +137,20 @@ class DicomwebArchive:
                     int(count) if count is not None else None,
                 )
 
-    def fetch(self, series: RemoteSeries, store: Store) -> int:
+    def fetch(self, series: RemoteSeries, store: Store, pace: Pace) -> None:
         """Instance by instance, those that are missing."""
-        transferred, offset = 0, 0
+        offset = 0
         while page := self.client.search_for_instances(series.study, series.series, limit=_PAGE, offset=offset):
             offset += len(page)
             for item in page:
                 instance = str(Dataset.from_json(item).SOPInstanceUID)
-                if not store.has(instance):
-                    dataset = self.client.retrieve_instance(
-                        series.study, series.series, instance, media_types=_AS_STORED
-                    )
-                    buffer = BytesIO()
-                    dataset.save_as(buffer, enforce_file_format=True)
-                    store.put(instance, buffer.getvalue())
-                    transferred += 1
+                if store.has(instance):
+                    continue
+                pace.check_hours()
+                pace.wait()
+                dataset = self.client.retrieve_instance(series.study, series.series, instance, media_types=_AS_STORED)
+                buffer = BytesIO()
+                dataset.save_as(buffer, enforce_file_format=True)
+                store.put(instance, buffer.getvalue())
             if len(page) < _PAGE:
                 break
-        return transferred

@@ -33,7 +33,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 
 from medfl.client.data.dicom import PLANAR, SEGMENTATIONS, STRUCTURE_SET, VOLUMES
 from medfl.client.data.guard import quiet
-from medfl.client.data.pacs import LABEL_MODALITIES, RemoteSeries, Store
+from medfl.client.data.pacs import LABEL_MODALITIES, Pace, RemoteSeries, Store
 from medfl.client.data.settings import DicomTls, DimseSettings
 from medfl.shared.errors import ConfigError, NetworkError
 
@@ -49,6 +49,7 @@ _SYNTAXES = [
 ]  # fmt: skip
 _SUCCESS, _PENDING = 0x0000, (0xFF00, 0xFF01)
 _OUT_OF_SPACE, _WRONG_OBJECT = 0xA700, 0xA900
+_LONGEST_ANSWER_S = 5.0  # archives give up an association that is silent for 10 s or more
 
 
 @contextmanager
@@ -142,7 +143,7 @@ class DimseArchive:
     association: Any = None
     _store: Store | None = field(default=None, repr=False)
     _wanted: str = field(default="", repr=False)  # series that is being fetched
-    _received: int = 0
+    _pace: Pace | None = field(default=None, repr=False)
 
     def find(self) -> Iterator[RemoteSeries]:
         """Series of the matching studies. Some archives answer once for each instance: each UID counts once."""
@@ -186,15 +187,15 @@ class DimseArchive:
             "or has stopped"
         )
 
-    def fetch(self, series: RemoteSeries, store: Store) -> int:
-        """The whole series; instances that are here already are received and dropped."""
-        self._store, self._wanted, self._received = store, series.series, 0
+    def fetch(self, series: RemoteSeries, store: Store, pace: Pace) -> None:
+        """The whole series, also where the allowed hours end; instances that are here already come and are dropped."""
+        self._store, self._wanted, self._pace = store, series.series, pace
         request = Dataset()
         request.QueryRetrieveLevel = "SERIES"
         request.StudyInstanceUID, request.SeriesInstanceUID = series.study, series.series
         if self.settings.retrieve == "get":
             self._finish(self.association.send_c_get(request, StudyRootQueryRetrieveInformationModelGet))
-            return self._received
+            return
         assert self.settings.port is not None  # noqa: S101 - the settings guarantee it
         try:
             server: Any = self.entity.start_server(
@@ -213,7 +214,6 @@ class DimseArchive:
             self._finish(self.association.send_c_move(request, self.settings.ae_title, model))
         finally:
             server.shutdown()
-        return self._received
 
     def _finish(self, answers: Any) -> None:
         code = None
@@ -234,7 +234,8 @@ class DimseArchive:
         if self._store is None or str(event.dataset.get("SeriesInstanceUID")) != self._wanted:
             return _WRONG_OBJECT
         instance = str(event.request.AffectedSOPInstanceUID)
-        self._received += 1
+        if self._pace is not None:
+            self._pace.wait(_LONGEST_ANSWER_S)  # the PACS sends the next one when this one is answered
         try:
             if not self._store.has(instance):
                 self._store.put(instance, event.encoded_dataset())

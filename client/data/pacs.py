@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -45,12 +46,40 @@ class Archive(Protocol):
             NetworkError: the PACS cannot be reached, refuses, or stops in the middle.
         """
 
-    def fetch(self, series: RemoteSeries, store: Store) -> int:
-        """Put every instance that ``store`` does not have into it; how many were transferred.
+    def fetch(self, series: RemoteSeries, store: Store, pace: Pace) -> None:
+        """Put every instance that ``store`` does not have into it, no faster than ``pace`` allows.
 
         Raises:
-            NetworkError: as :meth:`find`, or fewer instances came than were announced.
+            NetworkError: as :meth:`find`.
+            OutsideHours: the allowed hours have ended.
         """
+
+
+class OutsideHours(Exception):
+    """The PACS may not be asked at this time of the day."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """When the next instance may come, over all series of a fetch."""
+
+    fetch: FetchSettings
+    now: Callable[[], datetime]
+    sleep: Callable[[float], None]
+    clock: Callable[[], float]
+    _next: float = 0.0
+
+    def check_hours(self) -> None:
+        """Raise OutsideHours unless the PACS may be asked now."""
+        if not _allowed(self.fetch, self.now()):
+            raise OutsideHours
+
+    def wait(self, longest: float = inf) -> None:
+        """Return when another instance may come, but after ``longest`` seconds; what is left is waited for later."""
+        moment = self.clock()
+        if self._next > moment:
+            self.sleep(min(self._next - moment, longest))
+        self._next = max(self._next, moment) + 60 / self.fetch.instances_per_minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +133,7 @@ def fetch_all(
     *,
     now: Callable[[], datetime] = datetime.now,
     sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Bring the local copy (``settings.fetch.folder``) up to date. What is there already is not fetched again.
 
@@ -123,6 +153,7 @@ def fetch_all(
         findings.quarantined["not looked for in the PACS: outside the allowed hours"] += 1
         return
     wanted = _retry(fetch, sleep, lambda: _find(settings))
+    pace = Pace(fetch, now, sleep, clock)
     for done, series in enumerate(wanted):
         if progress:
             progress("fetching series", done, len(wanted))
@@ -132,13 +163,13 @@ def fetch_all(
         store = Store.of(fetch.folder, series)
         if store.is_complete(series):
             continue
-        if not _allowed(fetch, now()):
+        try:
+            pace.check_hours()
+            _retry(fetch, sleep, lambda store=store, series=series: _fetch(settings, series, store, pace))  # type: ignore[misc]
+        except OutsideHours:
             findings.quarantined["not fetched: outside the allowed hours"] += len(wanted) - done
             break
-        started = time.monotonic()
-        transferred = _retry(fetch, sleep, lambda store=store, series=series: _fetch(settings, series, store))  # type: ignore[misc]
         store.complete()
-        sleep(max(0.0, transferred * 60 / fetch.instances_per_minute - (time.monotonic() - started)))
     if progress:
         progress("fetching series", len(wanted), len(wanted))
 
@@ -160,12 +191,11 @@ def _find(settings: DicomwebSettings | DimseSettings) -> list[RemoteSeries]:
         return list(archive.find())
 
 
-def _fetch(settings: DicomwebSettings | DimseSettings, series: RemoteSeries, store: Store) -> int:
+def _fetch(settings: DicomwebSettings | DimseSettings, series: RemoteSeries, store: Store, pace: Pace) -> None:
     with _open(settings) as archive:
-        transferred = archive.fetch(series, store)
+        archive.fetch(series, store, pace)
     if not len(store) or (series.instances is not None and len(store) < series.instances):
         raise NetworkError(f"the PACS sent {len(store)} of {series.instances} instances of a series")
-    return transferred
 
 
 def _retry(fetch: FetchSettings, sleep: Callable[[float], None], action: Callable[[], T]) -> T:

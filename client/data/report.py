@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from medfl.client.data.splits import Split
+
+_WIDTH, _HEAD, _NUMBER = 80, 16, 8  # columns of text: of a line, of what is counted, of a count
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +44,42 @@ class DataReport:
     held: str = ""  # where the tensors lie, for a person
 
     def lines(self) -> list[str]:
-        """The report as lines of text, for a terminal."""
-        usable = ", ".join(f"{split.value} {count}" for split, count in self.cases.items())
-        rows = ", ".join(f"{split.value} {count}" for split, count in self.examples.items())
+        """The report as a table of two columns, at most 80 wide: what, and how much of it."""
+        out: list[str] = []
+        for what, values in self._rows():
+            for number, value in enumerate(values):
+                head = what if number == 0 else ""
+                out += textwrap.wrap(
+                    value,
+                    _WIDTH,
+                    initial_indent=f"{head:<{_HEAD}}",
+                    subsequent_indent=" " * (_HEAD + _NUMBER),
+                    break_long_words=False,
+                    drop_whitespace=False,
+                )
+        return [line.rstrip() for line in out]
+
+    def _rows(self) -> list[tuple[str, list[str]]]:
         out = [
-            f"patients {self.patients}, studies {self.studies}, series {self.series}, labels {self.labels}",
-            f"usable cases: {usable}",
-            f"examples: {rows}",
-            "left out: " + (", ".join(f"{why} {n}" for why, n in sorted(self.quarantined.items())) or "nothing"),
-            "classes: " + ", ".join(f"{name} {share:.1%}" for name, share in self.class_balance.items()),
+            ("patients", [str(self.patients)]),
+            ("studies", [str(self.studies)]),
+            ("series", [str(self.series)]),
+            ("labels", [str(self.labels)]),
+            ("usable cases", [", ".join(f"{split.value} {count}" for split, count in self.cases.items())]),
+            ("examples", [", ".join(f"{split.value} {count}" for split, count in self.examples.items())]),
+            ("left out", _counted(self.quarantined) or ["nothing"]),
+            ("to look at", _counted(self.review) or ["nothing"]),
+            ("other segments", _counted({repr(name): count for name, count in self.unmatched.items()})),
+            ("classes", [f"{share:6.1%}  {name}" for name, share in self.class_balance.items()]),
+            ("spacing in mm", [" x ".join(f"{r.low:.2f}..{r.high:.2f}" for r in self.spacing_mm) or "unknown"]),
         ]
-        if self.unmatched:
-            names = ", ".join(f"{name!r} {n}" for name, n in sorted(self.unmatched.items()))
-            out.append(f"segments that are no class (see data.aliases): {names}")
-        if self.review:
-            out.append("to look at: " + ", ".join(f"{why} {n}" for why, n in sorted(self.review.items())))
-        if self.spacing_mm:
-            out.append("spacing in mm: " + " x ".join(f"{r.low:.2f}..{r.high:.2f}" for r in self.spacing_mm))
         if self.intensity:
-            out.append(f"raw values: {self.intensity.low:g}..{self.intensity.high:g}")
+            out.append(("raw values", [f"{self.intensity.low:g}..{self.intensity.high:g}"]))
         for attribute, counts in self.subgroups.items():
-            out.append(f"{attribute}: " + ", ".join(f"{value} {n}" for value, n in sorted(counts.items())))
-        if self.held:
-            out.append(f"held: {self.held}")
-        out.append(f"seconds: {self.seconds:.1f}")
-        return out
+            out.append((attribute, [f"{count:6d}  {value}" for value, count in sorted(counts.items())]))
+        return [*out, ("held", [self.held or "nothing"]), ("seconds", [f"{self.seconds:.1f}"])]
+
+
+def _counted(reasons: Mapping[str, int]) -> list[str]:
+    """The most frequent first."""
+    return [f"{count:6d}  {why}" for why, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))]

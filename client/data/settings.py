@@ -159,6 +159,7 @@ class DicomwebSettings(_Dicom):
     url: str = Field(pattern=r"^https?://")
     user: str | None = None
     password: str | None = Field(default=None, repr=False)  # write it as file:PATH or ${NAME}
+    token_file: LocalPath | None = None  # a bearer token instead, that only its owner can read; read at every request
     ca_file: LocalPath | None = None
     query: Query
     fetch: FetchSettings
@@ -166,8 +167,11 @@ class DicomwebSettings(_Dicom):
     @model_validator(mode="after")
     def _no_password_in_the_clear(self) -> DicomwebSettings:
         url = urlsplit(self.url)
-        if self.password is not None and url.scheme == "http" and url.hostname not in {"127.0.0.1", "localhost", "::1"}:
-            raise ValueError("url must begin with https, or the password would cross the network in the clear")
+        secret = "password" if self.password is not None else "token" if self.token_file is not None else None
+        if secret and url.scheme == "http" and url.hostname not in {"127.0.0.1", "localhost", "::1"}:
+            raise ValueError(f"url must begin with https, or the {secret} would cross the network in the clear")
+        if self.token_file is not None and self.user is not None:
+            raise ValueError("user and token_file are two ways to sign in: give one")
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,18 +68,39 @@ def as_input(images: Tensor) -> Tensor:
 
 
 def narrowest(images: Tensor) -> Tensor:
-    """``images`` (float32) in the smallest type of uint8, bfloat16 and float32 that gives back every value exactly."""
-    # Most sets are neither: a glance at some values spares three passes over all.
+    """``images`` (N, ...) float32 in the smallest type of uint8, bfloat16 and float32 that gives back every value
+    exactly.
+    """
+    # Most sets are neither: a glance at some values spares passes over all.
     glance = images.flatten()[:: max(1, images.numel() // 1000)]
-    may_be_bytes = torch.equal(as_input(glance.mul(255).round_().clamp_(0, 255).to(torch.uint8)), glance)
-    may_be_half = torch.equal(glance.to(torch.bfloat16).float(), glance)
-    if not may_be_bytes and not may_be_half:
-        return images
-    as_bytes = images.mul(255).round_().clamp_(0, 255).to(torch.uint8)
-    if torch.equal(as_input(as_bytes), images):
-        return as_bytes
-    half = images.to(torch.bfloat16)
-    return half if torch.equal(half.float(), images) else images
+    for narrow in (_as_bytes, _as_half):
+        if _is_exact(glance, narrow(glance)):
+            out = _all_exact(images, narrow)
+            if out is not None:
+                return out
+    return images
+
+
+def _as_bytes(images: Tensor) -> Tensor:
+    return images.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _as_half(images: Tensor) -> Tensor:
+    return images.to(torch.bfloat16)
+
+
+def _is_exact(images: Tensor, narrowed: Tensor) -> bool:
+    return torch.equal(as_input(narrowed), images)
+
+
+def _all_exact(images: Tensor, narrow: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """All ``images`` narrowed, one example at a time so that the processor's cache holds it; None where one is not."""
+    out = torch.empty(images.shape, dtype=narrow(images.flatten()[:1]).dtype)
+    for one, kept in zip(images, out, strict=True):
+        kept.copy_(narrow(one))
+        if not _is_exact(one, kept):
+            return None
+    return out
 
 
 def image_bytes(blocks: Sequence[tuple[Tensor, Tensor, int]]) -> int:

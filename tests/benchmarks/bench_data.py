@@ -1,8 +1,9 @@
 """What the data path costs beside the least that it could: ``python tests/benchmarks/bench_data.py [PART...]``.
 
 Prints a table of ratios. ``epochs``: over resident tensors, over tensors that stay on the host, and of MONAI's
-CacheDataset with DataLoader, beside a bare loop over ready-made batches with the same model. ``ingest``: beside
-highdicom alone, with the same decoding. ``linear``: time and memory of many series. ``restart``: from the cache.
+CacheDataset with DataLoader, beside a bare loop over ready-made batches with the same model. ``ingest``,
+``compressed``: beside highdicom alone, with the same decoding. ``linear``: time and memory of many series.
+``restart``: from the cache.
 
 Times are processor time on the CPU (other work on the machine does not count), wall time on a GPU and where a helper
 process decodes.
@@ -37,7 +38,7 @@ from monai.transforms import (
     RandScaleIntensityd,
     RandShiftIntensityd,
 )
-from pydicom.uid import JPEG2000Lossless
+from pydicom.uid import UID, JPEG2000Lossless
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
@@ -120,26 +121,22 @@ def monai_loaders(images: Tensor, labels: Tensor, batch: int) -> tuple[DataLoade
     )
 
 
-def ingest(folder: Path, series: int = 3) -> list[tuple[str, float]]:
+def ingest(folder: Path, name: str, syntax: UID | None, series: int = 3, repeats: int = 5) -> list[tuple[str, float]]:
     """Loading 40-slice 512x512 series with labels, beside highdicom on the same files."""
     rng = np.random.default_rng(0)
     smooth = np.cumsum(rng.integers(-3, 4, (40, 512, 512)), axis=2).clip(-1000, 3000).astype(np.int16)
-    results = []
-    for name, syntax in (("uncompressed", None), ("JPEG 2000", JPEG2000Lossless)):
-        here = folder / name
-        for number in range(series):
-            slices = ct(smooth + np.int16(number), name=f"P{number}")
-            mask = np.zeros(smooth.shape, bool)
-            mask[10:20, 100:200, 100:200] = True
-            label = seg(slices, {"Lesion": mask})
-            for dataset in slices if syntax else []:
-                dataset.compress(syntax, generate_instance_uid=False)
-            save([*slices, label], here / str(number))
-        results += _beside_highdicom(here, series, name, wall=syntax is not None)
-    return results
+    for number in range(series):
+        slices = ct(smooth + np.int16(number), name=f"P{number}")
+        mask = np.zeros(smooth.shape, bool)
+        mask[10:20, 100:200, 100:200] = True
+        label = seg(slices, {"Lesion": mask})
+        for dataset in slices if syntax else []:
+            dataset.compress(syntax, generate_instance_uid=False)
+        save([*slices, label], folder / str(number))
+    return _beside_highdicom(folder, series, name, repeats, wall=syntax is not None)
 
 
-def _beside_highdicom(folder: Path, series: int, name: str, *, wall: bool) -> list[tuple[str, float]]:
+def _beside_highdicom(folder: Path, series: int, name: str, repeats: int, *, wall: bool) -> list[tuple[str, float]]:
     study = spec(preprocessing={"normalise": "none", "size": (512, 512)}, dimensions=2)
     settings = DicomSettings.model_validate({"source": "dicom", "folder": folder, "split": {"min_patients": 3}})
 
@@ -158,7 +155,7 @@ def _beside_highdicom(folder: Path, series: int, name: str, *, wall: bool) -> li
     alone()
     load()
     found: dict[str, list[float]] = {"": [], ", into the encrypted cache": []}
-    for _ in range(5):
+    for _ in range(repeats):
         for kind, action in zip(found, (load, into_a_new_cache), strict=True):
             reference = seconds(alone, wall=wall)
             found[kind].append(seconds(action, wall=wall) / reference)
@@ -225,7 +222,7 @@ def restart(folder: Path, series: int = 250, slices: int = 40) -> list[tuple[str
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", default=["epochs", "ingest", "linear", "restart"])
+    parser.add_argument("parts", nargs="*", default=["epochs", "ingest", "compressed", "linear", "restart"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer series")
     options = parser.parse_args()
@@ -234,7 +231,8 @@ def main() -> None:
         folder = Path(name)
         parts: dict[str, Callable[[], list[tuple[str, float]]]] = {
             "epochs": lambda: epochs(options.device),
-            "ingest": lambda: ingest(folder / "ingest"),
+            "ingest": lambda: ingest(folder / "ingest", "uncompressed", None),
+            "compressed": lambda: ingest(folder / "compressed", "JPEG 2000", JPEG2000Lossless, repeats=2),
             "linear": lambda: linear(folder / "linear", 100 if options.quick else 1000),
             "restart": lambda: restart(folder / "restart", 25 if options.quick else 250),
         }

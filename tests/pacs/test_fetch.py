@@ -193,14 +193,41 @@ def test_a_short_failure_is_tried_again(pacs: Pacs, tmp_path: Path) -> None:
     assert pauses[0] == 2.0
 
 
-def test_the_pace_that_is_asked_for_is_kept(pacs: Pacs, tmp_path: Path) -> None:
+class Watch:
+    """A clock that only waiting moves on."""
+
+    def __init__(self) -> None:
+        self.seconds, self.pauses = 0.0, []  # type: ignore[var-annotated]
+
+    def read(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.seconds += seconds
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_pace_that_is_asked_for_is_kept_between_instances(way: str, pacs: Pacs, tmp_path: Path) -> None:
     pacs.upload(save([*ct(name="A"), *ct(name="B")], tmp_path / "data"))
-    pauses: list[float] = []
+    watch = Watch()
     gentle = {"folder": tmp_path / "spool", "instances_per_minute": 60}
-    fetch(settings("dicomweb", pacs, tmp_path, fetch=gentle), sleep=pauses.append)
-    # 6 instances at one a second are 6 s for each series, less what the transfer took
-    assert len(pauses) == 2
-    assert all(4 < pause <= 6 for pause in pauses)
+    assert len(fetch(settings(way, pacs, tmp_path, fetch=gentle), sleep=watch.sleep, clock=watch.read)) == 12
+    # twelve instances at one a second: a second before each but the first
+    assert watch.pauses == pytest.approx([1.0] * 11)
+
+
+def test_hours_that_end_within_a_series_stop_it_and_the_next_night_goes_on(pacs: Pacs, tmp_path: Path) -> None:
+    pacs.upload(save(ct(name="A"), tmp_path / "a"))
+    night = {"folder": tmp_path / "spool", "hours": "22:00-05:30", "instances_per_minute": 60}
+    wanted, watch, findings = settings("dicomweb", pacs, tmp_path, fetch=night), Watch(), Findings()
+    evening = datetime(2026, 1, 1, 5, 29, 57)
+    options = {"sleep": watch.sleep, "clock": watch.read}
+    arrived = fetch(wanted, findings, now=lambda: evening + timedelta(seconds=watch.seconds), **options)
+    # at 29:57, :58 and :59, asked for the next one at 30:00
+    assert 0 < len(arrived) < 6
+    assert findings.quarantined == {"not fetched: outside the allowed hours": 1}
+    assert len(fetch(wanted, now=lambda: datetime(2026, 1, 1, 23, 0), **options)) == 6
 
 
 def test_outside_the_allowed_hours_the_pacs_is_left_alone(pacs: Pacs, tmp_path: Path) -> None:
