@@ -84,7 +84,7 @@ def _simulate(options: argparse.Namespace) -> int:
         experiment = run_experiment(settings, sweep=options.sweep, reporter=reporter_for(console), loading=loading)
     print_table(console, experiment)
     print_spend(console, experiment)
-    print_backdoors(console, experiment)
+    print_attacks(console, experiment)
     _write_report(console, experiment, settings, options)
     console.print(f"{experiment.seconds:.0f} s; everything is in {experiment.folder}")
     return 0
@@ -114,8 +114,12 @@ def print_spend(console: Console, experiment: Experiment) -> None:
         console.print(promise, highlight=False)
 
 
-def print_backdoors(console: Console, experiment: Experiment) -> None:
-    """How often a planted mark works, for every method that was run with one."""
+def print_attacks(console: Console, experiment: Experiment) -> None:
+    """How often a planted mark works, and what a curious coordinator finds, for every method that was run with one."""
+    from medfl.simulations.findings import reconstructions
+
+    for sentence in reconstructions(experiment):
+        console.print(sentence, highlight=False)
     for cell in experiment.cells:
         if cell.backdoor is not None:
             console.print(

@@ -108,6 +108,13 @@ class Failures(Settings):
     deadline: Annotated[float, Field(ge=1, le=1e4)] | None = None
 
 
+class CuriousServer(Settings):
+    """The coordinator tries to make a patient's picture from what it sees: :mod:`medfl.simulations.curious`."""
+
+    site: Name | None = None  # whose image; absent: the first site that trains
+    steps: int = Field(default=300, ge=1, le=100_000)  # of its search
+
+
 class Baselines(Settings):
     """What stands beside the federation, each with the same number of optimizer steps."""
 
@@ -126,6 +133,7 @@ class SimulationSettings(Settings):
     sites: tuple[VirtualSiteSettings, ...] = Field(min_length=1)
     partition: Partition | None = None
     failures: Failures = Failures()
+    curious_server: CuriousServer | None = None
     variants: dict[Name, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     baselines: Baselines = Baselines()
     initial_weights: LocalPath | None = None  # the safetensors file whose SHA-256 the study names
@@ -177,6 +185,10 @@ class SimulationSettings(Settings):
         needed = max(study.rounds.minimum_sites for study in self.studies().values())
         if count < needed:
             raise ValueError(f"study.rounds.minimum_sites is {needed}, there are {count} sites that train from round 1")
+        if self.curious_server is not None and self.curious_server.site is not None and self.partition is None:
+            away = {site.name for site in self.sites if site.held_out}
+            if self.curious_server.site not in set(names) - away:
+                raise ValueError(f"curious_server.site {self.curious_server.site}: no site of that name trains")
         reserved = {"pooled", "alone", "ensemble", "cyclic", "unprotected", "best threshold", "mean mask"}
         if taken := sorted(reserved & set(self.variants)):
             raise ValueError(f"variants: {taken[0]} is the name of a baseline: choose another")

@@ -42,6 +42,7 @@ from medfl.simulations.baselines import (
 )
 from medfl.simulations.cast import attackers_of, held_out_of, rhythms_of
 from medfl.simulations.config import SimulationSettings
+from medfl.simulations.curious import reconstruct
 from medfl.simulations.federation import Federation, federate, permissive_policy
 from medfl.simulations.misbehaviour import backdoor_success
 from medfl.simulations.results import Cell, Experiment, Row
@@ -198,6 +199,7 @@ class _Seed:
         parts = [name, study.digest, settings.failures.model_dump_json()]
         parts += [settings.partition.model_dump_json() if settings.partition else ""]
         parts += [site.model_dump_json() for site in settings.sites]
+        parts += [settings.curious_server.model_dump_json()] if settings.curious_server else []
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _pooled(self, study: Study) -> list[Cell]:
@@ -278,6 +280,7 @@ class _Federated:
             },
             leaves="" if isinstance(study.privacy, NoPrivacy) else told(study, permissive_policy(study)),
             times=federation.times,
+            reconstruction=self._reconstruction(study, federation),
             backdoor=self._backdoor(study, federation),
         )
         return [cell if self.folder is not None else replace(cell, kind="baseline")]
@@ -309,6 +312,16 @@ class _Federated:
             workers=1 if work.device.type == "cuda" else work.settings.workers,
             at_once=work.settings.at_once,
         )
+
+    def _reconstruction(self, study: Study, federation: Federation) -> tuple[float, float] | None:
+        """What a curious coordinator makes of a patient; None where the file asks for none."""
+        work = self.seed
+        if (how := work.settings.curious_server) is None:
+            return None
+        rows = [row for rows in federation.site_rows.values() for row in rows if "noise_multiplier" in row]
+        noise = min((float(row["noise_multiplier"]) for row in rows), default=None)
+        found = reconstruct(study, work.training, how, device=work.device, noise_multiplier=noise)
+        return found.found, found.grey
 
     def _backdoor(self, study: Study, federation: Federation) -> float | None:
         """How often the attackers' mark works at honest sites; None where nobody planted one."""

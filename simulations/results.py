@@ -45,6 +45,8 @@ class Cell:
     spent: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by site: epsilon after each round
     leaves: str = ""  # what leaves a site and how each is treated, of a private study
     times: Sequence[float] = ()  # when each round ended, in training times of a usual site; empty where all are alike
+    # Decibels of the picture that a curious coordinator makes of a patient, and of a plain grey one.
+    reconstruction: tuple[float, float] | None = None
     backdoor: float | None = None  # share of marked held-out images that are taken for the attacker's class
 
     def save(self, path: Path, digest: str) -> None:
@@ -60,6 +62,8 @@ class Cell:
             if content.pop("digest") != digest:
                 return None
             content["curve"] = [(number, score) for number, score in content["curve"]]
+            if content["reconstruction"] is not None:
+                content["reconstruction"] = tuple(content["reconstruction"])
             return cls(**content)
         except (OSError, ValueError, KeyError, TypeError):
             return None

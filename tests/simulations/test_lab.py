@@ -20,7 +20,7 @@ from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.shared.errors import DataError
 from medfl.simulations import load_simulation, run_experiment
 from medfl.simulations.baselines import alone_and_ensemble, cyclic, pooled, trivial
-from medfl.simulations.cli import print_backdoors
+from medfl.simulations.cli import print_attacks
 from medfl.simulations.config import Attacker, Partition, SimulationSettings
 from medfl.simulations.examples import load, shown
 from medfl.simulations.findings import findings
@@ -124,7 +124,7 @@ def test_a_backdoor_is_measured_and_a_robust_rule_resists_it(tmp_path: Path) -> 
     assert found["median"] is not None
     assert found["fedavg"] > 0.8 > found["median"]
     console = Console(record=True, width=80)
-    print_backdoors(console, experiment)
+    print_attacks(console, experiment)
     assert "of what it is meant for (median, seed 0)" in console.export_text()
     assert "backdoor works" in write_report(experiment, settings).read_text()
 
