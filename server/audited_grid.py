@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from medfl.server.audit import Audit
 from medfl.server.link_grid import hashed_once
+from medfl.server.passing_grid import PassingGrid
 from medfl.shared.errors import Code, ProtocolError
 from medfl.shared.messages import Kind, SecureRequest
 from medfl.shared.observed import answer_in, form_of, kind_of, measured, passage_of
@@ -31,30 +32,14 @@ class Members(Protocol):
         ...
 
 
-class AuditedGrid(Grid):
-    """Delegates to ``grid``; ``members`` knows the sites of its nodes."""
+class AuditedGrid(PassingGrid):
+    """As ``grid``; ``members`` knows the sites of its nodes."""
 
     def __init__(self, grid: Grid, audit: Audit, *, study: str, members: Members) -> None:
-        self._grid, self._audit, self._study, self._members = grid, audit, study, members
+        super().__init__(grid)
+        self._audit, self._study, self._members = audit, study, members
         self._asked: dict[str, tuple[Passage, float]] = {}  # by message id, until it is answered or has expired
         self._round: int | None = None  # messages of secure sums do not name it
-
-    def set_run(self, run: Any) -> None:
-        """As the grid does."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The grid's run."""
-        return self._grid.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """As the grid does."""
-        return self._grid.create_message(*args, **kwargs)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """As the grid does."""
-        return self._grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """As the grid does, once the messages are in the log. Raises PolicyRefusal where it cannot be written."""

@@ -8,39 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from medfl.server.passing_grid import PassingGrid
 from medfl.shared.messages import PROTOCOL, protocol_of, written_as
 
 log = logging.getLogger("medfl.server")
 
 
-class NegotiatingGrid(Grid):
-    """Delegates to ``grid``; rewrites what goes to older sites and learns from what comes back."""
+class NegotiatingGrid(PassingGrid):
+    """As ``grid``, but rewrites what goes to older sites and learns from what comes back."""
 
     def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._older: dict[int, int] = {}  # node id -> the protocol it speaks
-
-    def get_node_ids(self) -> Iterable[int]:
-        """As the grid does."""
-        return self._grid.get_node_ids()
-
-    def set_run(self, run: Any) -> None:
-        """As the grid does."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The grid's run."""
-        return self._grid.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """As the grid does."""
-        return self._grid.create_message(*args, **kwargs)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send each message as its receiver can read it."""

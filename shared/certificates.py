@@ -1,13 +1,10 @@
 """The consortium's own certificate authority, and the TLS certificates of its coordinator and sites.
 
 One private authority is all that anyone trusts: a public authority's certificate opens nothing here. The common name
-of a client certificate is the site's name. Files of a consortium made in one place, for tests and trials
-(:func:`create_consortium`; hospitals make their keys themselves, :mod:`medfl.shared.enrolment`)::
+of a client certificate is the site's name. Hospitals make their keys themselves (:mod:`medfl.shared.enrolment`)::
 
     authority.pem  authority.key        the authority; its key belongs offline
     coordinator.pem  coordinator.key    the server's certificate
-    sites/NAME/                         to be carried to the site by hand, then deleted here
-        authority.pem  client.pem  client.key  node.key  node.key.pub  site.key  site.key.pub
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from medfl.shared.errors import ConfigError
 from medfl.shared.files import write_whole
-from medfl.shared.keys import PUBLIC_FILE, create_node_key, create_site_key, encryption, read_private, write_new
+from medfl.shared.keys import PUBLIC_FILE, encryption, read_private, write_new
 from medfl.shared.passphrase import passphrase as the_passphrase
 
 AUTHORITY_DAYS, LEAF_DAYS = 3650, 397
@@ -87,35 +84,6 @@ class SiteFiles:
     def site_public_key(self) -> Path:
         """The public site key, for the roster."""
         return self.folder / "site.key.pub"
-
-
-@dataclass(frozen=True, slots=True)
-class Consortium:
-    """Where :func:`create_consortium` put everything."""
-
-    authority: Path
-    certificate: Path
-    key: Path
-    sites: dict[str, SiteFiles]
-
-
-def create_consortium(
-    folder: Path, *, sites: Sequence[str], hosts: Sequence[str], leaf_days: float = LEAF_DAYS
-) -> Consortium:
-    """Make an authority, the coordinator's certificate for ``hosts`` (names or addresses), and every site's files.
-
-    Raises:
-        ConfigError: a site's name or a host is malformed, or something is there already.
-    """
-    for site in sites:
-        check_site_name(site)
-    if len(set(sites)) != len(sites):
-        raise ConfigError("two sites have the same name: give each site its own")
-    _alternative_names(hosts)
-    authority = create_authority(folder)
-    issue_server_certificate(authority, folder, hosts, days=leaf_days)
-    files = {site: create_site_files(authority, folder / "sites" / site, site, days=leaf_days) for site in sites}
-    return Consortium(folder / "authority.pem", folder / "coordinator.pem", folder / "coordinator.key", files)
 
 
 def create_authority(
@@ -214,19 +182,6 @@ def issue_client_certificate(
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])
     builder = _leaf(authority, subject, public_key, ExtendedKeyUsageOID.CLIENT_AUTH, days)
     return certificate_pem(builder.sign(authority.key, hashes.SHA384()))
-
-
-def create_site_files(authority: Authority, folder: Path, site: str, *, days: float = LEAF_DAYS) -> SiteFiles:
-    """Make every file of :class:`SiteFiles` in ``folder``. Raises ConfigError if any key is there."""
-    files = SiteFiles(folder)
-    key = ec.generate_private_key(ec.SECP384R1())
-    certificate = issue_client_certificate(authority, site, key.public_key(), days=days)
-    write_new(files.key, private_bytes(key))
-    write_whole(files.certificate, certificate, mode=PUBLIC_FILE)
-    write_whole(files.authority, certificate_pem(authority.certificate), mode=PUBLIC_FILE)
-    create_node_key(files.node_key, comment=site)
-    create_site_key(files.site_key, comment=site)
-    return files
 
 
 def check_site_name(site: str) -> None:

@@ -18,10 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 # isort: split
 import numpy as np
+from certified import create_consortium
 from federation import Lab, question, until
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-
-from medfl.shared.certificates import create_consortium
 
 STAGES, EXCHANGES, SITES = 40, 7, ("north", "south", "west")
 SITE_PROCESS = Path(__file__).parents[1] / "support" / "site_process.py"

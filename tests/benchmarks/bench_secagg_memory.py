@@ -24,6 +24,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 import numpy as np
+from certified import create_consortium
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message
 
@@ -36,7 +37,7 @@ from medfl.server.secagg.round import SecureRound
 from medfl.server.secagg.store import FolderStore
 from medfl.server.secure_exchange import GridExchange
 from medfl.server.stage import Stages
-from medfl.shared.certificates import SiteFiles, create_consortium
+from medfl.shared.certificates import SiteFiles
 from medfl.shared.config import load_settings
 from medfl.shared.messages import SecureReply, SecureRequest
 from medfl.shared.secagg.announcement import Purpose

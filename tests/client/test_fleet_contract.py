@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from certified import create_consortium
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, HEARTBEAT_PATIENCE, ErrorCode
 from flwr.supercore.protobuf.client import ProtobufClient
@@ -15,7 +16,6 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from medfl.client.fleet import HEARTBEAT_S, Fleet, FleetSettings, read_state, state_bytes
 from medfl.client.states import SeriesStates
 from medfl.client.transport import TransportSettings
-from medfl.shared.certificates import create_consortium
 from medfl.shared.errors import DataError
 
 

@@ -7,9 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from certified import Consortium, create_consortium
 from federation import Lab
-
-from medfl.shared.certificates import Consortium, create_consortium
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from certified import Consortium, create_consortium, create_site_files
 from federation import Lab, fleet_settings, question, text_of, until
 
 from medfl.client.fleet import Fleet
@@ -19,9 +20,6 @@ from medfl.client.transport import Kind, LinkTrouble, TransportSettings, tls_con
 from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
 from medfl.shared.certificates import (
-    Consortium,
-    create_consortium,
-    create_site_files,
     issue_server_certificate,
     load_authority,
 )

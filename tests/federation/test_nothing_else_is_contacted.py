@@ -23,7 +23,7 @@ sys.addaudithook(watch)
 from contextlib import ExitStack
 from pathlib import Path
 from federation import *
-from medfl.shared.certificates import create_consortium
+from certified import create_consortium
 folder = Path(sys.argv[1])
 consortium = create_consortium(folder / "c", sites=["north"], hosts=["127.0.0.1"])
 with ExitStack() as stack:

@@ -6,6 +6,7 @@ import datetime
 from pathlib import Path
 
 import pytest
+from certified import create_consortium
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
@@ -14,7 +15,6 @@ from medfl.shared.certificates import (
     check_site_name,
     common_name,
     create_authority,
-    create_consortium,
     days_left,
     issue_server_certificate,
     load_authority,
@@ -82,11 +82,9 @@ def test_a_malformed_site_name_is_refused(name: str) -> None:
         check_site_name(name)
 
 
-def test_sites_and_hosts_are_checked_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="same name"):
-        create_consortium(tmp_path / "c", sites=["north", "north"], hosts=["localhost"])
-    with pytest.raises(ConfigError, match="at least one host"):
-        create_consortium(tmp_path / "c", sites=["north"], hosts=[])
-    with pytest.raises(ConfigError, match="neither an address"):
-        create_consortium(tmp_path / "c", sites=["north"], hosts=["münchen"])
+def test_hosts_are_checked_before_anything_is_written(tmp_path: Path) -> None:
+    authority = create_authority(tmp_path / "authority")
+    for hosts, words in (([], "at least one host"), (["münchen"], "neither an address")):
+        with pytest.raises(ConfigError, match=words):
+            issue_server_certificate(authority, tmp_path / "c", hosts)
     assert not (tmp_path / "c").exists()

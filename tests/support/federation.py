@@ -12,6 +12,7 @@ from pathlib import Path
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
+from certified import Consortium
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from medfl.client.fleet import FleetSettings
@@ -21,7 +22,7 @@ from medfl.client.transport import TransportSettings
 from medfl.server.connections import Patience
 from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
-from medfl.shared.certificates import Consortium, SiteFiles
+from medfl.shared.certificates import SiteFiles
 from medfl.shared.errors import Code
 
 
