@@ -212,7 +212,7 @@ class LinkGrid(Grid):
             self._state.object_store.delete(sent.reply)
             del content
             message = inflate(sent.reply, contents)
-        except NoObjectInStoreError:  # its upload stopped for three minutes
+        except NoObjectInStoreError:  # its upload stopped for an hour
             return _error(sent, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
         except Exception:  # whatever a node's bytes make Flower's parsers raise
             log.warning("node %d sent a reply that cannot be read", order.dst_node_id)

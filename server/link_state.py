@@ -20,6 +20,7 @@ from flwr.common.constant import Status
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.corestate.in_memory_corestate import InMemoryCoreState, ObjectPushSession
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.object_store import ObjectStoreFactory
@@ -36,6 +37,14 @@ from sqlalchemy import select, update
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp
+
+UPLOAD_S = 3600
+"""An upload of which no further piece has arrived for so long is forgotten.
+
+Flower waits for three minutes, and four pieces of 5 MiB at a time take that long at 1 Mbit/s. Nobody waits here for an
+upload that will not come: a site that has left and a deadline that is over are noticed in the grid.
+"""
+in_memory_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS = UPLOAD_S
 
 
 class FleetState(SqlLinkState):

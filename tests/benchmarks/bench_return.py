@@ -98,12 +98,15 @@ def main() -> None:
         write_images(places, patients=8)
         set_up(places, study)
         federation = Federation(places, study, running)
-        _until(lambda: federation.rounds() >= 3, time.monotonic())
+        began = time.monotonic()
+        print(f"three rounds {_until(lambda: federation.rounds() >= 3, began):.1f} s after the start", flush=True)
         for number in range(kills):
             seconds["site"].append(federation.kill_site(places.names[number % 3]))
             time.sleep(2)
             seconds["coordinator"].append(federation.kill_coordinator())
             time.sleep(2)
+            took = ", ".join(f"{who} {values[-1]:.1f} s" for who, values in seconds.items())
+            print(f"kill {number + 1} of {kills} each: {took}", flush=True)
     for who, took in seconds.items():
         spread = f"{min(took):.1f} to {max(took):.1f}, {kills} kills"
         print(f"{who:12} back after {statistics.median(took):5.1f} s   ({spread})")

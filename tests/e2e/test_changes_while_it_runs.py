@@ -47,12 +47,12 @@ class World:
 
     def __init__(self, root: Path, sites: Sequence[str], study: Study = STUDY) -> None:
         self.root, self.study, self.sites = root, study, sites
-        self.fingerprint = found_consortium_folder(root, sites=sites)
+        self.port = free_port()
+        self.fingerprint = found_consortium_folder(root, sites=sites, port=self.port)
         self.config = root / "fl" / "consortium.yaml"
         (root / "fl" / "study.json").write_bytes(study.canonical())
-        self.port = free_port()
         self.edit_config("studies: []", "studies: [study.json]")
-        self.edit_config("host: 0.0.0.0, port: 9443", f"host: 127.0.0.1, port: {self.port}")
+        self.edit_config("host: 0.0.0.0", "host: 127.0.0.1")
         for number, name in enumerate(sites):
             write_pictures(root / name / "pictures", seed=number)
             self.site_file(name).write_text(

@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.state.schema.linkstate_models import MessageRes, Node
@@ -17,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink import main as superlink
 from flwr.superlink.routers.fleet.router import router
 
-from medfl.server.link_state import FleetState
+from medfl.server.link_state import UPLOAD_S, FleetState
 
 
 def test_flowers_own_stack_has_no_layer_for_the_fleet_interface_that_ours_lacks() -> None:
@@ -56,6 +57,12 @@ def test_the_fleet_interface_has_the_calls_that_it_had() -> None:
             "unregister-node",
         )
     ]
+
+
+def test_an_upload_over_a_narrow_line_is_not_given_up_after_flowers_three_minutes() -> None:
+    assert "OBJECT_PUSH_SESSION_TTL_SECONDS" in inspect.getsource(in_memory_corestate.InMemoryCoreState)
+    assert in_memory_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS == UPLOAD_S
+    assert UPLOAD_S > 4 * 5 * 2**20 * 8 / 1e6 * 10  # ten times what four pieces take at 1 Mbit/s
 
 
 def test_the_methods_that_we_override_exist_with_the_same_parameters() -> None:

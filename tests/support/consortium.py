@@ -22,12 +22,12 @@ from medfl.shared.study import Study
 SITES = ("north", "south", "west")
 
 
-def found_consortium_folder(root: Path, *, sites: Sequence[str] = SITES) -> str:
+def found_consortium_folder(root: Path, *, sites: Sequence[str] = SITES, port: int = 9443) -> str:
     """``root/fl`` is the coordinator's folder, ``root/NAME`` each site's: enrolled, joined, all keys confirmed.
 
     Returns the consortium's fingerprint.
     """
-    fingerprint = found(root / "fl", hosts=["127.0.0.1"], port=9443)
+    fingerprint = found(root / "fl", hosts=["127.0.0.1"], port=port)
     requests = [make_keys(root / name / "keys", name) for name in sites]
     registrar = Registrar(load_consortium(root / "fl" / "consortium.yaml"))
     for outcome in registrar.approve(requests):
