@@ -44,7 +44,7 @@ from medfl.shared.audit_log import audit_file
 from medfl.shared.errors import ConfigError, MedFLError, PolicyRefusal
 from medfl.shared.files import write_whole
 from medfl.shared.keys import load_site_key
-from medfl.shared.logs import quiet_libraries
+from medfl.shared.logs import StudyLog, quiet_libraries
 from medfl.shared.receipt import countersign
 from medfl.shared.study import Study
 from medfl.shared.supervision import Supervision
@@ -180,8 +180,7 @@ class _Turns:
         study, folder = entry.study, run_folder(self.settings.runs, entry.study)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "study.json", study.canonical(), mode=0o644)
-        log_file = logging.FileHandler(folder / "server.log", encoding="utf-8")
-        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        log_file = StudyLog(folder / "server.log")
         logging.getLogger("medfl").addHandler(log_file)
         results: list[Result] = []
         initial = initial_of(self.settings, study)

@@ -9,6 +9,7 @@ import logging.handlers
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -58,7 +59,27 @@ class _Journal(logging.Formatter):
         return "\n".join(f"<{urgency}>{line}" for line in self._inner.format(record).splitlines())
 
 
-class _PrivateFile(logging.handlers.RotatingFileHandler):
+class _Besides(logging.FileHandler):
+    """A file beside standard error: a disk that is full or gone costs lines here, and nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+class StudyLog(_Besides):
+    """What is logged while a study runs, in its folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.setFormatter(_lines(False, clock=None))
+
+
+class _PrivateFile(_Besides, logging.handlers.RotatingFileHandler):
     """Rotated at 10 MB, five older ones kept, readable by this account only."""
 
     def _open(self) -> io.TextIOWrapper:
@@ -102,7 +123,7 @@ def set_up_logs(
 
 
 def _lines(
-    json_lines: bool, text: str = "%(asctime)s %(levelname)-7s %(message)s", clock: str = "%H:%M:%S"
+    json_lines: bool, text: str = "%(asctime)s %(levelname)-7s %(message)s", clock: str | None = "%H:%M:%S"
 ) -> logging.Formatter:
     return _JsonLines() if json_lines else logging.Formatter(text, clock)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from medfl.shared.errors import ConfigError
-from medfl.shared.logs import set_up_logs
+from medfl.shared.logs import StudyLog, set_up_logs
 
 
 def test_a_line_of_text_an_event() -> None:
@@ -89,3 +89,16 @@ def test_another_stream_than_the_journals_keeps_its_clock(tmp_path: Path) -> Non
         logging.getLogger("medfl").info("b")
         stream.seek(0)
         assert stream.read().endswith("INFO    b\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, a disk that is always full, is Linux's")
+def test_a_full_disk_costs_lines_of_the_file_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    full = StudyLog(Path("/dev/full"))
+    logger = logging.getLogger("medfl.full")
+    logger.addHandler(full)
+    try:
+        logger.error("there is no space for this")
+    finally:
+        logger.removeHandler(full)
+        full.close()
+    assert "Traceback" not in capfd.readouterr().err
