@@ -26,6 +26,7 @@ from medfl.server.checkpoint import CheckpointFolder, save_model
 from medfl.server.config import ConsortiumSettings
 from medfl.server.desk import Desk, StudyStop
 from medfl.server.doorkeeper import Doorkeeper
+from medfl.server.ending import Ending, Result
 from medfl.server.guard import Limits
 from medfl.server.heads import HeadKeeping
 from medfl.server.link import Link, LinkSettings
@@ -33,7 +34,7 @@ from medfl.server.negotiation import NegotiatingGrid
 from medfl.server.progress import run_folder
 from medfl.server.reporter import MetricsFile, Reporter, Several
 from medfl.server.rosters import RosterFolder
-from medfl.server.rounds import Ending, Result, Rounds
+from medfl.server.rounds import Rounds
 from medfl.server.secagg.store import FolderStore
 from medfl.server.studies import Entry, Record, State
 from medfl.server.submission import desk_of, initial_of, submit_listed

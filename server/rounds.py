@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from threading import Event
 from typing import TypeVar
@@ -28,6 +25,8 @@ from medfl.server.clear import ClearCollector
 from medfl.server.cohort import CohortGrid
 from medfl.server.collector import TRAINED, Collected, Collector, Evaluated
 from medfl.server.convergence import Convergence
+from medfl.server.ending import Ending, Result
+from medfl.server.gathering import Gathering
 from medfl.server.heads import HeadKeeping, Heads
 from medfl.server.pace import Pace
 from medfl.server.reporter import Reporter, RoundReport
@@ -52,34 +51,9 @@ from medfl.strategies.state import capture, restore
 log = logging.getLogger("medfl.server")
 T = TypeVar("T")
 
-_SETTLE_S = 30.0  # before the first round, sites that are still loading their images are awaited this long
-_RETURN_S = 10.0  # after a restart, those of the last round: a site dials again within half of that
 _VOID_ROUNDS = 5  # as many void rounds in a row, for what sites say and not for sites cut off, end the study
 _VOID_S = 1.0  # after a void round: who was cut off is about to be back
-_POLL_S = 0.1
 _DISK_S = 5.0  # between attempts to write to a full disk
-
-
-class Ending(StrEnum):
-    """Why a study ended."""
-
-    DONE = "done"
-    CONVERGED = "converged"
-    STOPPED = "stopped"
-    BUDGET_SPENT = "the privacy budget of too many sites is spent"
-    NO_QUORUM = "too few sites took part"
-    VOID_ROUNDS = "too many rounds in a row without enough answers"
-
-
-@dataclass(frozen=True)
-class Result:
-    """The model a study ended with. ``round`` is the last complete round (0: none), ``of_round`` the model's own."""
-
-    ending: Ending
-    round: int
-    weights: Flat
-    layout: Layout
-    of_round: int
 
 
 class Rounds:
@@ -120,7 +94,7 @@ class Rounds:
         self._layout, self._weights = beginning.layout, beginning.weights
         self._round = 0
         self._answers = Answers()
-        self._expected: frozenset[str] = frozenset()  # after a restart: who is about to be back
+        self._gathering = Gathering(study, self._admission, directory, reporter, stop)
         self._watch = Watch(study.safeguards)
         self._best: Flat | None = None  # the model with the best score, where there is no disk for it
         self._average: Flat | None = None  # of the last rounds' models, where the study asks for it
@@ -157,7 +131,7 @@ class Rounds:
     def _run(self, evaluated: bool) -> Ending:
         rounds, void, since = self._study.rounds, 0, time.monotonic()
         while not self._convergence.reached and (self._round < rounds.count or not evaluated):
-            cohort = self._gather(until=since + rounds.patience_s)
+            cohort = self._gathering.gather(self._round, quorum=self._quorum, until=since + rounds.patience_s)
             if self._stop.is_set():
                 return Ending.STOPPED
             if not self._admission.may_still_be(self._quorum):
@@ -207,7 +181,7 @@ class Rounds:
         self._weights, self._round, self._average = checkpoint.weights, checkpoint.round, checkpoint.average
         self._metrics = checkpoint.metrics
         trained = {site for site, word in checkpoint.metrics.outcomes.items() if word == TRAINED}
-        self._expected = frozenset(trained & set(self._directory.enrolled()))
+        self._gathering.expect(trained & set(self._directory.enrolled()))
         restore(self._strategy, checkpoint.strategy)
         self._answers = Answers.of(checkpoint.answers)
         self._watch.restore(checkpoint.watch, checkpoint.good)
@@ -220,33 +194,6 @@ class Rounds:
         if known:
             self._convergence.look(self._round)
         return evaluated >= self._round
-
-    def _gather(self, *, until: float) -> dict[int, str]:
-        """Wait for a quorum; the sites of the next round, empty when none came in time or the study is stopped."""
-        now = time.monotonic()
-        settled, returned = now + (_SETTLE_S if self._round == 0 else 0.0), now + _RETURN_S
-        needed = self._quorum
-        while not self._stop.is_set() and self._admission.may_still_be(needed):
-            self._admission.refresh()
-            ready = self._admission.taking_part()
-            now = time.monotonic()
-            back = self._expected <= set(ready.values()) or now > returned
-            if len(ready) >= needed and back and (self._admission.awaited == 0 or now > settled):
-                self._expected = frozenset()
-                return self._sample(ready)
-            online = sorted(self._directory.online().values())
-            self._reporter.waiting(online, sorted(ready.values()), needed, self._admission.refusals)
-            if now > until:
-                break
-            self._stop.wait(_POLL_S)
-        return {}
-
-    def _sample(self, ready: dict[int, str]) -> dict[int, str]:
-        size = self._study.rounds.sites_per_round
-        if size is None or size >= len(ready):
-            return ready
-        drawn = random.Random(f"{self._study.seed}/{self._round}")
-        return {node: ready[node] for node in sorted(drawn.sample(sorted(ready), size))}
 
     def _attempt(self, step: Callable[[], T]) -> T | None:
         """What ``step`` returns; None where the disk refused something in it, after a pause: it is to be done again."""

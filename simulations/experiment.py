@@ -21,8 +21,8 @@ from medfl.client.data.tensors import SiteData
 from medfl.client.releases import told
 from medfl.client.workbench import make_bench
 from medfl.server.checkpoint import save_model
+from medfl.server.ending import Ending
 from medfl.server.reporter import MetricsFile, Reporter, Several
-from medfl.server.rounds import Ending
 from medfl.shared.errors import DataError, TrainingError
 from medfl.shared.files import write_whole
 from medfl.shared.initial_weights import read_initial, shelve

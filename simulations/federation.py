@@ -32,8 +32,9 @@ from medfl.client.site import Site
 from medfl.client.workbench import Workbench
 from medfl.server.app import build_server_app
 from medfl.server.checkpoint import CheckpointFolder
+from medfl.server.ending import Result
 from medfl.server.reporter import Reporter, RoundReport, Several, Silent
-from medfl.server.rounds import Result, Rounds
+from medfl.server.rounds import Rounds
 from medfl.server.secagg.store import FolderStore, MemoryStore, Store
 from medfl.server.weight_sum import OneRoster, SecureParts
 from medfl.shared.algorithms.needs import demands_of

@@ -30,8 +30,9 @@ from medfl.client.records import MemoryRecords
 from medfl.client.site import Site
 from medfl.client.workbench import Workbench
 from medfl.server.app import build_server_app
+from medfl.server.ending import Result
 from medfl.server.reporter import Reporter, Several
-from medfl.server.rounds import Result, Rounds
+from medfl.server.rounds import Rounds
 from medfl.shared.arrays import as_array, as_numpy
 from medfl.shared.errors import ConfigError, MedFLError
 from medfl.shared.study import Study

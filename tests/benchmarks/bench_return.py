@@ -10,6 +10,7 @@ it began after its start is complete. Imports, keys, connections, the study's of
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -57,19 +58,27 @@ class Federation:
         """Finished by one site."""
         return len(read_rows(site_metrics(self._places, site, self._study)))
 
-    def kill_site(self, name: str) -> float:
-        """Seconds until its next training is finished."""
+    def kill_site(self, name: str) -> tuple[float, float]:
+        """Seconds until its next training is finished, and of the processor in its process by then."""
         _kill(self._clients[name])
         before, began = self.trainings(name), time.monotonic()
         self._clients[name] = start_client(self._places, name, self._running)
-        return _until(lambda: self.trainings(name) > before, began)
+        took = _until(lambda: self.trainings(name) > before, began)
+        return took, _processor_s(self._clients[name].pid)
 
-    def kill_coordinator(self) -> float:
-        """Seconds until its next round is complete."""
+    def kill_coordinator(self) -> tuple[float, float]:
+        """Seconds until its next round is complete, and of the processor in its process by then."""
         _kill(self._server)
         before, began = self.rounds(), time.monotonic()
         self._server = start_server(self._places, self._running)
-        return _until(lambda: self.rounds() > before, began)
+        took = _until(lambda: self.rounds() > before, began)
+        return took, _processor_s(self._server.pid)
+
+
+def _processor_s(process: int) -> float:
+    """User and system time of a running process (Linux)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(") ", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -92,7 +101,7 @@ def main() -> None:
     kills = parser.parse_args().kills
     text = STUDY.replace("MODE", "none").replace("ROUNDS", str(ROUNDS)).replace("minimum_sites: 3", "minimum_sites: 2")
     study = parse_settings(text, Study, name="bench.yaml")
-    seconds: dict[str, list[float]] = {"site": [], "coordinator": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"site": [], "coordinator": []}
     with tempfile.TemporaryDirectory() as folder, Processes() as running:
         places = Places(Path(folder), names=("north", "south", "east"))
         write_images(places, patients=8)
@@ -105,11 +114,14 @@ def main() -> None:
             time.sleep(2)
             seconds["coordinator"].append(federation.kill_coordinator())
             time.sleep(2)
-            took = ", ".join(f"{who} {values[-1]:.1f} s" for who, values in seconds.items())
+            took = ", ".join(f"{who} {values[-1][0]:.1f} s" for who, values in seconds.items())
             print(f"kill {number + 1} of {kills} each: {took}", flush=True)
-    for who, took in seconds.items():
+    for who, both in seconds.items():
+        took, processor = zip(*both, strict=True)
         spread = f"{min(took):.1f} to {max(took):.1f}, {kills} kills"
-        print(f"{who:12} back after {statistics.median(took):5.1f} s   ({spread})")
+        busy = f"{statistics.median(processor):.1f} s of the processor"
+        print(f"{who:12} back after {statistics.median(took):5.1f} s   ({spread}), {busy}")
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 # isort: split
 from flwr.app import Message
 
+from medfl.server import gathering
 from medfl.server import rounds as rounds_module
 from medfl.server.checkpoint import Checkpoint, CheckpointFolder
+from medfl.server.ending import Ending, Result
 from medfl.server.reporter import RoundReport, Silent
-from medfl.server.rounds import Ending, Result, Rounds
+from medfl.server.rounds import Rounds
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import OUTSIDE_HOURS, Code
 from medfl.shared.messages import UNKNOWN_STUDY, EvaluateReply, Failure, Kind, ModelRequest, TrainReply
@@ -78,8 +80,8 @@ AVERAGED = classes_study(rounds={"count": 4, "average_last": 3})
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds_module, "_SETTLE_S", 0.2)
-    monkeypatch.setattr(rounds_module, "_POLL_S", 0.01)
+    monkeypatch.setattr(gathering, "_SETTLE_S", 0.2)
+    monkeypatch.setattr(gathering, "_POLL_S", 0.01)
     monkeypatch.setattr(rounds_module, "_VOID_S", 0.01)
 
 

@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from scripted import Answer, ScriptedGrid, ScriptedSite
 from tiny import LOGISTIC_VALUES, classes_study
 
-from medfl.server import rounds as rounds_module
+from medfl.server import gathering
 from medfl.server.checkpoint import CheckpointFolder
+from medfl.server.ending import Result
 from medfl.server.reporter import RoundReport, Silent
-from medfl.server.rounds import Result, Rounds
+from medfl.server.rounds import Rounds
 from medfl.server.safeguards import Watch, length_of, shortened
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.messages import EvaluateReply, ModelRequest, TrainReply
@@ -28,7 +29,7 @@ ROOT_N = LOGISTIC_VALUES**0.5
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds_module, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(gathering, "_SETTLE_S", 0.0)
 
 
 def vector(*values: float) -> Flat:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import classes_study, site_data
 
-from medfl.server.rounds import Ending
+from medfl.server.ending import Ending
 from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.privacy.accounting import SampledGaussian, epsilon
 from medfl.shared.study import Study

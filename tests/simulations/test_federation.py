@@ -17,7 +17,7 @@ from medfl.client.training.evaluate import evaluate
 from medfl.client.training.plain import train_plain
 from medfl.client.workbench import make_bench
 from medfl.server.checkpoint import CheckpointFolder
-from medfl.server.rounds import Ending
+from medfl.server.ending import Ending
 from medfl.server.summation import FixedPointSum
 from medfl.shared.metrics import add, read
 from medfl.shared.study import Study

@@ -13,7 +13,7 @@ from tiny import masks_study, site_data
 
 from medfl.client.workbench import make_bench
 from medfl.server.checkpoint import save_model
-from medfl.server.rounds import Ending
+from medfl.server.ending import Ending
 from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.initial_weights import digest_of, load_initial, shelve
 from medfl.simulations.federation import federate

@@ -7,7 +7,7 @@ from tiny import classes_study, site_data
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData
 from medfl.client.training import stacked
-from medfl.server.rounds import Ending
+from medfl.server.ending import Ending
 from medfl.simulations import together
 from medfl.simulations.config import Failures
 from medfl.simulations.federation import federate

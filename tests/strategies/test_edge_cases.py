@@ -10,9 +10,11 @@ import pytest
 from scripted import Answer, ScriptedGrid, ScriptedSite
 from tiny import LOGISTIC_VALUES, classes_study
 
+from medfl.server import gathering
 from medfl.server import rounds as rounds_module
+from medfl.server.ending import Ending, Result
 from medfl.server.reporter import RoundReport, Silent
-from medfl.server.rounds import Ending, Result, Rounds
+from medfl.server.rounds import Rounds
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.messages import ModelRequest, TrainReply
@@ -28,7 +30,7 @@ MEANS = ["fedavg", "fedprox", "scaffold", "feddc", "ditto", "moon", "fedbuff"]
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds_module, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(gathering, "_SETTLE_S", 0.0)
     monkeypatch.setattr(rounds_module, "_VOID_ROUNDS", 2)
 
 
