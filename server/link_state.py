@@ -44,7 +44,7 @@ UPLOAD_S = 3600
 Flower waits for three minutes, and four pieces of 5 MiB at a time take that long at 1 Mbit/s. Nobody waits here for an
 upload that will not come: a site that has left and a deadline that is over are noticed in the grid.
 """
-in_memory_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS = UPLOAD_S
+in_memory_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS = UPLOAD_S  # type: ignore[attr-defined]
 
 
 class FleetState(SqlLinkState):
