@@ -33,7 +33,7 @@ def place(label: hd.Volume, grid: hd.Volume) -> NDArray[Any]:
     one_to_one = (np.abs(whole).sum(axis=0) == used).all() and (np.abs(whole).sum(axis=1) <= 1).all()
     if off > _TOLERANCE_VOXELS or not one_to_one:
         raise Quarantine("label is not on the image's grid")
-    found = np.argwhere(label.array)
+    found = np.stack(np.unravel_index(np.flatnonzero(label.array), label.spatial_shape), 1)  # argwhere is slow in 3D
     there = found @ whole.T.astype(int) + np.round(step[:3, 3]).astype(int)
     if (there < 0).any() or (there >= grid.spatial_shape).any():
         raise Quarantine("label reaches outside the image")

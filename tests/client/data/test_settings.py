@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -65,3 +66,26 @@ def test_a_move_needs_a_port_and_a_get_has_none() -> None:
         DimseSettings.model_validate(fields | {"retrieve": "move"})
     with pytest.raises(ValueError, match="port must be given"):
         DimseSettings.model_validate(fields | {"port": 11112})
+
+
+def reasons() -> set[str]:
+    """What the readers say when they leave something out; of texts with numbers in them the words."""
+    out: set[str] = set()
+    for path in (PAGE.parents[1] / "client" / "data").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found: ast.expr | None = None
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+                found = node.args[0] if node.func.id in {"Quarantine", "reading"} else None
+            elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute):
+                found = node.slice if node.value.attr == "quarantined" else None
+            parts = found.values if isinstance(found, ast.JoinedStr) else [found]
+            out |= {part.value.strip() for part in parts if isinstance(part, ast.Constant) and str(part.value).strip()}
+    return out
+
+
+def test_the_page_says_what_to_do_about_every_reason() -> None:
+    known = reasons()
+    assert len(known) > 90
+    page = PAGE.read_text()
+    words = page[page.index("## What is left out") : page.index("## What is read")]
+    assert sorted(reason for reason in known if reason.partition(":")[0] not in words) == []
