@@ -163,3 +163,34 @@ def test_a_mark_counts_what_is_answered_of_a_study_and_tells_one_journal_from_an
     mark = journal.mark(STUDY)
     journal.close()
     assert Journal(tmp_path / "one").mark(STUDY) == mark
+
+
+def test_what_was_forgotten_is_not_left_on_the_disk_even_sealed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.keep(WORLD.announcement(), b"shares" * 1_000)
+    (sealed,) = journal._database.execute("SELECT sealed FROM open_rounds").fetchone()
+    file = tmp_path / "journal.sqlite"
+    assert sealed[-200:] in file.read_bytes()
+    journal.forget(STUDY)
+    assert sealed[-200:] not in file.read_bytes()
+
+
+def test_every_commit_waits_for_the_disk_also_for_the_folder(tmp_path: Path) -> None:
+    (level,) = Journal(tmp_path)._database.execute("PRAGMA synchronous").fetchone()
+    assert level == 3  # EXTRA: https://www.sqlite.org/pragma.html#pragma_synchronous
+
+
+def test_an_entry_that_fails_leaves_nothing_of_itself_and_the_next_one_is_written(tmp_path: Path) -> None:
+    journal, announcement = Journal(tmp_path), WORLD.announcement(round=5)
+    with pytest.raises(DataError, match="cannot be used"):
+        journal.consume(announcement, survivors=object(), contribution=b"u" * 32, secret=b"")  # type: ignore[arg-type]
+    assert journal.mark(STUDY).rows == 0
+    journal.begin(announcement, weight=70, epoch=1)
+    assert history(journal).last_seen == (5, 0)
+
+
+def test_a_closed_journal_cannot_be_used(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.close()
+    with pytest.raises(DataError, match="cannot be used"):
+        journal.mark(STUDY)

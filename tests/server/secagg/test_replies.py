@@ -1,5 +1,6 @@
 """What the coordinator accepts of a site's replies, phase by phase."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from medfl.server.secagg.masked_input import MaskedSum, requests
 from medfl.server.secagg.pending import PendingSum
 from medfl.shared.errors import ProtocolError
 from medfl.shared.secagg.exchange import Phase, PhaseReply
-from medfl.shared.secagg.messages import Reveal, ShareDelivery
+from medfl.shared.secagg.messages import MaskedHeader, Reveal, ShareDelivery
 from medfl.shared.secagg.shamir import SHARE_BYTES
 
 
@@ -111,6 +112,32 @@ def test_a_masked_vector_is_added_once_and_only_as_signed() -> None:
     with pytest.raises(ProtocolError, match="twice"):
         stage.total.add(1, good)
     assert np.array_equal(stage.total.vector, good.vector)
+
+
+def test_arrays_of_a_wrong_kind_are_thrown_away_although_their_site_has_signed_them() -> None:
+    stage = Coordinator(Phase.SHARE_KEYS)
+    good, header = masked(stage), MaskedHeader(1, stage.shared.sharers)
+    vector, scalars = good.vector, good.scalars
+    assert vector is not None
+    assert scalars is not None
+    for one, two in (
+        (vector[:-1], scalars),
+        (np.append(vector, vector), scalars),
+        (vector[:1], scalars),  # which numpy would add to every value
+        (vector.astype(np.float32), scalars),
+        (vector.reshape(1, -1), scalars),
+        (vector, scalars[:-1]),
+        (vector, scalars[:1]),
+        (vector, scalars.view(np.int64)),
+        (vector, scalars.view(np.float64)),
+    ):
+        digest = hashlib.sha256(np.ascontiguousarray(one).data).digest()
+        payload = header.signed(stage.context, stage.key_list.digest, digest, two.tobytes())
+        signed = replace(header, signature=stage.world.keys[1].sign(payload))
+        with pytest.raises(ProtocolError, match="must be"):
+            stage.total.add(1, PhaseReply(signed.to_bytes(), one, two))
+    assert not stage.total.vector.any()
+    stage.total.add(1, good)
 
 
 def test_a_vector_masked_over_other_sharers_is_thrown_away() -> None:
