@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from medfl.client.data.guard import reading
 from medfl.shared.data_spec import DataSpec
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_MOST_BYTES = 4 * 2**30  # of voxels: a compressed file of a few megabytes may claim to hold hundreds of gigabytes
 _SAME_MM = 0.05  # of any corner of the grid; float32 headers hold about 1e-5 of 500 mm
 
 
@@ -33,6 +35,8 @@ def read_nifti(path: Path, dtype: type[np.generic] = np.float32) -> hd.Volume:
         both = header["sform_code"] > 0 and header["qform_code"] > 0
         neither = header["sform_code"] <= 0 and header["qform_code"] <= 0
         sform, qform = header.get_sform(), header.get_qform()
+        if math.prod(image.shape) * header.get_data_dtype().itemsize > _MOST_BYTES:
+            raise Quarantine("NIfTI file larger than any scan")
         array = np.asarray(image.dataobj)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]

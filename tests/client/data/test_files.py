@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import tracemalloc
 import zlib
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pydicom
 import pytest
 from dicom_lab import KEY, ct, save
@@ -15,6 +18,7 @@ from medfl.client.data import decoder, files
 from medfl.client.data.case import Quarantine
 from medfl.client.data.files import stored_length
 from medfl.client.data.headers import Reader
+from medfl.client.data.nifti import read_nifti
 from medfl.client.data.pixels import open_dataset, open_series
 
 
@@ -60,6 +64,17 @@ def test_the_length_of_a_deflated_file_is_its_datasets(tmp_path: Path) -> None:
     # 32 x 32 pixels of 2 bytes, and what describes them
     assert 2048 < stored_length(path) < 2048 + 2000
     assert open_dataset(path).PixelData == plain.PixelData
+
+
+def test_a_nifti_file_that_claims_hundreds_of_gigabytes_is_left_out(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.eye(4))
+    image.header["xyzt_units"] = 2
+    nib.save(image, tmp_path / "small.nii")
+    content = bytearray((tmp_path / "small.nii").read_bytes())
+    content[42:48] = np.array([4000, 4000, 4000], "<i2").tobytes()  # dim[1..3]
+    (tmp_path / "large.nii.gz").write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(Quarantine, match="NIfTI file larger than any scan"):
+        read_nifti(tmp_path / "large.nii.gz")
 
 
 def test_pixels_that_decode_to_more_than_any_scan_are_left_out(tmp_path: Path) -> None:
