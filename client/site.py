@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -16,13 +15,15 @@ from medfl.client.approvals import Approvals, signed_offer
 from medfl.client.audit import Price
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
+from medfl.client.images import Images, LoadData
+from medfl.client.notes import note_scores, note_spent
 from medfl.client.participant import Participant
 from medfl.client.policy import Policy
 from medfl.client.privacy.ledger import Ceilings, Ledger
 from medfl.client.privacy.refusals import require_private_network
 from medfl.client.records import Records
 from medfl.client.releases import told
-from medfl.client.training.charged import PrivateRound, fix_plan, train_charged
+from medfl.client.training.charged import fix_plan, train_charged
 from medfl.client.training.client_level import fix_client_level_plan, train_client_level
 from medfl.client.training.evaluate import evaluate
 from medfl.client.training.local import Given, TrainLocally, train_local
@@ -31,7 +32,7 @@ from medfl.client.work import Work
 from medfl.client.workbench import Bench, Workbench
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.chain import Head
-from medfl.shared.errors import DataError, PolicyRefusal, ProtocolError
+from medfl.shared.errors import PolicyRefusal, ProtocolError
 from medfl.shared.files import private_folder
 from medfl.shared.initial_weights import digest_of
 from medfl.shared.messages import (
@@ -50,7 +51,6 @@ from medfl.shared.messages import (
     TrainReply,
     WeightRequest,
 )
-from medfl.shared.metrics import EXAMPLES, headline, read
 from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy, Unit
 from medfl.shared.secagg.exchange import PhaseRequest
 from medfl.shared.signing import Signed
@@ -60,14 +60,6 @@ from medfl.shared.weights import Flat, weights_digest
 log = logging.getLogger("medfl.site")
 
 STUDY_OVER = "study over"
-
-
-class LoadData(Protocol):
-    """Brings a study's images to the training device; raises DataError. Called once a study."""
-
-    def __call__(self, study: Study, /) -> SiteData:
-        """Load, or take from the cache."""
-        ...
 
 
 def ceilings_of(policy: Policy) -> Ceilings:
@@ -112,17 +104,15 @@ class Site:
         self._policy = policy
         self._approvals = approvals or Approvals(policy)
         self._verify = verify
-        self._load_data = load_data
+        self._images = Images(load_data, current)
         self._workbench = workbench
         self._records = records
         self._ledger_path = ledger
         self._participant = participant
-        self._current = current  # the data less what may no longer be used, asked before every use
         self._now = now
         self._device_free = device_free  # raises PolicyRefusal while no training may begin
         self._progress = progress  # called between batches; may take its time
         self._train_local = train_locally
-        self._data: tuple[str, SiteData] | None = None
         self._open_ledger: Ledger | None = None
         self.work: Work | None = None  # the training in progress, for other threads
 
@@ -140,7 +130,7 @@ class Site:
             self._require_participant()
         self._take_initial(study, offer)
         bench = self._bench(study)
-        data = self._split(study, Split.TRAIN)
+        data = self._images.split(study, Split.TRAIN)
         if isinstance(study.privacy, DpSgd):
             require_private_network(
                 bench.network,
@@ -180,7 +170,7 @@ class Site:
             self._policy.permit_upload(4 * (bench.layout.length + beside.up(bench.layout.length)))
             given = Given(weights, shared, self._kept(study, asked, request.counted))
             bench.load(weights, given.kept if bench.personal.tensors else None)
-            data = self._split(study, Split.TRAIN)
+            data = self._images.split(study, Split.TRAIN)
             self.work = Work(study.digest)
             try:
                 result, kept = self._train(study, bench, data, request, given, self._between_batches(study, self.work))
@@ -217,7 +207,7 @@ class Site:
                     weights=given.weights,
                     progress=progress,
                 )
-                self._note_spent(study, request, private, time.monotonic() - started)
+                note_spent(self._records, study, request, private, time.monotonic() - started)
                 # Equal weights and no tally: an exact count or loss would be a release of its own.
                 kept = bench.personal_weights() if bench.personal.tensors else None
                 return TrainReply(private.update, examples=1), kept
@@ -234,7 +224,7 @@ class Site:
                     encoding=request.encoding,
                     progress=progress,
                 )
-                self._note_spent(study, request, private, time.monotonic() - started)
+                note_spent(self._records, study, request, private, time.monotonic() - started)
                 return TrainReply(private.update, examples=1, tally=private.noised), kept
             case NoPrivacy():
                 generator = round_generator(study, self.name, request.round, data.labels.device)
@@ -247,7 +237,7 @@ class Site:
                     round_number=request.round,
                     progress=progress,
                 )
-                self._note(study, request, "train", local.tally, time.monotonic() - started)
+                note_scores(self._records, study, request, "train", local.tally, time.monotonic() - started)
                 return TrainReply(local.update, examples=len(data.labels), tally=local.tally), local.kept
 
     def _between_batches(self, study: Study, work: Work) -> Callable[[int, int], None]:
@@ -267,7 +257,7 @@ class Site:
     def forget(self, digest: str) -> None:
         """Let go of what is kept of a withdrawn study; from any thread. A training of it ends by itself."""
         self._records.forget(digest)
-        self._data = None
+        self._images.forget()
 
     def hold_weight(self, request: WeightRequest) -> Ready:
         """Hold this site's weight, the number of its training images, for the secure sum of all weights.
@@ -276,7 +266,7 @@ class Site:
             PolicyRefusal, ProtocolError, DataError: why not.
         """
         study = self._approved(request.study)
-        examples = len(self._split(study, Split.TRAIN).labels)
+        examples = len(self._images.split(study, Split.TRAIN).labels)
         return self._require_participant().hold_weight(study, request.encoding, examples)
 
     def compare_heads(self, request: HeadsRequest) -> HeadsReply:
@@ -350,8 +340,8 @@ class Site:
         kept = self._kept(study)
         bench.load_for_patients(study, request.weights, kept)
         started = time.monotonic()
-        tally = evaluate(bench.network, self._split(study, Split.VALIDATION), study)
-        self._note(study, request, "validation", tally, time.monotonic() - started)
+        tally = evaluate(bench.network, self._images.split(study, Split.VALIDATION), study)
+        note_scores(self._records, study, request, "validation", tally, time.monotonic() - started)
         self._permit(study)
         if study.secure_aggregation.mode != "none" and isinstance(study.privacy, NoPrivacy):
             return self._require_participant().hold_scores(study, request, tally)
@@ -422,15 +412,6 @@ class Site:
             return None
         return self._records.personal(study.digest, asked=asked, counted=counted)
 
-    def _split(self, study: Study, split: Split) -> TensorSet:
-        if self._data is None or self._data[0] != study.data_digest:
-            self._data = None  # free the old images first
-            self._data = (study.data_digest, self._load_data(study))
-        data = self._current(self._data[1]).splits.get(split)
-        if data is None or len(data.labels) == 0:
-            raise DataError(f"no {split.value} images for study {study.name}: run medfl-client with --check")
-        return data
-
     def _ledger(self) -> Ledger:
         """The site's ledger, opened at the first private round and then held against other processes."""
         if self._open_ledger is None:
@@ -438,50 +419,8 @@ class Site:
             self._open_ledger = Ledger(self._ledger_path, cohort=self.name, ceilings=ceilings_of(self._policy))
         return self._open_ledger
 
-    def _note_spent(self, study: Study, request: ModelRequest, private: PrivateRound, seconds: float) -> None:
-        spent, plan = private.spent, private.plan
-        row = {
-            "round": request.round,
-            "set": "train",
-            "model": weights_digest(request.weights),
-            "seconds": round(seconds, 3),
-            "epsilon": spent.study,
-            "epsilon_total": spent.total,
-            "delta": plan.delta,
-            "noise_multiplier": plan.noise_multiplier,
-            "unit": plan.unit.value,
-        }
-        self._records.note(study.digest, row)
-        log.info(
-            "round %d/%d trained: epsilon %.3f of %g spent on this study by each %s, %.3f in total, %.1f s",
-            request.round,
-            study.rounds.count,
-            spent.study,
-            plan.epsilon,
-            plan.unit.value,
-            spent.total,
-            seconds,
-        )
-
     def close(self) -> None:
         """Let go of the ledger."""
         if self._open_ledger is not None:
             self._open_ledger.close()
             self._open_ledger = None
-
-    def _note(self, study: Study, request: ModelRequest, what: str, tally: dict[str, float], seconds: float) -> None:
-        scores = read(tally)
-        row = {"round": request.round, "set": what, "seconds": round(seconds, 3), "scores": scores, "tally": tally}
-        row["model"] = weights_digest(request.weights)  # that was received: one of those that others have too
-        self._records.note(study.digest, row)
-        score = headline(scores)
-        log.info(
-            "round %d/%d %s: %d images, loss %.4f%s, %.1f s",
-            request.round,
-            study.rounds.count,
-            what,
-            tally[EXAMPLES],
-            scores.get("loss", float("nan")),
-            f", {score[0]} {score[1]:.3f}" if score else "",
-            seconds,
-        )
