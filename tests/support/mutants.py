@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("client/secagg", "server/secagg", "shared/secagg")
 SUMS = ["tests/secagg/test_restarts.py", "tests/secagg/test_exact_sum.py"]
 TESTS = {
-    "client/secagg": ["tests/client/secagg", SUMS[0]],
+    "client/secagg": ["tests/client/secagg", *SUMS],
     "server/secagg": ["tests/server/secagg", *SUMS],
     "shared/secagg": ["tests/shared/secagg", "tests/client/secagg", "tests/server/secagg", *SUMS],
 }

@@ -9,8 +9,11 @@ from secagg_world import STUDY, Consortium, Stage
 from medfl.client.secagg.enrolment import Rules
 from medfl.shared.errors import PolicyRefusal, ProtocolError, TrainingError
 from medfl.shared.secagg.exchange import Phase, PhaseRequest
+from medfl.shared.secagg.masks import self_mask
 from medfl.shared.secagg.messages import KeyList, SealedShares, ShareDelivery, SurvivorList
+from medfl.shared.secagg.prg import add_masks, add_scalar_masks
 from medfl.shared.secagg.reasons import Reason
+from medfl.shared.secagg.shamir import join, weights_at_zero
 
 MASK = Phase.MASKED_INPUT
 
@@ -119,3 +122,25 @@ def test_the_site_is_asked_for_permission_just_before_its_masked_numbers_leave_a
     confirm = PhaseRequest(SurvivorList(stage.context, (1, 2, 3)).to_bytes())
     world.sites[1].answer(Phase.CONFIRM_SURVIVORS, confirm, permit=deny)
     assert asked == [STUDY, STUDY]
+
+
+def test_without_its_own_mask_which_the_coordinator_opens_a_vector_still_says_nothing_alone() -> None:
+    world = Consortium(3, length=1000)
+    stage = Stage(world, Phase.UNMASK)
+    own = []
+    for site in world.ids:
+        shares = [dict(stage.reveals[peer].shares)[site] for peer in world.ids]
+        seed = join(weights_at_zero([peer + 1 for peer in world.ids]), shares)
+        own.append(self_mask(seed, context=stage.context, site=site).inverted())
+    total = np.zeros(1000, np.uint32)
+    for site, mask in zip(world.ids, own, strict=True):
+        masked, plain = stage.masked[site], world.held[site].encode()
+        assert masked.vector is not None
+        assert masked.scalars is not None
+        vector, scalars = masked.vector.copy(), masked.scalars.copy()
+        add_masks(vector, [mask])
+        add_scalar_masks(scalars, [mask])
+        assert not (vector == plain.vector).any()  # the masks of its pairs are still on it
+        assert not (scalars == plain.scalars).any()
+        total += vector
+    assert np.array_equal(total, sum(world.held[site].encode().vector for site in world.ids))  # and gone from the sum
