@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ from medfl.shared.keys import fingerprint, load_node_key, node_public_key, publi
 
 HEARTBEAT_S = 10  # the least Flower accepts; a node is gone after two
 PARALLEL = 4  # objects on the way at a time: on a slow line, latency is what costs
+_TELLING_BYTES = 2**20
+_WIDE_BYTES_PER_S = PARALLEL * 5 * 2**20 / 30  # so many pieces of 5 MiB are through in half a minute: 5.6 Mbit/s
 MAX_SESSIONS = 5  # a reply is offered this often before it is given up
 
 log = logging.getLogger("medfl.node")
@@ -124,6 +127,7 @@ class Fleet:
         self.fingerprint = fingerprint(key.public_key())
         self._public_key = node_public_key(public_line(key.public_key()))
         self._answered = False
+        self._narrow = False
         transport = settings.transport
         self._tls = tls_context(transport)
         self._shown = certificate_on_disk(transport)
@@ -285,12 +289,13 @@ class Fleet:
             return answer.object_content
 
         contents: dict[str, bytes] = {}
-        left = settings.max_message_bytes
+        left, began = settings.max_message_bytes, time.monotonic()
         for object_id, content in zip(ids, self._workers.map(pull, ids), strict=True):
             contents[object_id] = content
             left -= len(content)
             if left < 0:
                 raise ProtocolError(f"the message exceeds this site's cap of {settings.max_message_bytes} bytes")
+        self._note_speed(settings.max_message_bytes - left, time.monotonic() - began)
         try:
             message = inflate_object_from_contents(head.message_id, contents)
         except Exception:  # whatever foreign bytes make Flower's parsers raise
@@ -338,12 +343,18 @@ class Fleet:
         sent = 0
         for _ in range(MAX_SESSIONS):
             answer = self._call(self._client.PushMessages, request, patience)
-            results = list(self._workers.map(push, [part for part in answer.objects_to_push if part in parts]))
+            pieces = [part for part in answer.objects_to_push if part in parts]
+            results = list(map(push, pieces) if self._narrow else self._workers.map(push, pieces))
             sent += sum(size for size, _ in results)
             if all(stored for _, stored in results):
                 return sent
             # The upload paused for too long, or another site's equal part came first: ask what is still missing.
         raise ProtocolError("the coordinator does not keep this site's reply")
+
+    def _note_speed(self, size: int, seconds: float) -> None:
+        """Whether the line is too narrow for pieces side by side, which would all arrive late; large messages tell."""
+        if size >= _TELLING_BYTES:
+            self._narrow = size < _WIDE_BYTES_PER_S * seconds
 
     def _call(self, method: Callable[[Q], A], request: Q, patience: Patience | None = None) -> A:
         """One request, repeated with ``patience`` while the trouble passes."""

@@ -58,6 +58,34 @@ def test_a_model_comes_and_goes_bit_for_bit_over_a_bad_way(lab: Lab, way: str) -
         assert seconds >= 4 * faults.latency_s
 
 
+@pytest.mark.parametrize(("bytes_per_s", "one_by_one"), [(300_000, True), (float("inf"), False)])
+def test_pieces_of_an_answer_go_one_by_one_over_a_narrow_line_and_side_by_side_over_a_wide_one(
+    lab: Lab, bytes_per_s: float, one_by_one: bool
+) -> None:
+    link, on_the_way, most = lab.link(sites=1), [0], [0]
+    with FaultyNetwork(link.port, Faults(bytes_per_s=bytes_per_s)) as network:
+        node, running = over(lab, network, link)
+        client = running.node._fleet._client
+        push_object = client.PushObject
+
+        def counted(piece: object) -> object:
+            on_the_way[0] += 1
+            most[0] = max(most[0], on_the_way[0])
+            time.sleep(0.05)
+            answer = push_object(piece)  # type: ignore[arg-type]
+            on_the_way[0] -= 1
+            return answer
+
+        client.PushObject = counted  # type: ignore[method-assign, assignment]
+        draw = np.random.default_rng(0)
+        arrays = {str(n): Array(draw.integers(0, 2**31, MIB // 16).astype(np.int32)) for n in range(6)}  # 1.5 MiB
+        with link.run(None, name="study", digest=DIGEST) as run:
+            message = Message(RecordDict({"arrays": ArrayRecord(arrays)}), node, "train")
+            (reply,) = run.grid.send_and_receive([message], timeout=90)
+            assert reply.has_content()
+    assert (most[0] == 1) == one_by_one
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_model_of_30_megabytes_over_1_megabit_with_300_ms(lab: Lab) -> None:
