@@ -134,6 +134,16 @@ class Experiment:
 
         return pd.DataFrame([(r.method, r.site, r.seed, r.score) for r in self.rows], columns=list(_COLUMNS))
 
+    def _attacks_and_budgets(self, method: str) -> dict[str, object]:
+        """What sites have spent at most, how often a backdoor works, what a curious coordinator makes: over seeds."""
+        cells = [cell for cell in self.cells if cell.method == method]
+        spent = [epsilons[-1] for cell in cells for epsilons in cell.spent.values() if epsilons]
+        planted = [cell.backdoor for cell in cells if cell.backdoor is not None]
+        made = [cell.reconstruction for cell in cells if cell.reconstruction is not None]
+        found: dict[str, object] = {"epsilon": max(spent)} if spent else {}
+        found |= {"backdoor": statistics.fmean(planted)} if planted else {}
+        return found | ({"reconstruction_db": max(made)[0], "grey_db": max(made)[1]} if made else {})
+
     def save(self, *, study: str) -> None:
         """Write ``results.csv`` and ``results.json``; ``study`` is the study's digest."""
         with (self.folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
@@ -148,6 +158,7 @@ class Experiment:
             "held_out": list(self.held_out),
             "mean": {m: {s: self.mean(m, s) for s in self.sites} for m in self.methods},
             "received_bytes": {m: max(c.received_bytes for c in self.cells if c.method == m) for m in self.methods},
+            "attacks_and_budgets": {m: found for m in self.methods if (found := self._attacks_and_budgets(m))},
             "seconds": round(self.seconds, 1),
         }
         write_whole(self.folder / "results.json", json.dumps(summary, indent=2).encode(), mode=0o644)

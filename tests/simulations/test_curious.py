@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ def test_a_file_may_ask_for_the_attack_and_is_told_what_came_of_it(
     said = " ".join(capsys.readouterr().out.split())
     assert "fedavg: from one step on a single image a curious coordinator makes a picture of" in said
     assert verdict in said
+    (results,) = (tmp_path / "runs").glob("*/results.json")
+    told = json.loads(results.read_text())["attacks_and_budgets"]["fedavg"]
+    assert f"a picture of {told['reconstruction_db']:.1f} dB, where plain grey has {told['grey_db']:.1f}" in said
+    assert ("epsilon" in told) == (privacy["mode"] != "none")
 
 
 def test_a_victim_that_is_no_site_is_refused(tmp_path: Path) -> None:
