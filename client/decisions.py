@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from contextlib import closing
+from typing import TypeVar
 
 from pydantic import Field
 
@@ -18,6 +19,8 @@ from medfl.shared.admin import AdminSocket, Nothing, NotRunning, Verb, ask
 from medfl.shared.audit_log import audit_file
 from medfl.shared.config import Settings
 from medfl.shared.study import Words
+
+Q = TypeVar("Q", bound=Settings)
 
 
 class Approval(Settings):
@@ -81,28 +84,24 @@ def approve(settings: SiteSettings, asked: Approval) -> bool:
     Raises:
         ConfigError, DataError, NetworkError, PolicyRefusal: why it could not be done.
     """
-    try:
-        ask(settings.state, APPROVE, asked)
-    except NotRunning:
-        with closing(Audit(audit_file(settings.state))) as audit:
-            _offline(settings, audit).approve(asked)
-        return False
-    return True
+    return _put(settings, APPROVE, asked, Decisions.approve)
 
 
 def withdraw(settings: SiteSettings, asked: Withdrawal) -> bool:
     """Withdraw a study at this site; as :func:`approve`."""
+    return _put(settings, WITHDRAW, asked, Decisions.withdraw)
+
+
+def _put(settings: SiteSettings, verb: Verb[Q, Nothing], asked: Q, do: Callable[[Decisions, Q], Nothing]) -> bool:
+    """Ask the running node (True), or ``do`` it here where none runs."""
     try:
-        ask(settings.state, WITHDRAW, asked)
+        ask(settings.state, verb, asked)
     except NotRunning:
         with closing(Audit(audit_file(settings.state))) as audit:
-            _offline(settings, audit).withdraw(asked)
+            forget = FolderRecords(settings.state).forget
+            do(Decisions(approvals_of(settings), audit, forget=forget), asked)
         return False
     return True
-
-
-def _offline(settings: SiteSettings, audit: Audit) -> Decisions:
-    return Decisions(approvals_of(settings), audit, forget=FolderRecords(settings.state).forget)
 
 
 def _decision(*, approved: bool, by: str, ethics: str = "") -> Decision:
