@@ -130,25 +130,41 @@ def print_attacks(console: Console, experiment: Experiment) -> None:
 
 
 def print_table(console: Console, experiment: Experiment) -> None:
-    """Methods by sites, mean over seeds and its 95 % interval, best of each site in bold."""
+    """Mean over seeds of methods by sites, with intervals; best of each site in bold; as many tables as it takes."""
     from rich.table import Table
 
-    table = Table(title=f"{experiment.metric} on held-out patients", title_justify="left")
-    table.add_column("method", no_wrap=True)
-    for site in experiment.sites:
-        table.add_column(experiment.title(site), justify="right", no_wrap=True)
     best = {  # -1 stands for no score, which is NaN
         site: max(value if (value := experiment.mean(method, site)) >= 0 else -1 for method in experiment.methods)
         for site in experiment.sites
     }
-    for method in experiment.methods:
-        cells = []
-        for site in experiment.sites:
-            value = experiment.mean(method, site)
-            text = str(experiment.interval(method, site))
-            cells.append(f"[bold]{text}[/bold]" if value == best[site] else text)
-        table.add_row(method, *cells)
-    console.print(table)
+    for number, sites in enumerate(_beside_each_other(experiment, console.width)):
+        title = f"{experiment.metric} on held-out patients" if number == 0 else None
+        table = Table(title=title, title_justify="left")
+        table.add_column("method", no_wrap=True)
+        for site in sites:
+            table.add_column(experiment.title(site), justify="right", no_wrap=True)
+        for method in experiment.methods:
+            cells = []
+            for site in sites:
+                text = str(experiment.interval(method, site))
+                cells.append(f"[bold]{text}[/bold]" if experiment.mean(method, site) == best[site] else text)
+            table.add_row(method, *cells)
+        console.print(table)
+
+
+def _beside_each_other(experiment: Experiment, width: int) -> list[list[str]]:
+    """The sites, in groups that fit beside the methods' names; one site at least in each."""
+    groups: list[list[str]] = [[]]
+    names = free = width - max(len(name) for name in ("method", *experiment.methods)) - 4
+    for site in experiment.sites:
+        scores = (str(experiment.interval(method, site)) for method in experiment.methods)
+        takes = 3 + max(len(text) for text in (experiment.title(site), *scores))
+        if groups[-1] and takes > free:
+            groups.append([])
+            free = names
+        groups[-1].append(site)
+        free -= takes
+    return groups
 
 
 if TYPE_CHECKING:

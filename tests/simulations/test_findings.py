@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from rich.console import Console
 from tiny import masks_study
 
 from medfl.client.releases import told
+from medfl.simulations.cli import print_table
 from medfl.simulations.federation import permissive_policy
 from medfl.simulations.findings import findings, promises
 from medfl.simulations.results import Cell, Experiment
@@ -32,3 +34,16 @@ def test_spends_are_added_up_for_who_was_treated_everywhere() -> None:
 
 def test_nothing_is_promised_where_nothing_is_protected() -> None:
     assert promises(experiment(Cell("fedavg", 0, SCORES))) == []
+
+
+def test_a_table_of_many_sites_reads_at_80_columns(tmp_path: Path) -> None:
+    sites = {f"hospital-{number}": 0.1 + number / 100 for number in range(9)}
+    cells = (Cell("geometric-median", 0, sites), Cell("alone", 0, dict.fromkeys(sites, 0.5), "baseline"))
+    console = Console(record=True, width=80)
+    print_table(console, Experiment("dice", cells, tmp_path, 1.0, held_out=("hospital-8",)))
+    said = console.export_text()
+    assert "\u2026" not in said  # nothing is cut off
+    for number in range(9):
+        assert f"0.1{number}0" in said
+        assert f"hospital-{number}" in said
+    assert max(len(line) for line in said.splitlines()) <= 80
