@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -58,8 +59,8 @@ class Job:
         except Quarantine as reason:
             return str(reason)
         return Block(
-            narrowest(images),
-            masks,
+            _alone(narrowest(images)),
+            None if masks is None else _alone(masks),
             example.label,
             example.spacing_mm,
             (float(example.image.min()), float(example.image.max())),
@@ -74,9 +75,20 @@ class Job:
             self.case.fingerprint,
             self.spec.model_dump(mode="json", exclude={"augmentation"}),
             self.held_out,
-            [version(name) for name in ("medfl", "pydicom", "highdicom", "nibabel", "monai", "torch")],
+            _software(),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _software() -> list[str]:
+    """Versions of what makes blocks; looking them up parses a file each."""
+    return [version(name) for name in ("medfl", "pydicom", "highdicom", "nibabel", "monai", "torch")]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """``tensor`` without the volume that it was cut out of, which it would keep in memory."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def blocks(

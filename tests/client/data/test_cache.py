@@ -152,7 +152,7 @@ def test_a_second_start_reads_no_image_and_gives_the_same(tmp_path: Path, monkey
         raise AssertionError("a file was read again")
 
     monkeypatch.setattr(SeriesCase, "read", unreachable)
-    monkeypatch.setattr("medfl.client.data.headers.pydicom.dcmread", unreachable)
+    monkeypatch.setattr("medfl.client.data.headers.read_file", unreachable)
     monkeypatch.setattr("medfl.client.data.memo.content_digest", unreachable)
     second = load(tmp_path / "data", tmp_path / "cache")
     assert same(plain, first)

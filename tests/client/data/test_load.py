@@ -17,6 +17,9 @@ from pydicom.dataelem import DataElement
 from pydicom.uid import generate_uid
 from real_data import DATA, needs
 
+from medfl.client.data.case import Findings
+from medfl.client.data.dicom import find_dicom
+from medfl.client.data.ingest import Block, Job
 from medfl.client.data.load import load_site_data
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import DicomSettings, TableLabels, TableSettings
@@ -58,6 +61,21 @@ def test_each_label_stays_with_its_image(tmp_path: Path) -> None:
         for image, label in zip(part.images, part.labels, strict=True):
             index = truth[image[0].numpy().tobytes()]
             assert np.array_equal(label.numpy(), lesion()[index])
+
+
+def test_a_part_of_a_volume_does_not_keep_the_volume_in_memory(tmp_path: Path) -> None:
+    hospital(tmp_path, 1)
+    settings = DicomSettings(source="dicom", folder=tmp_path)
+    for study in (
+        spec(preprocessing={"normalise": "none", "size": (8, 8)}),
+        spec(preprocessing={"normalise": "none", "size": (32, 32), "slices": {"per_case": 1}}),
+    ):
+        (case,) = find_dicom(settings, tmp_path, study, "segmentation", KEY, Findings(), lambda pseudonym: False)
+        block = Job(case, study, held_out=False).run()
+        assert isinstance(block, Block)
+        assert block.masks is not None
+        for tensor in (block.images, block.masks):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_the_same_secret_gives_the_same_split_and_another_secret_another(tmp_path: Path) -> None:
