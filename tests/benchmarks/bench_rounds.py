@@ -31,7 +31,7 @@ data:
   classes: [background, lesion]
   label_map: {Lesion: lesion}
   preprocessing: {normalise: window, window: [-60, 200], size: [16, 16], fit: resize, slices: {per_case: 1}}
-model: {name: unet, channels: [50, 100, 200, 400], residual_units: 0}
+model: {name: unet, channels: [40, 80, 160, 320], residual_units: 0}
 training: {loss: dice-ce, steps: 1, batch_size: 2}
 rounds: {count: ROUNDS, minimum_sites: 3, deadline_s: 120, patience_s: 120, evaluate_every: ROUNDS}
 privacy: {mode: none}

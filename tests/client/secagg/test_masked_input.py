@@ -144,3 +144,14 @@ def test_without_its_own_mask_which_the_coordinator_opens_a_vector_still_says_no
         assert not (scalars == plain.scalars).any()
         total += vector
     assert np.array_equal(total, sum(world.held[site].encode().vector for site in world.ids))  # and gone from the sum
+
+
+def test_a_study_that_is_let_go_of_leaves_nothing_to_finish_its_sum_with() -> None:
+    stage = Stage(Consortium(3), Phase.MASKED_INPUT)
+    site = stage.world.sites[1]
+    assert site._journal.kept(stage.context) is not None
+    site.release(STUDY)
+    assert site._journal.kept(stage.context) is None
+    with pytest.raises(ProtocolError) as refusal:
+        stage.world.ask(1, Phase.CONFIRM_SURVIVORS, stage.survivor_list)
+    assert refusal.value.reason == Reason.OUT_OF_ORDER
