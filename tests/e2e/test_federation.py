@@ -97,7 +97,7 @@ def test_a_study_finishes_although_a_site_and_the_coordinator_are_killed(
     assert rows[0]["outcomes"] == dict.fromkeys(hospitals.names, "trained")
     ending = json.loads((run_folder(hospitals, study) / "ending.json").read_text())
     assert len(ending.pop("model")) == 64
-    assert ending == {"ending": "done", "round": 4, "study": study.digest}
+    assert ending == {"ending": "done", "round": 4, "study": study.digest, "model_of_round": 4}
     assert load_file(run_folder(hospitals, study) / "model.safetensors")
     codes = running.stop_all()
     assert {name: codes[name] for name in hospitals.names} == dict.fromkeys(hospitals.names, 0)
