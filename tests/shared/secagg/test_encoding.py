@@ -1,5 +1,6 @@
 """Numbers to integers and sums of them back: exact where promised, refused where it cannot work."""
 
+import struct
 import tracemalloc
 from dataclasses import replace
 
@@ -201,3 +202,18 @@ def test_every_part_of_an_encoding_is_in_its_digest() -> None:
     ]
     assert len({encoding.digest for encoding in (base, *others)}) == 8
     assert all(Encoding.parse(encoding.to_bytes()) == encoding for encoding in (base, *others))
+
+
+def test_an_encoding_has_room_for_a_hundred_thousand_segments_and_ten_thousand_scalars() -> None:
+    segments = (Segment(1, 1.0),) * 100_001
+    names = tuple(f"s{number}" for number in range(10_001))
+    Encoding(Ring.BITS_32, segments[1:], 100, names[1:])
+    with pytest.raises(ProtocolError, match="too many segments or scalars"):
+        Encoding(Ring.BITS_32, segments, 100)
+    with pytest.raises(ProtocolError, match="too many segments or scalars"):
+        Encoding(Ring.BITS_32, segments[1:], 100, names)
+
+
+def test_a_head_that_promises_more_segments_than_there_may_be_is_refused_before_they_are_read() -> None:
+    with pytest.raises(ProtocolError, match="has too many segments"):
+        Encoding.parse(struct.pack("<BBQI", Ring.BITS_32, False, 100, 100_001))
