@@ -15,6 +15,7 @@ from medfl.client.secagg.enrolment import Enrolment, Rules
 from medfl.client.secagg.journal import Journal
 from medfl.client.secagg.session import SecureSite
 from medfl.server.secagg.outcome import SecureSum, SumPlan
+from medfl.server.secagg.pending import PendingSum
 from medfl.server.secagg.round import SecureRound
 from medfl.server.secagg.store import MemoryStore, Store
 from medfl.shared.errors import MedFLError
@@ -223,3 +224,19 @@ class Stage:
             self.confirmation_list = ConfirmationList(self.context, tuple(self.confirmations.values()))
         if steps >= 5:
             self.reveals = {s: Reveal.parse(world.ask(s, PHASES[4], self.confirmation_list).control) for s in everyone}
+
+
+def pending_sum() -> PendingSum:
+    """A sum of three sites whose survivors are fixed: the vector 0..39, the scalars 5, 2^63 and 7."""
+    world = Consortium(3)
+    announcement = world.announcement()
+    adverts = tuple(Advert(site, bytes([site]) * 32, bytes([site + 9]) * 32, bytes(64)) for site in world.ids)
+    return PendingSum(
+        announcement,
+        world.encoding,
+        KeyList(announcement.context(), adverts),
+        {site: bytes([site]) * 32 for site in world.ids},
+        (1, 2, 3),
+        np.arange(40, dtype=np.uint32),
+        np.array([5, 2**63, 7], np.uint64),
+    )

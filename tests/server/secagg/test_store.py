@@ -1,31 +1,16 @@
 """Round numbers never fall, and a pending sum is read back whole or not at all."""
 
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
 import pytest
-from secagg_world import STUDY, Consortium
+from secagg_world import STUDY, pending_sum
 
-from medfl.server.secagg.pending import PendingSum
 from medfl.server.secagg.store import FolderStore, MemoryStore
 from medfl.shared.errors import DataError
 from medfl.shared.secagg.announcement import Purpose
-from medfl.shared.secagg.messages import Advert, KeyList
-
-
-def pending() -> PendingSum:
-    world = Consortium(3)
-    announcement = world.announcement()
-    adverts = tuple(Advert(site, bytes([site]) * 32, bytes([site + 9]) * 32, bytes(64)) for site in world.ids)
-    return PendingSum(
-        announcement,
-        world.encoding,
-        KeyList(announcement.context(), adverts),
-        {site: bytes([site]) * 32 for site in world.ids},
-        (1, 2, 3),
-        np.arange(40, dtype=np.uint32),
-        np.array([5, 2**63, 7], np.uint64),
-    )
 
 
 def test_rounds_rise_over_restarts_and_for_each_purpose_by_itself(tmp_path: Path) -> None:
@@ -43,7 +28,7 @@ def test_a_damaged_file_of_round_numbers_is_an_error_with_a_way_out(tmp_path: Pa
 
 
 def test_a_pending_sum_is_read_back_whole(tmp_path: Path) -> None:
-    kept = pending()
+    kept = pending_sum()
     FolderStore(tmp_path).keep(kept)
     read = FolderStore(tmp_path).pending(STUDY)
     assert read is not None
@@ -55,7 +40,7 @@ def test_a_pending_sum_is_read_back_whole(tmp_path: Path) -> None:
 
 def test_a_damaged_pending_sum_is_none(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
-    store.keep(pending())
+    store.keep(pending_sum())
     file = tmp_path / STUDY.hex() / "train.npy"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -66,7 +51,7 @@ def test_a_damaged_pending_sum_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", ["train.npy", "train.json"])
 def test_half_a_pending_sum_is_none(tmp_path: Path, left: str) -> None:
     store = FolderStore(tmp_path)
-    store.keep(pending())
+    store.keep(pending_sum())
     for file in (tmp_path / STUDY.hex()).glob("train.*"):
         if file.name != left:
             file.unlink()
@@ -75,7 +60,7 @@ def test_half_a_pending_sum_is_none(tmp_path: Path, left: str) -> None:
 
 def test_a_pending_sum_is_forgotten_when_the_next_round_of_its_purpose_begins(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
-    store.keep(pending())
+    store.keep(pending_sum())
     store.begin(STUDY, Purpose.EVALUATE)
     assert store.pending(STUDY) is not None  # scores are summed before the model is in a checkpoint
     assert store.pending(STUDY, Purpose.EVALUATE) is None
@@ -85,7 +70,7 @@ def test_a_pending_sum_is_forgotten_when_the_next_round_of_its_purpose_begins(tm
 
 def test_a_pending_sum_is_forgotten_on_request(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
-    store.keep(pending())
+    store.keep(pending_sum())
     store.forget(STUDY)
     assert store.pending(STUDY) is None
     assert store.begin(STUDY, Purpose.TRAIN) == 1
@@ -94,5 +79,24 @@ def test_a_pending_sum_is_forgotten_on_request(tmp_path: Path) -> None:
 def test_the_store_of_a_simulation_counts_and_keeps_nothing() -> None:
     store = MemoryStore()
     assert [store.begin(STUDY, Purpose.TRAIN) for _ in range(2)] == [1, 2]
-    store.keep(pending())
+    store.keep(pending_sum())
     assert store.pending(STUDY) is None
+
+
+def test_a_pending_sum_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[bool, int, bool]] = []  # (a folder, bytes of a file, whether the vector has its name)
+    sync = os.fsync
+
+    def seen(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        named = any(tmp_path.rglob("train.npy"))
+        synced.append((stat.S_ISDIR(found.st_mode), 0 if stat.S_ISDIR(found.st_mode) else found.st_size, named))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    FolderStore(tmp_path).keep(pending_sum())
+    assert any(not folder and size > 160 and not named for folder, size, named in synced)  # 40 values of 4 bytes
+    vector = next(place for place, (folder, size, named) in enumerate(synced) if not folder and size > 160)
+    assert any(folder and named for folder, _, named in synced[vector:])
