@@ -31,7 +31,7 @@ from medfl.simulations.demo import (
 )
 from medfl.simulations.processes import Processes
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STUDY = """
 name: small
