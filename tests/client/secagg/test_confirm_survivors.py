@@ -23,6 +23,10 @@ def test_the_reply_has_66_bytes() -> None:
     assert len(stage.world.ask(1, CONFIRM, stage.survivor_list).control) == 66
 
 
+def test_nothing_is_confirmed_before_the_masked_input_has_left() -> None:
+    assert refused(Stage(Consortium(5), Phase.SHARE_KEYS), 1, 2, 3, 4, 5) == Reason.OUT_OF_ORDER
+
+
 def test_survivors_without_this_site_are_refused() -> None:
     assert refused(Stage(Consortium(5), Phase.MASKED_INPUT), 2, 3, 4, 5) == Reason.BAD_SURVIVORS
 
