@@ -36,7 +36,7 @@ from medfl.shared.lock import only_one
 log = logging.getLogger("medfl.node")
 
 POLL_S = (0.05, 1.0)  # shortest and longest pause where a coordinator does not hold empty questions
-REJOIN_S = 5.0  # longest pause between attempts to join
+REJOIN_S = 2.5  # longest pause between attempts to join
 TURN_S = 300.0  # no pause and no time-out of a connection is longer
 GRACE_S = 60.0  # a message that takes so much longer than its deadline hangs
 REMIND_S = 60.0  # the same trouble is logged once in this time
