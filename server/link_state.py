@@ -111,7 +111,7 @@ class FleetState(SqlLinkState):
         """Not counted."""
 
 
-# A push session lasts as long as the payload it brings, which is in memory: in SQL they were a third of a stage.
+# A push session lasts as long as the payload it brings, which is in memory: in SQL they were a fifth of a stage.
 for _name in (
     *("start_session", "delete_sessions_in_run", "preregister_object_tree", "store_object", "get_object"),
     "_cleanup_push_session",

@@ -31,6 +31,7 @@ from medfl.client.site import Site
 from medfl.client.workbench import Workbench
 from medfl.server.app import build_server_app
 from medfl.server.ending import Result
+from medfl.server.passing_grid import PassingGrid
 from medfl.server.reporter import Reporter, Several
 from medfl.server.rounds import Rounds
 from medfl.shared.arrays import as_array, as_numpy
@@ -179,11 +180,11 @@ def _workbench(device: str) -> Workbench:
     return Workbench(torch.device(device))
 
 
-class _NumberedGrid(Grid):
+class _NumberedGrid(PassingGrid):
     """Flower's grid, and which site each node is; sites have the numbers that they have in this process's own grid."""
 
     def __init__(self, grid: Grid, names: Iterable[str]) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._names = dict(enumerate(names, start=FIRST_NODE))
         self._nodes: dict[int, int] = {}  # our number -> Flower's
         self._numbers: dict[int, int] = {}
@@ -228,19 +229,6 @@ class _NumberedGrid(Grid):
         """Both."""
         replies = self._grid.send_and_receive(self._addressed(messages), timeout=timeout)
         return [self._known(reply) for reply in replies]
-
-    def set_run(self, run: Any) -> None:
-        """As the grid does."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The grid's run."""
-        return self._grid.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Deprecated in Flower: construct ``flwr.app.Message`` instead."""
-        raise NotImplementedError("construct flwr.app.Message")
 
     def _addressed(self, messages: Iterable[Message]) -> list[Message]:
         sent = list(messages)
