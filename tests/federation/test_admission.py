@@ -242,7 +242,7 @@ def test_a_site_removed_from_the_roster_is_cut_off_and_comes_back_by_itself_when
     until(lambda: link.online() == {ids["south"]})
     assert link.enrol(lab.roster(1)) == {"north": ids["north"]}
     assert link.online() == set()
-    until(lambda: bool(running.news) and running.news[-1][0] is Phase.WAITING)
+    until(lambda: running.phase is Phase.WAITING)
     assert "roster" in running.news[-1][1] or "node key" in running.news[-1][1]
     assert link.enrol(lab.roster(2)) == ids
     until(lambda: link.online() == {ids["south"]})

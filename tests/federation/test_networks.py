@@ -116,7 +116,7 @@ def test_a_way_that_was_cut_is_taken_up_again_and_the_site_says_so_meanwhile(lab
         with link.run(None, name="study", digest=DIGEST) as run:
             network.faults.cut = True
             network.break_all()
-            until(lambda: running.news[-1][0] is Phase.WAITING)
+            until(lambda: running.phase is Phase.WAITING)
             time.sleep(3)
             network.faults.cut = False
             mended = time.monotonic()
@@ -137,7 +137,7 @@ def test_a_way_that_was_cut_for_ten_minutes_is_taken_up_again_within_seconds(lab
         network.break_all()
         until(lambda: link.online() == set(), 30)
         time.sleep(600)
-        assert running.news[-1][0] is Phase.WAITING
+        assert running.phase is Phase.WAITING
         network.faults.cut = False
         until(lambda: link.online() == {node}, 15)
 

@@ -59,6 +59,11 @@ class RunningNode:
     thread: threading.Thread
     news: list[tuple[Phase, str]] = field(default_factory=list)
 
+    @property
+    def phase(self) -> Phase | None:
+        """Of its last news; ``None`` before the first, which may come after the coordinator has let it in."""
+        return self.news[-1][0] if self.news else None
+
     def stop(self) -> None:
         self.node.stop()
         self.thread.join(15)
