@@ -11,6 +11,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medfl.client.rosters import SiteRosters
+from medfl.client.trouble import in_words
 from medfl.client.work import Work
 from medfl.shared.certificates import (
     WARN_DAYS,
@@ -94,6 +95,8 @@ class CheckIns:
                 self._install(answer.certificate, line)
         except MedFLError as error:
             self._say("trouble", logging.ERROR, f"check-in: {error}")
+        except OSError as error:  # on a full disk the heartbeat goes on, which says that this site is there
+            self._say("trouble", logging.ERROR, f"check-in: {in_words(error) or error.strerror}")
 
     def _question(self, now: float, working_on: str) -> bytes:
         newest = self._rosters.newest()

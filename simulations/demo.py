@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.resources
 import json
 import multiprocessing
+import random
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,12 @@ def set_up(places: Places, study: Study) -> int:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on loopback that nobody listens on now, and that the system gives to nobody who dials out."""
+    while True:
+        port = random.randrange(20_000, 32_000)  # Linux dials from 32768 on, other systems from 49152 on
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _clear(root: Path) -> None:

@@ -9,6 +9,7 @@ from threading import Event
 import httpx
 import pytest
 
+from medfl.client import transport
 from medfl.client.transport import Kind, LinkTrouble, Patience, confine, trouble_of
 
 
@@ -53,14 +54,33 @@ def test_being_hung_up_on_means_our_certificate_only_before_the_first_answer() -
     assert "HTTPS_PROXY" in str(trouble_of(httpx.ProxyError(""), "c:1", answered=False))
 
 
-def test_patience_grows_is_bounded_and_ends_with_a_stop() -> None:
+class Watch(Event):
+    """A stop that never comes, and the clock that waiting for it moves on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.waits.append(timeout)
+        return False
+
+    def monotonic(self) -> float:
+        return 100 + sum(self.waits)
+
+
+def test_patience_grows_is_bounded_and_ends_with_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch()
+    with monkeypatch.context() as patched:
+        patched.setattr(transport, "time", watch)
+        patience = Patience(watch, limit_s=20, first_s=2, longest_s=5)
+        while patience.pause():
+            pass
+    assert sum(watch.waits) == pytest.approx(20)
+    for seconds, longest in zip(watch.waits[:-1], (2, 4, *[5] * 20), strict=False):  # the last is what was left
+        assert longest / 2 <= seconds <= longest
     stop = Event()
-    patience = Patience(stop, limit_s=0.2, first_s=0.02, longest_s=0.05)
-    started, pauses = time.monotonic(), 0
-    while patience.pause():
-        pauses += 1
-    assert 0.15 < time.monotonic() - started < 1.0
-    assert 4 <= pauses <= 12  # 0.01 to 0.05 s each
     stop.set()
     assert not Patience(stop, limit_s=60, first_s=60).pause()
 

@@ -29,7 +29,7 @@ STUDY = masks_study(
 def command(module: str, *arguments: str | Path) -> str:
     """What a command says; the test fails when it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -48,7 +48,7 @@ def raw(lab: Lab, link: Link, certificate: tuple[Path, Path] | None) -> ssl.SSLC
 
 
 def request(link: Link, context: ssl.SSLContext, method: str, path: str, body: object = None) -> int:
-    connection = http.client.HTTPSConnection("127.0.0.1", link.port, context=context, timeout=10)
+    connection = http.client.HTTPSConnection("127.0.0.1", link.port, context=context, timeout=60)
     try:
         connection.request(method, path, body)  # type: ignore[arg-type]
         return connection.getresponse().status
@@ -204,7 +204,7 @@ def test_only_the_fleet_interface_and_health_exist(lab: Lab) -> None:
     assert request(link, context, "GET", "/health") == 200
     # Registration through the fleet interface stays closed, whoever asks.
     headers = {"content-type": "application/protobuf"}
-    connection = http.client.HTTPSConnection("127.0.0.1", link.port, context=context, timeout=10)
+    connection = http.client.HTTPSConnection("127.0.0.1", link.port, context=context, timeout=60)
     for name in ("register-node", "unregister-node", "pull-messages", "push-messages", "push-object", "pull-object"):
         path = f"/v1/fleet/{name}"
         connection.request("POST", path, b"", headers)
@@ -247,7 +247,7 @@ def test_a_site_removed_from_the_roster_is_cut_off_and_comes_back_by_itself_when
     assert link.enrol(lab.roster(2)) == ids
     until(lambda: link.online() == {ids["south"]})
     with link.run(None, name="study", digest="d" * 64) as run:
-        (reply,) = run.grid.send_and_receive([question(ids["south"])], timeout=10)
+        (reply,) = run.grid.send_and_receive([question(ids["south"])], timeout=60)
         assert text_of(reply) == "hello"
 
 

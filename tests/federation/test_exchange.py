@@ -29,7 +29,7 @@ def held(link: Link) -> int:
 
 def test_three_sites_answer_and_nothing_stays_in_memory(lab: Lab) -> None:
     with lab.federation() as (link, ids), link.run(None, name="study", digest=DIGEST) as run:
-        replies = run.grid.send_and_receive([question(i, f"to {i}") for i in ids.values()], timeout=10)
+        replies = run.grid.send_and_receive([question(i, f"to {i}") for i in ids.values()], timeout=60)
         assert sorted(map(text_of, replies)) == sorted(f"to {i}" for i in ids.values())
         assert {reply.metadata.src_node_id for reply in replies} == set(ids.values())
         assert held(link) == 0
@@ -40,7 +40,7 @@ def test_a_model_of_several_pieces_comes_back_bit_for_bit(lab: Lab) -> None:
     weights = np.random.default_rng(0).normal(size=3_000_000).astype("f4")  # 12 MB: three pieces of 5 MiB
     with lab.federation(sites=2) as (link, ids), link.run(None, name="study", digest=DIGEST) as run:
         content = RecordDict({"arrays": ArrayRecord({"w": Array(weights)})})
-        for reply in run.grid.stream([Message(content, i, "train") for i in ids.values()], timeout=20):
+        for reply in run.grid.stream([Message(content, i, "train") for i in ids.values()], timeout=60):
             assert np.array_equal(reply.content["arrays"]["w"].numpy(), weights)
         assert held(link) == 0
 
@@ -48,7 +48,7 @@ def test_a_model_of_several_pieces_comes_back_bit_for_bit(lab: Lab) -> None:
 def test_identical_replies_of_several_sites_all_arrive(lab: Lab) -> None:
     with lab.federation(same_for_all) as (link, ids), link.run(None, name="study", digest=DIGEST) as run:
         for _ in range(5):
-            replies = run.grid.send_and_receive([question(i) for i in ids.values()], timeout=10)
+            replies = run.grid.send_and_receive([question(i) for i in ids.values()], timeout=60)
             assert {reply.metadata.src_node_id for reply in replies} == set(ids.values())
             assert [text_of(reply) for reply in replies] == ["identical"] * 3
         assert held(link) == 0
@@ -59,9 +59,9 @@ def test_the_same_message_sent_twice_is_answered_twice(lab: Lab) -> None:
         message = question(ids["north"])
         first, second = question(ids["north"]), question(ids["north"])
         second.metadata.created_at = first.metadata.created_at  # byte for byte the same
-        assert len(run.grid.send_and_receive([first, second], timeout=10)) == 2
+        assert len(run.grid.send_and_receive([first, second], timeout=60)) == 2
         for _ in range(2):
-            assert len(run.grid.send_and_receive([message], timeout=10)) == 1
+            assert len(run.grid.send_and_receive([message], timeout=60)) == 1
 
 
 def test_replies_are_given_as_they_arrive_and_a_silent_site_is_dropped_at_the_deadline(lab: Lab) -> None:
@@ -69,35 +69,39 @@ def test_replies_are_given_as_they_arrive_and_a_silent_site_is_dropped_at_the_de
 
     def app(message: Message, context: Context) -> Message:
         if text_of(message) == "slow":
-            release.wait(20)
+            release.wait(120)
         return echo(message, context)
 
     with lab.federation(app) as (link, ids), link.run(None, name="study", digest=DIGEST) as run:
         texts = {"north": "slow", "south": "fast", "west": "fast"}
         started = time.monotonic()
-        replies = run.grid.stream([question(ids[site], text) for site, text in texts.items()], timeout=1.5)
+        replies = run.grid.stream([question(ids[site], text) for site, text in texts.items()], timeout=3.0)
         assert [text_of(next(replies)), text_of(next(replies))] == ["fast", "fast"]
-        assert time.monotonic() - started < 1.4
         assert list(replies) == []
-        assert 1.4 < time.monotonic() - started < 4
+        assert 2.9 < time.monotonic() - started < 60  # the slow one would take two minutes
         release.set()  # the late answer is dropped, and the site takes part again
-        replies = iter(run.grid.send_and_receive([question(ids["north"])], timeout=10))
+        replies = iter(run.grid.send_and_receive([question(ids["north"])], timeout=60))
         assert text_of(next(replies)) == "hello"
         assert held(link) == 0
 
 
 def test_an_instruction_not_fetched_in_time_is_withdrawn(lab: Lab) -> None:
     done: list[str] = []
+    began, release = threading.Event(), threading.Event()
 
     def app(message: Message, context: Context) -> Message:
         done.append(text_of(message))
-        time.sleep(1.0)
+        began.set()
+        release.wait(120)
         return echo(message, context)
 
     with lab.federation(app, sites=1) as (link, ids), link.run(None, name="study", digest=DIGEST) as run:
         node = ids["north"]
-        assert run.grid.send_and_receive([question(node, "first"), question(node, "queued")], timeout=0.7) == []
-        assert len(run.grid.send_and_receive([question(node, "third")], timeout=10)) == 1
+        run.grid.push_messages([question(node, "first", ttl=120)])
+        assert began.wait(60)
+        assert run.grid.send_and_receive([question(node, "queued")], timeout=0.5) == []
+        release.set()
+        assert len(run.grid.send_and_receive([question(node, "third")], timeout=60)) == 1
         assert done == ["first", "third"]
 
 
@@ -109,7 +113,7 @@ def test_an_exception_in_the_app_reaches_the_coordinator_as_a_code_only(lab: Lab
 
     with lab.federation(app, sites=1) as (link, ids), link.run(None, name="study", digest=DIGEST) as run:
         for text, code in [("ours", "training"), ("foreign", "unexpected")]:
-            (reply,) = run.grid.send_and_receive([question(ids["north"], text)], timeout=10)
+            (reply,) = run.grid.send_and_receive([question(ids["north"], text)], timeout=60)
             assert (reply.error.code, reply.error.reason) == (2, code)
             assert reply.metadata.src_node_id == ids["north"]
 
@@ -131,7 +135,7 @@ def test_the_gate_refuses_before_anything_is_fetched(lab: Lab) -> None:
     running.node._fleet.fetch = lambda *a: fetched.append(a) or fetch(*a)  # type: ignore[method-assign,func-returns-value]
     for digest, refused in [("e" * 64, True), (DIGEST, False)]:
         with link.run(None, name="lungs", digest=digest) as run:
-            (reply,) = run.grid.send_and_receive([question(ids["north"])], timeout=10)
+            (reply,) = run.grid.send_and_receive([question(ids["north"])], timeout=60)
             assert reply.has_error() is refused
             if refused:
                 assert (reply.error.code, reply.error.reason) == (6, "refused: study not approved")
@@ -162,7 +166,7 @@ def test_a_word_of_the_nodes_own_is_told_before_it_leaves_and_replaced_where_tha
     with link.run(None, name="lungs", digest=DIGEST) as run:
         for kind in ("query", "train", "train"):
             content = RecordDict({"config": ConfigRecord({"text": "hello"})})
-            (reply,) = run.grid.send_and_receive([Message(content, ids["north"], kind)], timeout=10)
+            (reply,) = run.grid.send_and_receive([Message(content, ids["north"], kind)], timeout=60)
             answers.append(reply.error.reason)
     refused = (DIGEST, Code.REFUSED, "study not approved")
     assert told == [refused, (DIGEST, Code.UNEXPECTED, ""), (DIGEST, Code.UNEXPECTED, "")]
@@ -176,9 +180,9 @@ def test_a_message_beyond_the_sites_caps_is_answered_with_an_error(lab: Lab) -> 
     until(lambda: link.online() == set(ids.values()))
     with link.run(None, name="study", digest=DIGEST) as run:
         big = RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(100_000, "f4"))})})
-        (reply,) = run.grid.send_and_receive([Message(big, ids["north"], "train")], timeout=10)
+        (reply,) = run.grid.send_and_receive([Message(big, ids["north"], "train")], timeout=60)
         assert reply.error.reason == "protocol"
-        (reply,) = run.grid.send_and_receive([question(ids["north"])], timeout=10)
+        (reply,) = run.grid.send_and_receive([question(ids["north"])], timeout=60)
         assert reply.has_content()
 
 
@@ -196,7 +200,7 @@ def test_a_node_that_is_not_online_is_reported_at_once(lab: Lab) -> None:
     running = lab.node("north", link.port)
     until(lambda: link.online() == {ids["north"]})
     with link.run(None, name="study", digest=DIGEST) as run:
-        replies = run.grid.send_and_receive([question(i) for i in ids.values()], timeout=10)
+        replies = run.grid.send_and_receive([question(i) for i in ids.values()], timeout=60)
         assert {r.metadata.src_node_id: r.has_error() and r.error.code for r in replies} == {
             ids["north"]: False,
             ids["south"]: 5,
@@ -218,7 +222,7 @@ def test_runs_follow_one_another_and_a_series_keeps_each_sites_state(lab: Lab) -
         return Message(RecordDict({"config": ConfigRecord({"text": str(before["times"])})}), reply_to=message)
 
     def ask(run: OpenRun, text: str = "") -> str | None:
-        (reply,) = run.grid.send_and_receive([question(ids["north"], text)], timeout=10)
+        (reply,) = run.grid.send_and_receive([question(ids["north"], text)], timeout=60)
         return text_of(reply) if reply.has_content() else None
 
     with lab.federation(count, sites=1) as (link, ids):
@@ -254,17 +258,18 @@ def test_one_run_is_open_at_a_time_and_a_failed_one_does_not_block_the_next(
 
 
 def test_an_answer_after_the_run_is_over_is_dropped_and_the_node_stays(lab: Lab) -> None:
-    release = threading.Event()
+    began, release = threading.Event(), threading.Event()
 
     def app(message: Message, context: Context) -> Message:
-        release.wait(10)
+        began.set()
+        release.wait(120)
         return echo(message, context)
 
     with lab.federation(app, sites=1) as (link, ids):
         with link.run(None, name="study", digest=DIGEST) as run:
             run.grid.push_messages([question(ids["north"])])
-            time.sleep(0.5)
+            assert began.wait(60)
         release.set()
         with link.run(None, name="study", digest=DIGEST) as run:
-            (reply,) = run.grid.send_and_receive([question(ids["north"], "next")], timeout=10)
+            (reply,) = run.grid.send_and_receive([question(ids["north"], "next")], timeout=60)
             assert text_of(reply) == "next"

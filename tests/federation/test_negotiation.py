@@ -37,7 +37,7 @@ class OlderSite:
 def ask(grid: NegotiatingGrid, nodes: list[int]) -> dict[int, str]:
     content = ModelRequest(DIGEST, 1, VECTOR, counted=0).record()
     messages = [Message(content, dst_node_id=node, message_type="train") for node in nodes]
-    return {reply.metadata.src_node_id: outcome(reply.content) for reply in grid.send_and_receive(messages, timeout=15)}
+    return {reply.metadata.src_node_id: outcome(reply.content) for reply in grid.send_and_receive(messages, timeout=60)}
 
 
 def test_an_older_site_is_written_to_in_its_own_protocol_from_the_second_message_on(lab: Lab) -> None:

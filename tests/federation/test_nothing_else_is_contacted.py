@@ -29,7 +29,7 @@ consortium = create_consortium(folder / "c", sites=["north"], hosts=["127.0.0.1"
 with ExitStack() as stack:
     lab = Lab(folder, consortium, stack)
     with lab.federation(sites=1) as (link, ids), link.run(None, name="study", digest="d" * 64) as run:
-        replies = run.grid.send_and_receive([question(i) for i in ids.values()], timeout=10)
+        replies = run.grid.send_and_receive([question(i) for i in ids.values()], timeout=60)
         assert [text_of(reply) for reply in replies] == ["hello"]
         port = link.port
 others = {call for call in calls if call[1:] != ("127.0.0.1", port)}
@@ -44,7 +44,7 @@ def run(prefix: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "HTTPS_PROXY", "https_proxy"))}
     environment |= {"PYTHONPATH": str(SUPPORT), "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
     command = [*prefix, sys.executable, "-c", EXCHANGE, str(folder)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_no_other_host_is_looked_up_or_dialled(tmp_path: Path) -> None:

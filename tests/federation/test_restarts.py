@@ -14,6 +14,7 @@ from federation import Lab, question, text_of, until
 
 from medfl.server.link import Link, OpenRun
 from medfl.shared.errors import ConfigError
+from medfl.simulations.demo import free_port
 
 SITE = Path(__file__).parents[1] / "support" / "site_process.py"
 DIGEST = "d" * 64
@@ -37,7 +38,7 @@ def start(lab: Lab) -> Iterator[Callable[[Link], subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def ask(run: OpenRun, node_id: int, text: str = "", timeout: float = 20) -> str:
+def ask(run: OpenRun, node_id: int, text: str = "", timeout: float = 60) -> str:
     (reply,) = run.grid.send_and_receive([question(node_id, text)], timeout=timeout)
     return text_of(reply) if reply.has_content() else f"error {reply.error.code}"
 
@@ -48,11 +49,11 @@ def test_a_killed_node_is_back_in_seconds_with_its_state_and_what_it_had_in_hand
     link = lab.link(sites=1)
     node_id = link.enrol(lab.roster(1))["north"]
     process = start(link)
-    until(lambda: link.online() == {node_id}, 30)
+    until(lambda: link.online() == {node_id})
     with link.run(None, name="study", digest=DIGEST) as run:
         assert [ask(run, node_id), ask(run, node_id)] == ["1", "2"]
         replies = run.grid.stream([question(node_id, "wait")], timeout=60)
-        time.sleep(1.0)  # it has the message now
+        until((lab.folder / "north" / "waits").exists)  # it has the message now
         process.kill()
         process.wait()
         restarted_at = time.monotonic()
@@ -61,9 +62,9 @@ def test_a_killed_node_is_back_in_seconds_with_its_state_and_what_it_had_in_hand
         assert lost.error.code == 5
         assert lost.metadata.src_node_id == node_id
         assert ask(run, node_id) == "3"
-        assert time.monotonic() - restarted_at < 15  # 2 to 4 s of which are Python's start
+        assert time.monotonic() - restarted_at < 45  # it is 4 s where nothing else runs; a session is given up after 20
     process.terminate()
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert link.online() == set()
     assert not (lab.folder / "north" / "node_id").exists()
     assert (lab.folder / "north" / f"series-{run.series_id}.state").stat().st_mode & 0o777 == 0o600
@@ -72,17 +73,17 @@ def test_a_killed_node_is_back_in_seconds_with_its_state_and_what_it_had_in_hand
 def test_nodes_reconnect_by_themselves_to_a_restarted_coordinator_and_its_series_goes_on(
     lab: Lab, start: Callable[[Link], subprocess.Popen[bytes]]
 ) -> None:
-    with Link(lab.link_settings()) as link:
+    with Link(lab.link_settings(port=free_port())) as link:  # one that no connection of ours is dialled from meanwhile
         ids = link.enrol(lab.roster(2))
         lab.node("south", link.port)
         start(link)
-        until(lambda: link.online() == set(ids.values()), 30)
+        until(lambda: link.online() == set(ids.values()))
         with link.run(None, name="study", digest=DIGEST) as run:
             assert ask(run, ids["north"]) == "1"
     with Link(lab.link_settings(port=link.port)) as link:
         assert link.enrol(lab.roster(2)) == ids
         with link.run(run.series_id, name="study", digest=DIGEST) as again:
-            until(lambda: link.online() == set(ids.values()), 30)
+            until(lambda: link.online() == set(ids.values()))
             assert ask(again, ids["north"]) == "2"
             assert ask(again, ids["south"], "hi") == "hi"
 
@@ -121,6 +122,6 @@ def test_a_damaged_state_is_reported_and_not_overwritten(lab: Lab) -> None:
         assert ask(run, ids["north"], "hi") == "hi"
         path = lab.folder / "north" / f"series-{run.series_id}.state"
         path.write_bytes(b"damaged")
-        (reply,) = run.grid.send_and_receive([question(ids["north"])], timeout=10)
+        (reply,) = run.grid.send_and_receive([question(ids["north"])], timeout=60)
         assert reply.error.reason == "data"
         assert path.read_bytes() == b"damaged"

@@ -151,9 +151,9 @@ def test_a_revoked_site_is_cut_off_within_seconds_and_left_out_elsewhere_without
     south.check()
     assert old is not None
     world.registrar.revoke("south")
-    until(lambda: "south" not in world.link.sites, 5)
+    until(lambda: "south" not in world.link.sites)
     assert trouble_of(south).kind is Kind.NOT_ENROLLED  # the connection that was open
-    until(lambda: trouble_of(world.fleet("south")).kind is Kind.OUR_CERTIFICATE, 10)  # a new one: at the handshake
+    until(lambda: trouble_of(world.fleet("south")).kind is Kind.OUR_CERTIFICATE)  # a new one: at the handshake
 
     world.check_ins("north")(world.fleet("north"))
     north = site_rosters(world.site("north"))
@@ -173,7 +173,7 @@ def test_who_was_approved_replaced_and_revoked_stands_in_the_coordinators_log_on
     begun = [("site approved", name, 2) for name in ("north", "south", "west")]
     assert told() == begun
     world.registrar.revoke("south")
-    until(lambda: told() == [*begun, ("site revoked", "south", 3)], 10)
+    until(lambda: told() == [*begun, ("site revoked", "south", 3)])
     world.door.__exit__()
     shutil.rmtree(world.root / "west" / "keys")
     world.enrol("west")  # while no coordinator runs
@@ -255,7 +255,7 @@ def test_the_coordinators_certificate_is_renewed_without_dropping_a_site(world: 
     world.registrar.renew_server((), None)
     after = load_certificate(world.settings.tls.certificate).serial_number
     assert before != after
-    until(lambda: _serial(world) == after, 10)
+    until(lambda: _serial(world) == after)
     fleet.check()  # the connection from before
 
 
@@ -280,7 +280,7 @@ def test_a_coordinator_from_an_old_backup_takes_its_later_roster_from_a_site(wor
     lost = world.settings.trust.roster / "3.json"
     signed = lost.read_bytes()
     lost.unlink()  # the backup is from before east was approved
-    until(lambda: "east" not in world.link.sites, 5)
+    until(lambda: "east" not in world.link.sites)
 
     north = world.check_ins("north")
     fleet = world.fleet("north")
@@ -288,7 +288,7 @@ def test_a_coordinator_from_an_old_backup_takes_its_later_roster_from_a_site(wor
     assert not lost.exists()
     north(fleet)  # and is given it
     assert lost.read_bytes() == signed
-    until(lambda: "east" in world.link.sites, 5)
+    until(lambda: "east" in world.link.sites)
 
 
 def test_a_coordinator_that_goes_back_is_not_followed(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -337,7 +337,7 @@ def test_a_running_node_follows_the_consortium_and_its_log_says_so(world: World)
     world.stack.callback(node.stop)
     until(lambda: len(world.link.online()) == 1)
     world.registrar.revoke("west")
-    until(lambda: b'"roster confirmed"' in audit_file(site.state).read_bytes(), 15)
+    until(lambda: b'"roster confirmed"' in audit_file(site.state).read_bytes())
     assert b'"epoch": 3' in audit_file(site.state).read_bytes() or b'"epoch":3' in audit_file(site.state).read_bytes()
     assert len(world.link.online()) == 1
 
@@ -365,7 +365,7 @@ def test_a_coordinator_that_moves_tells_its_sites_where_to(world: World, caplog:
 
     port = free_port()
     world.registrar.renew_server(["127.0.0.1"], port)
-    until(lambda: coordinator_address(site) == f"127.0.0.1:{port}", 15)
+    until(lambda: coordinator_address(site) == f"127.0.0.1:{port}")
     assert len(world.link.online()) == 1  # nobody is cut off by the announcement
     world.door.__exit__()
     world.link.__exit__()
@@ -373,7 +373,7 @@ def test_a_coordinator_that_moves_tells_its_sites_where_to(world: World, caplog:
     (world.root / "fl" / "consortium.yaml").write_text(text.replace("port: 0", f"port: {port}"))
     settings = load_consortium(world.root / "fl" / "consortium.yaml")
     with Link(link_settings(settings)) as link, Doorkeeper(settings, link, world.audit):
-        until(lambda: len(link.online()) == 1, 30)
+        until(lambda: len(link.online()) == 1)
         node.stop()
         thread.join(10)
 
@@ -386,6 +386,9 @@ def test_the_desk_answers_sites_only_and_survives_whatever_is_posted(world: Worl
         assert caught.value.kind is Kind.NOT_ENROLLED
     assert fleet._client._client.get(f"https://127.0.0.1:{world.link.port}{checkin.PATH}").status_code == 404
     fleet.check()
+    fleet.close()  # a heartbeat may be on its way when the node ends
+    with pytest.raises(LinkTrouble, match="closed"):
+        fleet.check_in(b"")
 
 
 def test_a_damaged_list_of_revoked_certificates_changes_nothing_and_is_told(
@@ -393,7 +396,7 @@ def test_a_damaged_list_of_revoked_certificates_changes_nothing_and_is_told(
 ) -> None:
     with caplog.at_level(logging.ERROR, "medfl"):
         world.settings.trust.revoked.write_text("nonsense")
-        until(lambda: "not a list of revoked certificates" in caplog.text, 5)
+        until(lambda: "not a list of revoked certificates" in caplog.text)
     world.fleet("north").check()
 
 
@@ -408,7 +411,7 @@ def test_a_site_whose_keys_have_a_passphrase_connects_with_it(
     make_keys(tmp_path / "east" / "keys", "east", passphrase=b"correct horse")
     world.join("east")
     assert b"ENCRYPTED" in (tmp_path / "east" / "keys" / "client.key").read_bytes()
-    until(lambda: "east" in world.link.sites, 5)
+    until(lambda: "east" in world.link.sites)
     world.fleet("east").check()
     world.check_ins("east")(world.fleet("east"))
     assert world.door.choose(["east"]).sites == {"east"}

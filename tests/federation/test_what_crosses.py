@@ -88,7 +88,7 @@ def crossed(lab: Lab, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     monkeypatch.setattr(federation, "SecureSite", Keeper)
     study = masks_study(
         secure_aggregation={"mode": request.param},
-        rounds={"count": 1, "minimum_sites": 3, "patience_s": 60},
+        rounds={"count": 1, "minimum_sites": 3, "deadline_s": 120, "patience_s": 60},
         training={"batch_size": 64},
     )
     link = lab.link()

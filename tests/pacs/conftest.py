@@ -6,7 +6,9 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from orthanc import Pacs, alone, free_port
+from orthanc import Pacs, alone
+
+from medfl.simulations.demo import free_port
 
 
 @pytest.fixture(scope="session")

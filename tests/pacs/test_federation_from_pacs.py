@@ -8,12 +8,21 @@ from pathlib import Path
 
 import pytest
 import requests
-from orthanc import Pacs, alone, free_port
+from orthanc import Pacs, alone
 from safetensors.numpy import load_file
 
 from medfl.shared.config import parse_settings
 from medfl.shared.study import Study
-from medfl.simulations.demo import Places, read_rows, run_folder, set_up, start_client, start_server, write_images
+from medfl.simulations.demo import (
+    Places,
+    free_port,
+    read_rows,
+    run_folder,
+    set_up,
+    start_client,
+    start_server,
+    write_images,
+)
 from medfl.simulations.processes import Processes
 
 pytestmark = pytest.mark.e2e

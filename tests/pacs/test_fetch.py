@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from dicom_lab import KEY, ct, hospital, hounsfield, save, seg, spec
-from orthanc import Pacs, alone, free_port
+from orthanc import Pacs, alone
 from pydicom.uid import JPEG2000Lossless
 
 from medfl.client.data import pacs as module
@@ -24,6 +24,7 @@ from medfl.client.data.pacs import fetch_all
 from medfl.client.data.settings import DicomwebSettings, DimseSettings
 from medfl.client.data.splits import Split
 from medfl.shared.errors import ConfigError, DataError, NetworkError
+from medfl.simulations.demo import free_port
 
 Any_ = DicomwebSettings | DimseSettings
 WAYS = ["dicomweb", "get", "move"]
@@ -32,7 +33,7 @@ WAYS = ["dicomweb", "get", "move"]
 def settings(way: str, pacs: Pacs, folder: Path, **changes: object) -> Any_:
     common: dict[str, object] = {
         "query": {"modality": "CT"},
-        "fetch": {"folder": folder / "spool", "instances_per_minute": 1_000_000, "timeout_s": 10, "attempts": 1},
+        "fetch": {"folder": folder / "spool", "instances_per_minute": 1_000_000, "timeout_s": 60, "attempts": 1},
     }
     if way == "dicomweb":
         fields = {"source": "dicomweb", "url": pacs.url + "/dicom-web", "user": "reader", "password": "right"}
@@ -181,7 +182,7 @@ def test_a_pacs_that_dies_in_the_middle_is_gone_on_with(
 def test_a_short_failure_is_tried_again(pacs: Pacs, tmp_path: Path) -> None:
     pacs.upload(save(ct(), tmp_path / "data"))
     pacs.stop()
-    gentle = {"folder": tmp_path / "spool", "attempts": 3, "instances_per_minute": 1_000_000, "timeout_s": 10}
+    gentle = {"folder": tmp_path / "spool", "attempts": 3, "instances_per_minute": 1_000_000, "timeout_s": 60}
     pauses: list[float] = []
 
     def sleep(seconds: float) -> None:

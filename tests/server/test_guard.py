@@ -31,7 +31,8 @@ def serve(
     async def send(message: dict[str, object]) -> None:
         sent.append(message)
 
-    guard = Guard(app, Limits(max_body_bytes=10, max_pause_s=0.05, max_body_s=0.12))
+    limits = Limits(10, max_pause_s=0.05, max_body_s=0.12) if pause_s else Limits(10)
+    guard = Guard(app, limits)
     asyncio.run(guard({"type": "http", "path": path, "headers": list(headers)}, receive, send))  # type: ignore[arg-type]
     return int(str(sent[0]["status"])), seen
 

@@ -214,7 +214,7 @@ def test_a_site_that_is_too_late_is_not_waited_for_and_not_counted() -> None:
     grid = ScriptedGrid({"a": ScriptedSite(1.0), "b": ScriptedSite(1.0), "late": late})
 
     def accept_then_dawdle(report: RoundReport | None = None) -> None:
-        late.late_s = 1.0
+        late.late_s = 60.0
 
     late_consider = late.consider
 
@@ -225,7 +225,7 @@ def test_a_site_that_is_too_late_is_not_waited_for_and_not_counted() -> None:
     late.consider = consider  # type: ignore[method-assign]
     begin = time.monotonic()
     result = run(study, grid, heard=heard)
-    assert time.monotonic() - begin < 2 * 2 * 0.3 + 1.5  # two stages a round, nobody waits for the second they take
+    assert time.monotonic() - begin < 50  # nobody waits for the minute it takes
     assert moved(study, result) == pytest.approx(2.0, rel=1e-6)
 
 
@@ -256,7 +256,7 @@ def test_a_study_waits_for_its_quorum_no_longer_than_its_patience() -> None:
     began = time.monotonic()
     result = run(classes_study(rounds={"patience_s": 0.3}), grid)
     assert (result.ending, result.round) == (Ending.NO_QUORUM, 0)
-    assert 0.3 <= time.monotonic() - began < 2
+    assert 0.3 <= time.monotonic() - began < 30
 
 
 def test_a_refusing_site_is_told_with_its_reason_while_the_quorum_is_awaited() -> None:
@@ -330,7 +330,7 @@ def test_stop_ends_a_stage_that_waits_for_a_silent_site_and_keeps_the_model() ->
     Thread(target=lambda: (time.sleep(0.3), stop.set()), daemon=True).start()
     began = time.monotonic()
     result = run(study, ScriptedGrid({"a": ScriptedSite(1.0), "b": silent}), stop=stop)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # of a deadline of 60
     assert (result.ending, result.round) == (Ending.STOPPED, 0)
     assert np.array_equal(result.weights, start_of(study))
 
@@ -466,7 +466,7 @@ def test_a_study_ends_when_the_budget_of_too_many_sites_is_spent_and_waits_for_n
     began, poor = time.monotonic(), Broken(train)
     result = run(study, ScriptedGrid({"a": ScriptedSite(1.0), "b": poor}))
     assert (result.ending, result.round) == (Ending.BUDGET_SPENT, 2)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40  # of a patience of 60
     assert poor.rounds == [1, 2, 3]
 
 

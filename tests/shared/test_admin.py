@@ -52,7 +52,7 @@ def running(tmp_path: Path) -> Iterator[AdminSocket]:
 def raw(state: Path, line: bytes) -> bytes:
     """What comes back for ``line`` as it is."""
     with socket.socket(socket.AF_UNIX) as end:
-        end.settimeout(10)
+        end.settimeout(60)
         end.connect(str(state / "admin" / "socket"))
         end.sendall(line)
         parts = []
@@ -86,7 +86,7 @@ def test_the_kernels_word_on_the_other_end_counts_besides(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_another_account_is_turned_away_even_where_the_files_would_let_it_in() -> None:
     ask_as_nobody = (
-        "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); s.settimeout(10)\n"
+        "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); s.settimeout(60)\n"
         "s.connect(sys.argv[1])\n"
         'try: s.sendall(b\'{"version":1,"verb":"add","question":{"a":1}}\\n\'); print(s.recv(100))\n'
         "except OSError: print('cut off')"
@@ -97,12 +97,12 @@ def test_another_account_is_turned_away_even_where_the_files_would_let_it_in() -
             running.serve(ADD, add)
             path = state / "admin" / "socket"
             command = [sys.executable, "-c", ask_as_nobody, str(path)]
-            shut = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+            shut = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
             assert "PermissionError" in shut.stderr
             for opened in (state, path.parent):
                 opened.chmod(0o755)
             path.chmod(0o777)
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
             assert done.stdout.strip() in ("b''", "cut off")
             assert ask(state, ADD, Pair(a=1)) == Total(total=2)  # we ourselves still may
 
@@ -164,7 +164,7 @@ def test_what_a_killed_process_leaves_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="in use"), AdminSocket(tmp_path):
         pass
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     process.stdout.close()
     assert (tmp_path / "admin" / "socket").exists()
     with pytest.raises(NotRunning):
@@ -252,15 +252,15 @@ def test_an_answer_that_is_too_large_is_told(
 def test_a_slow_or_silent_command_keeps_nobody_waiting(
     running: AdminSocket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admin, "QUESTION_S", 0.3)
+    monkeypatch.setattr(admin, "QUESTION_S", 1.0)
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect(str(tmp_path / "admin" / "socket"))
         began = time.monotonic()
         assert ask(tmp_path, ADD, Pair(a=1)).total == 2
-        slow.settimeout(5)
+        slow.settimeout(60)
         received = None
         while received is None:
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 60
             try:
                 slow.send(b" ")  # a byte now and then does not buy more time
                 slow.settimeout(0.05)
@@ -276,7 +276,7 @@ def test_a_process_that_takes_too_long_is_told(running: AdminSocket, tmp_path: P
     release = threading.Event()
 
     def wait(question: Nothing) -> Nothing:
-        release.wait(10)
+        release.wait(60)
         return Nothing()
 
     running.serve(FAIL, wait)
@@ -301,5 +301,5 @@ def test_questions_are_answered_one_at_a_time(running: AdminSocket, tmp_path: Pa
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert most == [1] * 8

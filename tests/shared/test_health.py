@@ -14,7 +14,7 @@ STATUS = health_pb2.HealthCheckResponse.ServingStatus
 
 def ask(port: int) -> str:
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
         return str(STATUS.Name(answer.status))
 
 

@@ -35,7 +35,7 @@ def test_a_child_ends_with_its_killed_parent_only_where_it_was_asked_to(tmp_path
         assert runs(int(child))
         parent.kill()
     if how == "with":
-        wait_for(lambda: not runs(int(child)), 10)
+        wait_for(lambda: not runs(int(child)))
     else:
         assert runs(int(child))
         os.kill(int(child), signal.SIGKILL)

@@ -31,7 +31,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 
 def wait_for(log: Path) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not (log.exists() and "here" in log.read_text()):
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -72,8 +72,8 @@ def test_a_process_that_failed_is_named_with_its_status(tmp_path: Path, program:
     with Processes() as running:
         bad = running.start("bad", program("import sys; print('why'); sys.exit(3)"), [], log=tmp_path / "bad")
         good = running.start("good", program("pass"), [], log=tmp_path / "good")
-        bad.wait(20)
-        good.wait(20)
+        bad.wait(120)
+        good.wait(120)
         assert running.failed() == {"bad": 3}
     assert (tmp_path / "bad").read_text() == "why\n"
 
@@ -81,7 +81,7 @@ def test_a_process_that_failed_is_named_with_its_status(tmp_path: Path, program:
 def test_arguments_and_environment_reach_the_process(tmp_path: Path, program: Callable[[str], str]) -> None:
     name = program("import os, sys; print(sys.argv[1:], os.environ['COLOUR'])")
     with Processes() as running:
-        running.start("a", name, ["x", "y"], log=tmp_path / "a", environment={"COLOUR": "blue"}).wait(20)
+        running.start("a", name, ["x", "y"], log=tmp_path / "a", environment={"COLOUR": "blue"}).wait(120)
     assert (tmp_path / "a").read_text() == "['x', 'y'] blue\n"
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
+from waiting import wait_for
 
 _PLUGINS = Path("/usr/lib/orthanc")
 
@@ -19,12 +18,6 @@ def alone() -> bool:
     """Whether loopback is the only interface."""
     names = [line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines()[2:]]
     return names == ["lo"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -67,29 +60,31 @@ class Pacs:
         (self.folder / "orthanc.json").write_text(json.dumps(configuration))
         log = (self.folder / "log").open("ab")
         self.process = subprocess.Popen(["Orthanc", str(self.folder / "orthanc.json")], stdout=log, stderr=log)
-        for _ in range(400):
+
+        def answers() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
             try:
-                requests.get(self.url + "/system", auth=("reader", "right"), timeout=1)
-                return
-            except requests.ConnectionError:
-                assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
-                time.sleep(0.05)
-        raise AssertionError("Orthanc did not start")
+                return requests.get(self.url + "/system", auth=("reader", "right"), timeout=5).ok
+            except requests.RequestException:
+                return False
+
+        wait_for(answers)
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
-            self.process.wait(30)
+            self.process.wait(120)
             self.process = None
 
     def upload(self, paths: list[Path]) -> None:
         with requests.Session() as session:
             session.auth = ("reader", "right")
             for path in paths:
-                session.post(self.url + "/instances", data=path.read_bytes(), timeout=30).raise_for_status()
+                session.post(self.url + "/instances", data=path.read_bytes(), timeout=120).raise_for_status()
 
     def clear(self) -> None:
         with requests.Session() as session:
             session.auth = ("reader", "right")
-            for patient in session.get(self.url + "/patients", timeout=10).json():
-                session.delete(f"{self.url}/patients/{patient}", timeout=30)
+            for patient in session.get(self.url + "/patients", timeout=60).json():
+                session.delete(f"{self.url}/patients/{patient}", timeout=120)

@@ -91,7 +91,8 @@ class ScriptedGrid(Grid):
         return list(self.online())
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        identities, replies = [], []
+        identities: list[str] = []
+        replies: list[tuple[float, Message]] = []
         for message in messages:
             self._sent += 1
             identity = f"message {self._sent}"
@@ -103,9 +104,11 @@ class ScriptedGrid(Grid):
             answer = self._sites[name](message)
             late = getattr(self._sites[name], "late_s", 0.0)
             contents = [answer] if isinstance(answer, RecordDict | Error) else answer or []
-            replies += [(time.monotonic() + late, Message(content, reply_to=message)) for content in contents]
+            replies += [(late, Message(content, reply_to=message)) for content in contents]
         order = {id(m): n for n, m in enumerate(self._arrange([message for _, message in replies]))}
-        self._ready += sorted(replies, key=lambda pair: order[id(pair[1])])
+        replies.sort(key=lambda pair: (pair[0], order[id(pair[1])]))  # also where several are due when it is asked
+        now = time.monotonic()
+        self._ready += [(now + late, message) for late, message in replies]
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -22,7 +22,8 @@ def app(message: Message, context: Context) -> Message:
     seen = int(str(context.state.config_records.get("seen", ConfigRecord({"times": 0}))["times"])) + 1
     context.state["seen"] = ConfigRecord({"times": seen})
     if text_of(message) == "wait":
-        time.sleep(60)
+        (Path(sys.argv[4]) / "waits").touch()
+        time.sleep(600)
     content = {"text": str(seen), "process": os.getpid(), "node": str(context.node_id)}
     return Message(RecordDict({"config": ConfigRecord(content)}), reply_to=message)
 

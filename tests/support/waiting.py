@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 180.0) -> None:
     """Return when ``condition()`` is true; fail the test when it is not within ``seconds``."""
     ends = time.monotonic() + seconds
     while not condition():

@@ -67,7 +67,7 @@ def kill_at_random_moments(path: Path, kills: int) -> None:
             assert len(charged) - len(left) <= kills  # at most one training was charged in vain at each kill
     finally:
         parent.stdin.close()
-        parent.wait(timeout=20)
+        parent.wait(timeout=120)
     assert len(left) >= kills  # the workers did work
 
 
