@@ -8,8 +8,6 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from medfl.shared.certificates import SiteFiles, load_certificate
-from medfl.shared.consortium import consortium_fingerprint
 from medfl.shared.errors import ConfigError
 from medfl.shared.files import write_whole
 from medfl.shared.keys import public_line
@@ -48,8 +46,3 @@ def load_pin(keys: Path) -> Pin:
         ) from None
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: is damaged: join again with the invitation") from None
-
-
-def pinned_fingerprint(keys: Path) -> str:
-    """The fingerprint of the consortium that this site joined. Raises ConfigError."""
-    return consortium_fingerprint(load_certificate(SiteFiles(keys).authority), load_pin(keys).key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from medfl.client.privacy.surgery import make_private_ready
 from medfl.shared.algorithms.settings import DittoSettings
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import ProtocolError, TrainingError
+from medfl.shared.privacy.settings import DpSgd
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout, joined, spread
+
+log = logging.getLogger("medfl.site")
 
 
 @dataclass(frozen=True)
@@ -116,5 +121,8 @@ def make_bench(study: Study, device: torch.device, initial: bytes | None = None)
         ConfigError: its strategy or its initial weights do not fit its network.
     """
     network = build_study_network(study, initial).to(device)
+    if isinstance(study.privacy, DpSgd):
+        for change in make_private_ready(network):
+            log.info("study %s trains with privacy: %s", study.name, change)
     travel, stay = layouts(study, network)
     return Bench(network, travel, stay, stay.flatten(network.state_dict()))

@@ -116,12 +116,6 @@ class Doorkeeper:
         """The roster of any epoch that a sum was begun with."""
         return self._rosters.with_digest(digest)
 
-    def unconfirmed_at(self) -> dict[str, int]:
-        """Sites where an older roster than the newest is in force, and its epoch: somebody there has to confirm."""
-        newest = self._rosters.newest_epoch
-        with self._lock:
-            return {site: epoch for site, epoch in sorted(self._in_force.items()) if epoch < newest}
-
     def _watch(self) -> None:
         while not self._left.wait(LOOK_S):
             try:

@@ -101,11 +101,6 @@ def create_authority(
     return Authority(certificate, key)
 
 
-def load_authority(folder: Path) -> Authority:
-    """Read what :func:`create_authority` wrote. Raises ConfigError when unreadable or not an authority."""
-    return read_authority(folder / "authority.pem", folder / "authority.key")
-
-
 def read_authority(certificate: Path, key: Path) -> Authority:
     """The authority whose two files these are. Raises ConfigError when unreadable or not a pair."""
     authority = Authority(load_certificate(certificate), load_tls_key(key))

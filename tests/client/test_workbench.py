@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 from tiny import classes_study, masks_study
+from torch.nn import functional
 
+from medfl.client.privacy.bookkeeping.engine import clipped_sum_by_bookkeeping
+from medfl.client.privacy.opacus_engine import clipped_sum_by_opacus
 from medfl.client.workbench import Workbench, make_bench
 from medfl.shared.errors import ProtocolError
 
@@ -48,3 +51,32 @@ def test_weights_or_personal_tensors_that_do_not_fit_are_refused() -> None:
         bench.load(zeros[:-1], None)
     with pytest.raises(ProtocolError):
         bench.load(zeros, np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_a_network_is_made_ready_for_both_engines_of_private_training_and_the_change_is_told(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As MONAI builds them they work in place, which Opacus' hooks cannot see through."""
+    caplog.set_level("INFO", "medfl.site")
+    study = classes_study(
+        model={"name": name, "norm": "group"},
+        data={"preprocessing": {"normalise": "scale_255", "size": [32, 32]}},
+        privacy={"mode": "dp-sgd", "epsilon": 4.0, "delta": 1e-6, "unit": "image", "images_per_patient": 1},
+    )
+    network = make_bench(study, CPU).network
+    assert "each no longer works in place" in caplog.text
+    draw = torch.Generator().manual_seed(0)
+    units = [(torch.randn((1, 1, 32, 32), generator=draw), torch.tensor([row % 2])) for row in range(3)]
+    ours = clipped_sum_by_bookkeeping(network, functional.cross_entropy, units, 1.0)
+    oracle = clipped_sum_by_opacus(network, functional.cross_entropy, units, 1.0)
+    assert torch.allclose(ours.norms, oracle.norms, rtol=1e-4)
+
+
+def test_a_network_without_privacy_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "medfl.site")
+    study = classes_study(
+        model={"name": "resnet18"}, data={"preprocessing": {"normalise": "scale_255", "size": [32, 32]}}
+    )
+    make_bench(study, CPU)
+    assert "in place" not in caplog.text

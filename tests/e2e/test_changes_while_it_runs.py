@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from certified import load_authority
 from chaos import Command
 from consortium import found_consortium_folder, write_pictures
 from cryptography import x509
@@ -26,7 +27,6 @@ from medfl.shared.certificates import (
     SiteFiles,
     days_left,
     issue_client_certificate,
-    load_authority,
     load_certificate,
 )
 from medfl.shared.chain import inspect

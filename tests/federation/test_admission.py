@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from certified import Consortium, create_consortium, create_site_files
+from certified import Consortium, create_consortium, create_site_files, load_authority
 from federation import Lab, fleet_settings, question, text_of, until
 
 from medfl.client.fleet import Fleet
@@ -21,7 +21,6 @@ from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
 from medfl.shared.certificates import (
     issue_server_certificate,
-    load_authority,
 )
 from medfl.shared.errors import ConfigError, NetworkError
 

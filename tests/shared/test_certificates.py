@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 
 import pytest
-from certified import create_consortium
+from certified import create_consortium, load_authority
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
@@ -17,7 +17,6 @@ from medfl.shared.certificates import (
     create_authority,
     days_left,
     issue_server_certificate,
-    load_authority,
     load_certificate,
 )
 from medfl.shared.errors import ConfigError

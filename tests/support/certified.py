@@ -17,6 +17,7 @@ from medfl.shared.certificates import (
     issue_client_certificate,
     issue_server_certificate,
     private_bytes,
+    read_authority,
 )
 from medfl.shared.files import write_whole
 from medfl.shared.keys import PUBLIC_FILE, create_node_key, create_site_key, write_new
@@ -51,3 +52,8 @@ def create_site_files(authority: Authority, folder: Path, site: str, *, days: fl
     create_node_key(files.node_key, comment=site)
     create_site_key(files.site_key, comment=site)
     return files
+
+
+def load_authority(folder: Path) -> Authority:
+    """Read what :func:`create_authority` wrote. Raises ConfigError when unreadable or not an authority."""
+    return read_authority(folder / "authority.pem", folder / "authority.key")
