@@ -24,6 +24,7 @@ class Advertised:
     announcement: Announcement
     context: bytes
     contribution: Contribution
+    fingerprint: bytes  # of the contribution
     must_survive: frozenset[int]
     channel_key: X25519PrivateKey
     mask_key: X25519PrivateKey
@@ -40,7 +41,8 @@ def advertise_keys(
     """
     _check_cohort(announcement, enrolment)
     _check_content(announcement, contribution)
-    must_survive = _check_history(announcement, contribution, enrolment, history)
+    fingerprint = contribution.fingerprint(history.key)
+    must_survive = _check_history(announcement, contribution, fingerprint, enrolment, history)
     context = announcement.context()
     channel_key, mask_key = X25519PrivateKey.generate(), X25519PrivateKey.generate()
     unsigned = Advert(
@@ -49,7 +51,7 @@ def advertise_keys(
     advert = Advert(
         unsigned.site, unsigned.channel_key, unsigned.mask_key, enrolment.key.sign(unsigned.signed(context))
     )
-    return Advertised(announcement, context, contribution, must_survive, channel_key, mask_key, advert)
+    return Advertised(announcement, context, contribution, fingerprint, must_survive, channel_key, mask_key, advert)
 
 
 def _check_cohort(announcement: Announcement, enrolment: Enrolment) -> None:
@@ -84,7 +86,11 @@ def _check_content(announcement: Announcement, contribution: Contribution) -> No
 
 
 def _check_history(
-    announcement: Announcement, contribution: Contribution, enrolment: Enrolment, history: History
+    announcement: Announcement,
+    contribution: Contribution,
+    fingerprint: bytes,
+    enrolment: Enrolment,
+    history: History,
 ) -> frozenset[int]:
     """Sites that must be among the survivors, when this sum repeats another."""
     if (announcement.round, announcement.attempt) <= history.last_seen or announcement.round <= history.last_consumed:
@@ -103,7 +109,7 @@ def _check_history(
     for earlier in history.same_model:
         before = set(struct.unpack(f"<{len(earlier.survivors) // 2}H", earlier.survivors))
         must_survive |= _check_repetition(
-            announcement, before, same_update=earlier.contribution == contribution.digest, rules_of=enrolment
+            announcement, before, same_update=earlier.contribution == fingerprint, rules_of=enrolment
         )
     return frozenset(must_survive)
 

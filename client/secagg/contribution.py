@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
+from cryptography.hazmat.primitives.poly1305 import Poly1305
 
 from medfl.shared.secagg.announcement import Purpose
 from medfl.shared.secagg.encoding import Encoded, Encoding, encode
@@ -37,12 +36,14 @@ class Contribution:
     vector: Flat = field(default_factory=lambda: NO_VECTOR)
     scalars: Mapping[str, float] = field(default_factory=dict)
 
-    @cached_property
-    def digest(self) -> bytes:
-        """Hash of the numbers before encoding: tells the same update from a retrained one."""
+    def fingerprint(self, key: bytes) -> bytes:
+        """Tells the same numbers from retrained ones, to whoever has ``key`` (32 secret bytes); 32 bytes.
+
+        A keyed polynomial instead of a hash: a quarter of the time, and collisions can be found only with the key.
+        """
         numbers = json.dumps([self.weight, sorted(self.scalars.items())]).encode()
-        vector = hashlib.sha256(np.ascontiguousarray(self.vector).data).digest()
-        return tagged_hash(b"contribution", self.encoding.digest, numbers, vector)
+        vector = np.ascontiguousarray(self.vector).view(np.uint8).data
+        return tagged_hash(b"contribution", self.encoding.digest, numbers, Poly1305.generate_tag(key, vector))
 
     def encode(self) -> Encoded:
         """The numbers as integers. Raises TrainingError when one is not finite, ProtocolError when they do not fit."""

@@ -11,7 +11,7 @@ import secrets
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -23,6 +23,7 @@ from medfl.shared.errors import DataError
 from medfl.shared.files import PRIVATE_FILE, private_folder
 from medfl.shared.keys import read_private, write_new
 from medfl.shared.secagg.announcement import Announcement, Purpose
+from medfl.shared.secagg.hashing import derive_key
 from medfl.shared.secagg.reasons import Reason
 
 _SCHEMA = """
@@ -46,7 +47,7 @@ class ConsumedRound:
 
     round: int
     survivors: bytes  # site ids, u16 each
-    contribution: bytes  # digest
+    contribution: bytes  # fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class History:
     last_consumed: int  # round; -1 when none
     same_model: tuple[ConsumedRound, ...]
     weight_ceiling: int | None  # of this study and roster epoch
+    key: bytes = field(repr=False)  # of this journal's fingerprints
 
 
 class Journal:
@@ -114,6 +116,7 @@ class Journal:
             last_consumed=-1 if last is None else last,
             same_model=tuple(ConsumedRound(*row) for row in same),
             weight_ceiling=weight[0] if weight else None,
+            key=derive_key(self._key, context=b"", purpose=b"fingerprint"),
         )
 
     def begin(self, announcement: Announcement, *, weight: int, epoch: int) -> None:

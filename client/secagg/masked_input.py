@@ -28,7 +28,7 @@ class Masked:
     announcement: Announcement
     key_list: bytes  # digest
     must_survive: frozenset[int]
-    contribution: bytes  # digest
+    contribution: bytes  # fingerprint
     shares: Mapping[int, tuple[bytes, bytes]]  # of each sharer: of its mask key, of its seed
 
     @property
@@ -62,7 +62,7 @@ def masked_input(
         announcement=before.announcement,
         key_list=state.key_list,
         must_survive=before.must_survive,
-        contribution=before.contribution.digest,
+        contribution=before.fingerprint,
         shares=shares,
     )
     header = MaskedHeader(me, unsigned.sharers, signature)

@@ -36,7 +36,7 @@ def share_keys(state: Advertised, request: KeyList, enrolment: Enrolment) -> tup
         ProtocolError: a key that is forged, of another round, altered or repeated.
         PolicyRefusal: too few sites.
     """
-    me, context = enrolment.site, state.context
+    me, context, key_list = enrolment.site, state.context, request.digest
     _check_keys(state, request, enrolment)
     sharing = tuple(advert.site for advert in request.adverts)
     check_size(len(sharing), state, enrolment)
@@ -60,13 +60,13 @@ def share_keys(state: Advertised, request: KeyList, enrolment: Enrolment) -> tup
     sealed = []
     for peer, agreed in channels.items():
         cipher = share_cipher(agreed, context=context, sender=me, receiver=peer)
-        bound_to = request.digest + ids_to_bytes([me, peer])
+        bound_to = key_list + ids_to_bytes([me, peer])
         sealed.append((peer, cipher.encrypt(NONCE, b"".join(shares[peer]), bound_to)))
     unsigned = SealedShares(me, seed_commitment(seed, context=context, site=me), tuple(sealed))
-    signature = enrolment.key.sign(unsigned.signed(context, request.digest))
+    signature = enrolment.key.sign(unsigned.signed(context, key_list))
     after = Shared(
         before=state,
-        key_list=request.digest,
+        key_list=key_list,
         sharing=sharing,
         mask_keys={advert.site: advert.mask_key for advert in request.adverts},
         channels=channels,

@@ -23,7 +23,8 @@ def history(journal: Journal, model: bytes = MODEL) -> History:
 
 
 def test_a_new_journal_knows_nothing(tmp_path: Path) -> None:
-    assert history(Journal(tmp_path / "secagg")) == History((-1, -1), -1, (), None)
+    found = history(Journal(tmp_path / "secagg"))
+    assert found == History((-1, -1), -1, (), None, found.key)
 
 
 def test_everything_is_there_after_opening_it_again(tmp_path: Path) -> None:
@@ -31,11 +32,20 @@ def test_everything_is_there_after_opening_it_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.begin(announcement, weight=70, epoch=1)
     journal.consume(announcement, survivors=b"\1\0\2\0", contribution=b"u" * 32, secret=b"shares")
+    key = history(journal).key
     journal.close()
     again = Journal(tmp_path)
-    assert history(again) == History((5, 2), 5, (ConsumedRound(5, b"\1\0\2\0", b"u" * 32),), 70)
+    assert history(again) == History((5, 2), 5, (ConsumedRound(5, b"\1\0\2\0", b"u" * 32),), 70, key)
     assert history(again, model=b"other" * 6 + b"..").same_model == ()
     assert again.kept(announcement.context()) == b"shares"
+
+
+def test_each_journal_has_a_secret_key_of_its_own_for_fingerprints(tmp_path: Path) -> None:
+    one, other = history(Journal(tmp_path / "one")), history(Journal(tmp_path / "other"))
+    assert len(one.key) == 32
+    assert one.key != other.key
+    assert one.key != (tmp_path / "one" / "journal.key").read_bytes()[-32:]  # that one encrypts
+    assert one.key.hex() not in repr(one)
 
 
 def test_a_weight_is_written_once_an_epoch(tmp_path: Path) -> None:

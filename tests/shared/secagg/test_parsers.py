@@ -107,7 +107,10 @@ def test_ids_that_are_impossible_repeated_or_out_of_order_are_refused(ids: tuple
 
 
 def test_more_than_128_sites_are_refused_before_they_are_read() -> None:
-    for parser, size_at in ((KeyList, 32), (ShareDelivery, 32), (SurvivorList, 32), (ConfirmationList, 32)):
+    for parser, size_at in (
+        *((KeyList, 32), (ShareDelivery, 32), (SurvivorList, 32), (ConfirmationList, 32)),
+        (Announcement, 32 + 1 + 4 + 4),  # study, purpose, round, attempt
+    ):
         with pytest.raises(ProtocolError, match="too many sites"):
             parser.parse(bytes(size_at) + (129).to_bytes(2, "little"))
     with pytest.raises(ProtocolError, match="wrong size"):
