@@ -74,7 +74,8 @@ class Journal:
         self._lock = Lock()
         with _disk_errors():
             if folder is None:
-                self._database, self._key = _create(":memory:"), secrets.token_bytes(32)
+                self._database, self._key = _connect(":memory:"), secrets.token_bytes(32)
+                _make_tables(self._database)
             else:
                 self._database, self._key = _open(private_folder(folder))
 
@@ -215,7 +216,10 @@ class _Run:
 
 
 def _open(folder: Path) -> tuple[sqlite3.Connection, bytes]:
-    """The database and its key. The key is written last, so a key without its database is a loss and not a start."""
+    """The database and its key. The key is written last, so a key without its database is a loss and not a start.
+
+    A database without its key may be either: it keeps what it holds.
+    """
     key_file, path = folder / "journal.key", folder / "journal.sqlite"
     if key_file.exists():
         if not path.exists() or path.stat().st_size == 0:
@@ -225,9 +229,14 @@ def _open(folder: Path) -> tuple[sqlite3.Connection, bytes]:
                 reason=Reason.JOURNAL,
             )
         return _connect(str(path)), read_private(key_file)
-    path.unlink(missing_ok=True)  # killed while it was first made
-    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, PRIVATE_FILE))
-    database, key = _create(str(path)), secrets.token_bytes(32)
+    if not path.exists():
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, PRIVATE_FILE))
+    database = _connect(str(path))
+    if database.execute("SELECT count(*) FROM sqlite_master WHERE name='journal'").fetchone() == (0,):
+        _make_tables(database)
+    else:  # a lost key, or killed between the two: what was answered stays answered; the open round cannot be finished
+        database.execute("DELETE FROM open_rounds")
+    key = secrets.token_bytes(32)
     write_new(key_file, key)
     return database, key
 
@@ -240,10 +249,8 @@ def _connect(name: str) -> sqlite3.Connection:
     return database
 
 
-def _create(name: str) -> sqlite3.Connection:
-    database = _connect(name)
+def _make_tables(database: sqlite3.Connection) -> None:
     database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-    return database
 
 
 @contextmanager

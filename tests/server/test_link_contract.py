@@ -5,8 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
@@ -110,13 +115,61 @@ def test_what_is_on_its_way_is_kept_in_memory_and_never_in_the_database(tmp_path
     assert not state.store_object(3, session, "a" * 64, b"too late")
 
 
-def test_a_message_taken_apart_and_put_together_is_the_same() -> None:
+def test_the_lock_of_uploads_is_never_waited_for_inside_a_transaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An upload that expires takes the lock and then the database. Whoever took them the other way round would wait for
+    # it, and it for them, until SQLite gives up.
+    state = FleetState(tmp_path / "fleet.db")
+    order = Order(state)
+    monkeypatch.setattr(state, "session", order.session)
+    monkeypatch.setattr(state, "_lock_object_push_sessions", order)
+    monkeypatch.setattr(state, "store_message_ins", lambda message: "stored")  # in Flower's transaction
+    session = state.start_session(3)
+    tree = ObjectTree(object_id="a" * 64)
+    assert state.store_message_and_object_tree(a_message(), tree, session) == (True, ["a" * 64])
+    assert order.taken[-2:] == ["lock", "transaction"]
+    state._object_push_sessions[session].expires_at -= timedelta(seconds=UPLOAD_S + 1)
+    assert not state.store_object(3, session, "a" * 64, b"too late")  # which removes its message, too
+    assert order.taken[-3:] == ["lock", "transaction", "transaction"]
+
+
+def a_message() -> Message:
     before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
     TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = 1, 2, 1
     try:
-        message = Message(RecordDict({"config": ConfigRecord({"text": "x"})}), 7, "query", ttl=5.0)
+        return Message(RecordDict({"config": ConfigRecord({"text": "x"})}), 7, "query", ttl=5.0)
     finally:
         TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
+
+
+class Order:
+    """Both of a link state's locks in one: notes which is taken, and fails where the database was the first."""
+
+    def __init__(self, state: FleetState) -> None:
+        self._lock, self._session, self._inside = state._lock_object_push_sessions, state.session, 0
+        self.taken: list[str] = []
+
+    def __enter__(self) -> None:
+        if not self._lock._is_owned():  # type: ignore[attr-defined]
+            assert not self._inside, "the lock of uploads is taken inside a transaction"
+            self.taken.append("lock")
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @contextmanager
+    def session(self) -> Iterator[Any]:
+        self.taken.append("transaction")
+        self._inside += 1
+        with self._session() as session:
+            yield session
+        self._inside -= 1
+
+
+def test_a_message_taken_apart_and_put_together_is_the_same() -> None:
+    message = a_message()
     parts = {part: content.deflate() for part, content in get_all_nested_objects(message).items()}
     assert [node.object_id for node in iterate_object_tree(get_object_tree(message))] == list(parts)
     again = inflate_object_from_contents(message.object_id, parts)

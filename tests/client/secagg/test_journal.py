@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,15 +131,42 @@ def test_what_is_kept_opens_under_its_own_context_only(tmp_path: Path) -> None:
         journal.kept(b"d" * 32)
 
 
-def test_a_journal_that_was_killed_while_it_was_made_starts_anew(tmp_path: Path) -> None:
-    (tmp_path / "journal.sqlite").write_bytes(b"half")
+@pytest.mark.parametrize("made", ["an empty file", "all but the key"])
+def test_a_journal_that_was_killed_while_it_was_made_starts_anew(tmp_path: Path, made: str) -> None:
+    if made == "an empty file":
+        (tmp_path / "journal.sqlite").touch(0o600)
+    else:
+        Journal(tmp_path).close()
+        (tmp_path / "journal.key").unlink()
     Journal(tmp_path).begin(Consortium(3).announcement(), weight=1, epoch=1)
+
+
+def test_a_journal_that_lost_its_key_forgets_no_round_and_only_cannot_finish_the_open_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin(WORLD.announcement(), weight=70, epoch=1)
+    journal.consume(WORLD.announcement(), survivors=b"\1\0\2\0", contribution=b"u" * 32, secret=b"shares")
+    before, mark = history(journal), journal.mark(STUDY)
+    journal.close()
+    (tmp_path / "journal.key").unlink()
+    again = Journal(tmp_path)
+    after = history(again)
+    assert after == replace(before, key=after.key)
+    assert after.key != before.key  # so a repetition of that round is refused until it is trained anew
+    assert again.mark(STUDY) == mark
+    assert again.kept(CONTEXT) is None
+
+
+def test_a_damaged_journal_without_its_key_is_not_thrown_away(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").write_bytes(b"not a database" * 100)
+    with pytest.raises(DataError, match="restore the state folder"):
+        Journal(tmp_path)
 
 
 def test_a_round_is_consumed_although_the_process_is_killed_right_after(tmp_path: Path) -> None:
     program = f"""
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parents[2] / "secagg")!r})
+from dataclasses import replace
 from pathlib import Path
 from secagg_world import Consortium
 from medfl.client.secagg.journal import Journal
