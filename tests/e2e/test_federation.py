@@ -213,8 +213,9 @@ def assert_both_sides_tell_the_same(places: Places) -> None:
 def test_a_client_stops_within_seconds_of_sigterm(hospitals: Places, running: Processes, study: Study) -> None:
     if not (hospitals.hospital("south") / "site.yaml").exists():
         set_up(hospitals, study)
-    client = start_client(hospitals, "south", running)
     log = hospitals.hospital("south") / "medfl-client.log"
-    wait_for(lambda: log.exists() and "not reachable" in log.read_text())
+    earlier = log.stat().st_size if log.exists() else 0
+    client = start_client(hospitals, "south", running)
+    wait_for(lambda: log.exists() and b"not reachable" in log.read_bytes()[earlier:])
     client.send_signal(signal.SIGTERM)
     assert client.wait(60) == 0
