@@ -20,6 +20,7 @@ from medfl.client import trouble
 from medfl.client.site import Site
 from medfl.client.witness import Witness
 from medfl.shared.errors import Code, MedFLError
+from medfl.shared.fields import read_config
 from medfl.shared.messages import Failure, HeadsRequest, ModelRequest, SecureRequest, StudyOffer, WeightRequest
 
 log = logging.getLogger("medfl.site")
@@ -43,7 +44,7 @@ def build_client_app(
 
     def answer(message: Message, work: Callable[[], _Reply]) -> Message:
         content = _witnessed(message, work, witness)
-        match content.config_records["config"].get("reason"):
+        match read_config(content, None).get("reason"):
             case trouble.OUT_OF_MEMORY:
                 trouble.free_memory()
             case trouble.DEVICE_LOST:

@@ -148,7 +148,8 @@ class Site:
                 values=bench.layout.length,
             )
         self._records.remember(study)
-        log.info("study %s accepted; what leaves: %s", study.name, told(study, self._policy))
+        if log.isEnabledFor(logging.INFO):
+            log.info("study %s accepted; what leaves: %s", study.name, told(study, self._policy))
         return OfferAccepted()
 
     def train(self, request: ModelRequest) -> TrainReply | Ready:

@@ -97,7 +97,7 @@ class Admission:
     def taking_part(self) -> dict[int, str]:
         """Node id -> name of the sites that accepted and are online, in order of node id."""
         online = self._directory.online()
-        return {node: online[node] for node in sorted(online.keys() & self._accepted)}
+        return {node: online[node] for node in sorted(self._accepted) if node in online}
 
     @property
     def awaited(self) -> int:
@@ -123,12 +123,13 @@ class Admission:
         return not self._spent or len(self._directory.enrolled()) - len(self._spent) >= needed
 
     def _offer(self, nodes: list[int], online: Mapping[int, str], now: float) -> None:
-        bare = StudyOffer(self._study.digest, self._study.canonical(), self._signature)
-        full = replace(bare, initial=self._initial or b"")
+        offer = StudyOffer(self._study.digest, self._study.canonical(), self._signature)
+        bare = offer.record()
+        full = replace(offer, initial=self._initial or b"").record() if self._lacking else bare
         deadline, joined = self._study.rounds.deadline_s, self._directory.joined()
         messages = [
             Message(
-                (full if node in self._lacking else bare).record(),
+                full if node in self._lacking else bare,
                 dst_node_id=node,
                 message_type=Kind.OFFER.value,
                 ttl=deadline,

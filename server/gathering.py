@@ -38,7 +38,7 @@ class Gathering:
             self._admission.refresh()
             ready = self._admission.taking_part()
             now = time.monotonic()
-            back = self._expected <= set(ready.values()) or now > returned
+            back = not self._expected or self._expected <= set(ready.values()) or now > returned
             if len(ready) >= quorum and back and (self._admission.awaited == 0 or now > settled):
                 self._expected = frozenset()
                 return self._sample(done, ready)
@@ -54,4 +54,4 @@ class Gathering:
         if size is None or size >= len(ready):
             return ready
         drawn = random.Random(f"{self._study.seed}/{done}")
-        return {node: ready[node] for node in sorted(drawn.sample(sorted(ready), size))}
+        return {node: ready[node] for node in sorted(drawn.sample(list(ready), size))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import lru_cache
 from math import isfinite
 from typing import Any, TypeVar
 
@@ -93,7 +94,16 @@ def config_record(values: dict[str, str | int | bytes]) -> RecordDict:
 
 def reply_record(kind: str, values: Mapping[str, str | int | bytes]) -> RecordDict:
     """The records of a reply of ``kind``, with its nonce."""
-    return config_record({"outcome": kind, "nonce": secrets.token_hex(16), "protocol": PROTOCOL, **values})
+    config = _reply_of(kind).copy()
+    for name, value in {"nonce": secrets.token_hex(16), **values}.items():
+        config[name] = value
+    return RecordDict({"config": config})
+
+
+@lru_cache(maxsize=16)
+def _reply_of(kind: str) -> ConfigRecord:
+    """What all replies of ``kind`` say: to be copied, because Flower checks what is set at more cost than it has."""
+    return ConfigRecord({"outcome": kind, "protocol": PROTOCOL})
 
 
 def read_config(content: RecordDict, allowed: set[str] | None, *, others: set[str] | None = None) -> ConfigRecord:

@@ -75,15 +75,17 @@ def run_experiment(
         shelve(read_initial(settings.initial_weights))
     cells: list[Cell] = []
     patients: dict[str, int] = {}
+    earlier = 0.0  # seconds that earlier runs took for what is done
     for seed in settings.seeds:
         work = _Seed(settings, seed, device, folder / f"seed-{seed}", reporter, loading, resume=sweep)
         cells += work.run(sweep=sweep)
         patients = patients or work.patients()
+        earlier += work.earlier
     experiment = Experiment(
         _metric(settings.study),
         _in_order(cells),
         folder,
-        time.monotonic() - started,
+        earlier + time.monotonic() - started,
         patients,
         held_out_of(settings, list(patients)),
     )
@@ -110,6 +112,7 @@ class _Seed:
     reporter: Reporter | None
     loading: Progress | None
     resume: bool
+    earlier: float = 0.0  # seconds that the cells took which were taken from an earlier run
     _data: dict[str, SiteData] | None = None
     _patients: dict[str, int] | None = None
 
@@ -174,24 +177,28 @@ class _Seed:
         digest, index = self._digest(name, study), self.folder / "cells" / f"{name}.json"
         if self.resume and (kept := self._kept(index, digest)) is not None:
             return kept
+        started = time.monotonic()
         cells = work(study)
         for cell in cells:
             cell.save(self.folder / "cells" / f"{name}.{cell.method}.json", digest)
-        write_whole(
-            index, json.dumps({"digest": digest, "methods": [cell.method for cell in cells]}).encode(), mode=0o644
-        )
+        content = {"digest": digest, "methods": [cell.method for cell in cells], "seconds": time.monotonic() - started}
+        write_whole(index, json.dumps(content).encode(), mode=0o644)
         return cells
 
     def _kept(self, index: Path, digest: str) -> list[Cell] | None:
         try:
             content = json.loads(index.read_bytes())
             methods = content["methods"] if content["digest"] == digest else None
+            seconds = float(content["seconds"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if methods is None:
             return None
         cells = [Cell.load(index.with_name(f"{index.stem}.{method}.json"), digest) for method in methods]
-        return None if None in cells else [cell for cell in cells if cell is not None]
+        if None in cells:
+            return None
+        self.earlier += seconds
+        return [cell for cell in cells if cell is not None]
 
     def _digest(self, name: str, study: Study) -> str:
         """Names all that can change a cell's numbers, except the images themselves."""

@@ -1,9 +1,10 @@
-"""The simulator with many sites beside bare loops that do the same arithmetic, each in its own process, one thread.
+"""The simulator with many sites beside bare loops that do the same arithmetic, one thread.
 
     python tests/benchmarks/bench_laboratory.py [--rounds 1000] [--repeats 3] [--without-ray]
 
 Two jobs. Small: 1,000 sites of 32 samples with 20 features, logistic regression, SGD, batch 8, 10 sites a round
-(pfl-research's benchmark of overhead); once more with the 10 sites of a round trained as one batched model. Many: the
+(pfl-research's benchmark of overhead); once more with the 10 sites of a round trained as one batched model. The bare
+loop runs in the same process, one round after each of the simulator's, so that both meet the same machine. Many: the
 U-Net of bench_simulation.py at 4, 50 and 500 sites, 4 or 8 of them active in each of 3 rounds; the peak of memory above
 what the data take must not grow with the number of sites.
 Seconds are of the processor, so that a busy machine does not blur them. At last the U-Net among 4 sites once more in
@@ -67,57 +68,85 @@ def seed_of(site: str, round_number: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def plain_small(rounds: int) -> dict[str, Any]:
-    """The bare loop of the small job: the same batches, losses and means."""
-    import torch
-    from torch import nn
+class BareSmall:
+    """The bare loop of the small job, one round at a time: the same batches, losses and means."""
 
-    from medfl.shared.algorithms.travel import build_study_network
-    from medfl.shared.study import Study
+    def __init__(self, rounds: int) -> None:
+        import torch
+        from torch import nn
 
-    torch.set_num_threads(1)
-    network = build_study_network(Study.model_validate(small_study(rounds)))
-    loss_of = nn.CrossEntropyLoss()
-    names = [f"s{number:04d}" for number in range(SITES)]
-    data = [small_data(number) for number in range(SITES)]
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    started = time.process_time()
-    for number in range(1, rounds + 1):
-        total = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        from medfl.shared.algorithms.travel import build_study_network
+        from medfl.shared.study import Study
+
+        self.network = build_study_network(Study.model_validate(small_study(rounds)))
+        self.loss_of = nn.CrossEntropyLoss()
+        self.data = [small_data(number) for number in range(SITES)]
+        self.state = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()  # its first step imports a compiler: not counted
+
+    def round(self, number: int) -> None:
+        """Train ten sites one after the other and take their mean."""
+        import torch
+
+        total = {name: torch.zeros_like(tensor) for name, tensor in self.state.items()}
         for node in sorted(random.Random(f"0/{number - 1}").sample(range(2, SITES + 2), ACTIVE)):
-            images, labels = data[node - 2]
-            generator = torch.Generator().manual_seed(seed_of(names[node - 2], number))
+            images, labels = self.data[node - 2]
+            generator = torch.Generator().manual_seed(seed_of(f"s{node - 2:04d}", number))
             torch.randint(2**62, (1,), generator=generator)  # the draw that the simulator spends on dropout
-            network.load_state_dict(state)
-            network.train()
-            optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
+            self.network.load_state_dict(self.state)
+            self.network.train()
+            optimizer = torch.optim.SGD(self.network.parameters(), lr=RATE)
             for rows in torch.randperm(SAMPLES, generator=generator).split(BATCH):
-                loss = loss_of(network(images[rows]), labels[rows])
+                loss = self.loss_of(self.network(images[rows]), labels[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-            for name, tensor in network.state_dict().items():
+            for name, tensor in self.network.state_dict().items():
                 total[name] += tensor / ACTIVE
-        state = total
-    flat = torch.cat([tensor.flatten() for tensor in state.values()])
-    return {"seconds": time.process_time() - started, "weights": flat.tolist(), "peak": peak()}
+        self.state = total
+
+    @property
+    def weights(self) -> Any:
+        """The model as a flat vector."""
+        import torch
+
+        return torch.cat([tensor.flatten() for tensor in self.state.values()]).numpy()
 
 
-def medfl_small(rounds: int, *, at_once: int = 1) -> dict[str, Any]:
-    """The small job through Study, ServerApp, ClientApp and the round loop."""
+def small(rounds: int) -> dict[str, Any]:
+    """The small job one by one and batched, a round of the bare loop after each of their rounds; seconds of each."""
     import torch
 
+    from medfl.server.reporter import RoundReport, Silent
     from medfl.shared.logs import quiet_libraries
     from medfl.shared.study import Study
     from medfl.simulations.federation import federate
+
+    class Beside(Silent):
+        """Runs the bare loop's round when one of the simulator's is finished, and keeps book of its time."""
+
+        def __init__(self) -> None:
+            self.bare, self.seconds = BareSmall(rounds), 0.0
+
+        def finished_round(self, report: RoundReport) -> None:
+            began = time.process_time()
+            self.bare.round(report.round)
+            self.seconds += time.process_time() - began
 
     quiet_libraries()
     torch.set_num_threads(1)
     study = Study.model_validate(small_study(rounds))
     sites = {f"s{number:04d}": as_site(*small_data(number)) for number in range(SITES)}
-    started = time.process_time()
-    result = federate(study, sites, at_once=at_once).result
-    return {"seconds": time.process_time() - started, "weights": result.weights.tolist(), "peak": peak()}
+    report: dict[str, Any] = {}
+    weights = {}
+    for how, at_once in (("one by one", 1), ("batched", ACTIVE)):
+        beside, began = Beside(), time.process_time()
+        weights[how] = federate(study, sites, at_once=at_once, reporter=beside).result.weights
+        whole = time.process_time() - began
+        report[how] = beside.seconds, whole - beside.seconds
+        report[f"{how}, away"] = float(abs(weights[how] - beside.bare.weights).max())
+    report["batched from one by one"] = float(abs(weights["batched"] - weights["one by one"]).max())
+    return report
 
 
 def on_ray(rounds: int) -> dict[str, Any]:
@@ -223,12 +252,8 @@ def work(worker: list[str]) -> dict[str, Any]:
     """What a child process does."""
     what, number = worker[0], int(worker[1])
     match what:
-        case "plain":
-            return plain_small(number)
-        case "medfl":
-            return medfl_small(number)
-        case "batched":
-            return medfl_small(number, at_once=ACTIVE)
+        case "small":
+            return small(number)
         case "ray":
             return on_ray(number)
         case "many-plain":
@@ -249,14 +274,12 @@ def main() -> None:
     if options.worker:
         print(json.dumps(work(options.worker)))
         return
-    rounds = str(options.rounds)
     print(f"{'':40}{'bare loop':>12}{'medfl-sim':>12}{'ratio':>8}")
-    small = [[in_own_process(how, rounds) for how in ("plain", "medfl", "batched")] for _ in range(options.repeats)]
-    for which, what in ((1, f"1,000 sites, 10 active, {rounds} rounds, s"), (2, "  10 as one batched model, s")):
-        show(what, [(run[0]["seconds"], run[which]["seconds"]) for run in small])
-        show("  peak, MiB", [(run[0]["peak"], run[which]["peak"]) for run in small])
-        pairs = [zip(run[0]["weights"], run[which]["weights"], strict=True) for run in small]
-        print(f"  largest difference of a weight: {max(abs(a - b) for pair in pairs for a, b in pair):.1e}")
+    runs = [in_own_process("small", str(options.rounds)) for _ in range(options.repeats)]
+    show(f"1,000 sites, 10 active, {options.rounds} rounds, s", [run["one by one"] for run in runs])
+    show("  10 as one batched model, s", [run["batched"] for run in runs])
+    for what in ("one by one, away", "batched, away", "batched from one by one"):
+        print(f"  largest difference of a weight, {what}: {max(run[what] for run in runs):.1e}")
     for sites in options.sites:
         runs = [
             (in_own_process("many-plain", str(sites)), in_own_process("many-medfl", str(sites)))

@@ -45,6 +45,9 @@ def test_a_sweep_goes_on_where_it_stopped_and_does_only_what_is_new(
     assert done == []
     assert again.rows == first.rows
     assert again.patients == first.patients
+    indices = [json.loads(file.read_bytes()) for file in first.folder.glob("seed-*/cells/*.json")]
+    assert again.seconds > sum(index["seconds"] for index in indices if "methods" in index) > 0.1, "done before"
+    assert json.loads((again.folder / "results.json").read_bytes())["seconds"] == round(again.seconds, 1)
 
     (first.folder / "seed-1" / "cells" / "fedprox.fedprox.json").write_text("damaged")
     assert run_experiment(load_simulation(path), sweep=True).rows == first.rows
