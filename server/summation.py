@@ -23,8 +23,8 @@ _BLOCK = 1 << 18  # values converted at a time, so that no second model is held
 class FixedPointSum:
     """Adds ``weight * update`` in fixed point with 32 fraction bits. Addition of integers is exact, so it commutes.
 
-    Fractions and whole numbers of the sum are held apart, whole numbers in 16 bits while all surely fit, then in 32: one
-    and a half models of float32, or two.
+    Fractions and whole numbers of the sum are held apart, whole numbers in 16 bits while all surely fit, then in 32:
+    one and a half models of float32, or two.
     """
 
     def __init__(self, length: int) -> None:
