@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
+import json
 import math
 import statistics
 import sys
@@ -40,6 +42,7 @@ from monai.transforms import (
 )
 from pydicom.uid import UID, JPEG2000Lossless
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from dicom_lab import KEY, ct, save, seg, spec
@@ -63,7 +66,12 @@ def seconds(action: Callable[[], object], *, wall: bool = False) -> float:
 
 
 def epochs(device: str, *, quick: bool = False) -> list[tuple[str, float]]:
-    """Ratios of an epoch of 256 (quick: 64) images of 128x128 to a bare loop, each the median of interleaved pairs."""
+    """Ratios of an epoch of 256 (quick: 64) images of 128x128 to a bare loop, each the median of five.
+
+    On the CPU each step stands beside a bare step, so that both see the same machine; on a GPU, where a step ends after
+    the call that began it, each epoch beside a bare epoch. There also the bytes that an epoch sends to the device, and
+    the memory that all of it takes.
+    """
     count, batch = (64 if quick else 256, 8) if device == "cpu" else (4096, 32)
     images = torch.rand(count, 1, 128, 128, device=device)
     labels = (images[:, 0] > 0.8).to(torch.uint8)
@@ -79,6 +87,15 @@ def epochs(device: str, *, quick: bool = False) -> list[tuple[str, float]]:
             torch.nn.functional.cross_entropy(model(x), y.long()).backward()
             optimiser.step()
 
+    def ratio(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        together = 1 if device == "cpu" else len(ready)
+        bare, other = 0.0, 0.0
+        coming = iter(batches)
+        for start in range(0, len(ready), together):
+            bare += seconds(lambda: train(ready[start : start + together]))  # noqa: B023
+            other += seconds(lambda: train(itertools.islice(coming, together)))
+        return other / bare
+
     generator = torch.Generator(device).manual_seed(0)
     changes = augmenter(Augmentation(flip=True, rotate_degrees=15, intensity=0.1))
     plain, changed = monai_loaders(images.cpu(), labels.cpu(), batch)
@@ -87,20 +104,35 @@ def epochs(device: str, *, quick: bool = False) -> list[tuple[str, float]]:
         for some in loader:
             yield some["image"].to(device), some["label"][:, 0].to(device)
 
-    kinds: dict[str, Callable[[], object]] = {
-        "epoch over resident data": lambda: train(epoch(data, batch, generator)),
-        "the same with flips, rotations, intensity": lambda: train(epoch(data, batch, generator, changes)),
-        "epoch over data that stay on the host": lambda: train(epoch(streamed, batch, generator)),
-        "MONAI CacheDataset and DataLoader": lambda: train(from_monai(plain)),
-        "the same with flips, rotations, intensity (MONAI)": lambda: train(from_monai(changed)),
+    kinds: dict[str, Callable[[], Iterable[tuple[Tensor, Tensor]]]] = {
+        "epoch over resident data": lambda: epoch(data, batch, generator),
+        "the same with flips, rotations, intensity": lambda: epoch(data, batch, generator, changes),
+        "epoch over data that stay on the host": lambda: epoch(streamed, batch, generator),
+        "MONAI CacheDataset and DataLoader": lambda: from_monai(plain),
+        "the same with flips, rotations, intensity (MONAI)": lambda: from_monai(changed),
     }
     train(ready)
     ratios: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(5):
         for name, kind in kinds.items():
-            bare = seconds(lambda: train(ready))
-            ratios[name].append(seconds(kind) / bare)
-    return [(f"{name} / bare loop ({device})", statistics.median(values)) for name, values in ratios.items()]
+            ratios[name].append(ratio(kind()))
+    results = [(f"{name} / bare loop ({device})", statistics.median(values)) for name, values in ratios.items()]
+    if device != "cpu":
+        for name, kind in kinds.items():
+            results.append((f"{name}: bytes to the device", bytes_to_device(lambda: train(kind()))))  # noqa: B023
+        results.append(("device memory at most, MB", torch.cuda.max_memory_allocated() / 1e6))
+    return results
+
+
+def bytes_to_device(action: Callable[[], object]) -> float:
+    """Bytes that ``action`` copies from the host's memory to the GPU, as its profiler counts them."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        action()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        seen.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    return float(sum(event["args"]["bytes"] for event in events if "HtoD" in str(event.get("name"))))
 
 
 def monai_loaders(images: Tensor, labels: Tensor, batch: int) -> tuple[DataLoader, DataLoader]:

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import affine_grid
 
-from medfl.client.data.augment import augment, augmenter
+from medfl.client.data.augment import _places, augment, augmenter
 from medfl.client.data.batches import epoch, in_order
 from medfl.client.data.tensors import TensorSet
 from medfl.shared.data_spec import Augmentation
@@ -82,6 +83,13 @@ def test_masks_move_with_their_images(name: str, shape: tuple[int, ...]) -> None
     assert not torch.equal(moved, masks)
     assert moved.dtype == torch.uint8
     assert set(moved.unique().tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize("spatial", [(24, 20), (6, 24, 20), (1, 7)])
+def test_places_are_those_of_affine_grid(spatial: tuple[int, ...]) -> None:
+    matrices = torch.randn(5, len(spatial), len(spatial) + 1, generator=generator())
+    reference = affine_grid(matrices, [5, 1, *spatial], align_corners=False)
+    torch.testing.assert_close(_places(matrices, torch.Size(spatial)).movedim(1, -1), reference, atol=1e-6, rtol=0)
 
 
 def test_a_turn_keeps_areas_also_where_pictures_are_not_square() -> None:
