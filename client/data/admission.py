@@ -67,4 +67,4 @@ def _overlay_in_pixels(dataset: pydicom.Dataset) -> bool:
 
 def _overlay_groups(dataset: pydicom.Dataset) -> set[int]:
     tags: Any = dataset.keys()  # iterating the dataset itself would parse every element
-    return {tag.group for tag in tags if 0x6000 <= tag.group <= 0x601E}
+    return {tag.group for tag in tags if 0x6000 <= tag.group <= 0x60FF and tag.group % 2 == 0}

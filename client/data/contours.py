@@ -54,11 +54,15 @@ def read_contours(
         with reading("unreadable structure set"):
             contours = list(drawn[number].get("ContourSequence") or []) if number in drawn else []
             areas = [contour for contour in contours if str(contour.get("ContourGeometricType")) in _AREA]
-            if not areas:
-                raise Quarantine("region without a closed contour")
+            marks = [contour for contour in contours if str(contour.get("ContourGeometricType")) == "POINT"]
+            if not areas or len(areas) + len(marks) < len(contours):
+                raise Quarantine("region without a closed contour" if not areas else "region that is not closed")
             _drawn_here(region, contours, volume, instances)
             mask = out.setdefault(label, np.zeros(volume.spatial_shape, bool))
-            mask |= _fill(areas, volume, instances)
+            filled = _fill(areas, volume, instances)
+            if not filled.any():
+                raise Quarantine("region that covers no voxel")
+            mask |= filled
     return out, unmatched
 
 
@@ -108,12 +112,24 @@ def _fill(contours: Sequence[pydicom.Dataset], volume: hd.Volume, instances: Map
         if any(instances[uid] not in {at, -1} for uid in _named(contour)):
             raise Quarantine("contour that lies in another slice than it names")
         inside = polygon2mask(mask.shape[1:], indices[:, 1:3])  # type: ignore[no-untyped-call]
+        _refuse_self_crossing(indices[:, 1:3], inside)
         if str(contour.ContourGeometricType) != _EXCLUSIVE:
             for other in outlines.setdefault(at, []):
                 _refuse_crossing(inside, other)
             outlines[at].append(inside)
         mask[at] ^= inside
     return mask
+
+
+def _refuse_self_crossing(points: NDArray[np.float64], inside: NDArray[np.bool_]) -> None:
+    """What a polygon that crosses itself encloses nobody can tell. Its area by the order of its points (the shoelace
+    formula) is then another than what is filled; else they differ by at most half a voxel along the outline.
+    """
+    following = np.roll(points, -1, axis=0)
+    area = abs(float((points[:, 0] * following[:, 1] - points[:, 1] * following[:, 0]).sum())) / 2
+    outline = float(np.linalg.norm(following - points, axis=1).sum())
+    if abs(float(inside.sum()) - area) > outline / 2 + 1 + 0.05 * area:
+        raise Quarantine("contour that crosses itself")
 
 
 def _refuse_crossing(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> None:

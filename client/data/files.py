@@ -15,6 +15,9 @@ from medfl.client.data.case import Quarantine
 _MOST_INFLATED = 2**30
 """Bytes that a deflated file may become. Deflate packs up to a thousand to one, and pydicom unpacks all at once."""
 
+_MOST_STORED = 2**32
+"""Bytes of a file that is read at all: pixels of one element cannot be more."""
+
 _CHUNK = 2**20
 _META_IS_BEFORE = 4096
 
@@ -34,9 +37,11 @@ def stored_length(path: Path) -> int:
     """Bytes of the file as pydicom counts them: of a deflated one those of its dataset, inflated.
 
     Raises:
-        Quarantine: deflated, and too large when it is not.
+        Quarantine: too large, or deflated and too large when it is not.
         Exception: damaged.
     """
+    if path.stat().st_size > _MOST_STORED:
+        raise Quarantine("file larger than any scan")
     with path.open("rb") as file:
         if DeflatedExplicitVRLittleEndian.encode() in file.read(_META_IS_BEFORE):
             file.seek(0)

@@ -173,8 +173,10 @@ def _checked(dataset: pydicom.Dataset) -> Iterator[None]:
     if not any(keyword in dataset for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise Quarantine("no pixels")
     with reading("unreadable pixels"):
-        if "PixelData" in dataset and int(dataset.get("HighBit") or 0) + 1 != int(dataset.BitsStored):
-            raise Quarantine("pixel bits in an unusual place")
+        if "PixelData" in dataset:
+            highest, bits, allocated = (int(dataset.get(n) or 0) for n in ("HighBit", "BitsStored", "BitsAllocated"))
+            if highest + 1 != bits or bits > allocated:
+                raise Quarantine("pixel bits in an unusual place")
         _length_is_right(dataset)
         yield
 

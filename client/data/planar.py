@@ -34,6 +34,9 @@ def read_planar(dataset: pydicom.Dataset, channels: int) -> NDArray[np.float32]:
         return _colour(*_through_palette(decode(dataset), dataset), channels)
     if samples != 1 or photometric not in {"MONOCHROME1", "MONOCHROME2"}:
         raise Quarantine("unknown colour space")
+    shape = str(dataset.get("PresentationLUTShape") or "").strip()
+    if shape and (shape == "INVERSE") != (photometric == "MONOCHROME1"):  # PS3.3 C.8.11.3.1.2
+        raise Quarantine("polarity that contradicts itself")
     if channels != 1:
         raise Quarantine(f"grey image, but the study has {channels} channels")
     (stored,) = stored_frames(dataset)

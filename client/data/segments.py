@@ -107,6 +107,7 @@ def _open(
         (dataset,) = open_series([path])
         frames_are_described(dataset)
         seg = hd.seg.Segmentation.from_dataset(dataset, copy=False)
+        _segments_are_described(seg)
         names = {number: seg.get_segment_description(number).segment_label for number in seg.segment_numbers}
     chosen: dict[int, list[int]] = {}
     unmatched: Counter[str] = Counter()
@@ -117,6 +118,20 @@ def _open(
         else:
             chosen.setdefault(label, []).append(number)
     return seg, chosen, unmatched
+
+
+def _segments_are_described(seg: hd.seg.Segmentation) -> None:
+    """Each number is one segment's, and frames belong to no other (a label map's frames name none)."""
+    described = Counter(int(item.SegmentNumber) for item in seg.SegmentSequence)
+    if described.total() > len(described):
+        raise Quarantine("two segments of one number")
+    named = {
+        int(item.ReferencedSegmentNumber)
+        for frame in [*(seg.get("PerFrameFunctionalGroupsSequence") or []), *seg.SharedFunctionalGroupsSequence]
+        for item in frame.get("SegmentIdentificationSequence") or []
+    }
+    if not named <= set(described):
+        raise Quarantine("frame of a segment that is not described")
 
 
 def _voxels(seg: hd.seg.Segmentation, numbers: list[int], volume: hd.Volume) -> NDArray[np.bool_]:

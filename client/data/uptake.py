@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from datetime import datetime
 from typing import Any
 
 import pydicom
 
 from medfl.client.data.case import Quarantine
+
+_SAME_S = 60
+"""How far two statements of one moment may differ: one may be without seconds."""
 
 
 def suv_factor(dataset: pydicom.Dataset) -> float:
@@ -54,11 +58,28 @@ def _series_start(dataset: pydicom.Dataset) -> datetime:
 
 
 def _injection(dataset: pydicom.Dataset, tracer: pydicom.Dataset) -> datetime:
-    if full := tracer.get("RadiopharmaceuticalStartDateTime"):
-        text = str(full)
-        return _moment(text[:8], text[8:14])
-    return _moment(dataset.SeriesDate, tracer.RadiopharmaceuticalStartTime)
+    """Time of injection where the series' times count from; it is often written twice.
+
+    Raises:
+        Quarantine: the two differ, or it is in another time zone.
+    """
+    full, time = tracer.get("RadiopharmaceuticalStartDateTime"), tracer.get("RadiopharmaceuticalStartTime")
+    if not full:
+        return _moment(dataset.SeriesDate, time)
+    parts = re.fullmatch(r"(\d{8})(\d{2,6})(?:\.\d*)?([+-]\d{4})?", str(full).strip())
+    if parts is None:
+        raise ValueError
+    injected = _moment(parts[1], parts[2])
+    zone = str(dataset.get("TimezoneOffsetFromUTC") or "").strip()
+    elsewhere = parts[3] and zone and parts[3] != zone
+    if elsewhere or (time and abs((_moment(parts[1], time) - injected).total_seconds()) > _SAME_S):
+        raise Quarantine("PET that cannot become SUV: times that contradict each other")
+    return injected
 
 
 def _moment(date: Any, time: Any) -> datetime:
-    return datetime.strptime(f"{date}{str(time).partition('.')[0]}", "%Y%m%d%H%M%S")
+    """Of a DICOM date and time (PS3.5 6.2), which may end after hours or minutes."""
+    digits = str(time).strip().partition(".")[0]
+    if len(digits) not in {2, 4, 6}:
+        raise ValueError
+    return datetime.strptime(f"{str(date).strip()}{digits:0<6}", "%Y%m%d%H%M%S")

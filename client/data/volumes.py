@@ -23,6 +23,7 @@ AIR_HU = -1024.0
 """Lowest Hounsfield value kept. Scanners fill what lies outside the reconstruction circle with less (-2000, -3024)."""
 
 _HIGHEST_HU = 3071.0  # of 12 bits; a padding value above it is no tissue
+_BEYOND_HU = 40000.0  # no scanner's extended scale goes so far: negative numbers whose sign was taken away do
 _TOLERANCE_MM = 0.01
 _ANGLE = 1e-3  # of the axes' length and right angle: headers are written with as few as four decimals
 
@@ -177,6 +178,8 @@ def _stack(slices: Sequence[Slice], modality: Modality) -> NDArray[np.float32]:
     if modality is Modality.CT:
         for number, where in padded:
             array[number][where] = AIR_HU
+        if array.max() > _BEYOND_HU:
+            raise Quarantine("CT values beyond any scanner's scale")
         return np.maximum(array, np.float32(AIR_HU), out=array)
     if padded:
         _fill(array, padded)

@@ -66,6 +66,15 @@ def test_the_length_of_a_deflated_file_is_its_datasets(tmp_path: Path) -> None:
     assert open_dataset(path).PixelData == plain.PixelData
 
 
+def test_a_file_larger_than_any_scan_is_not_read(tmp_path: Path) -> None:
+    (path,) = save(ct()[:1], tmp_path)
+    with path.open("r+b") as file:
+        file.truncate(2**32 + 1)  # a hole: it takes no room on the disk
+    for read in (Reader(KEY).read, open_dataset):
+        with pytest.raises(Quarantine, match="file larger than any scan"):
+            read(path)
+
+
 def test_a_nifti_file_that_claims_hundreds_of_gigabytes_is_left_out(tmp_path: Path) -> None:
     image = nib.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.eye(4))
     image.header["xyzt_units"] = 2

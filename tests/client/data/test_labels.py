@@ -91,6 +91,26 @@ def test_a_segmentation_with_another_number_of_frames_than_descriptions_is_refus
         upright(slices, path)
 
 
+def test_segments_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    slices = ct()
+    both = {"Other": np.roll(lesion(), 1, 0), "Lesion": lesion()}
+    twice, stray = seg(slices, both), seg(slices, both)
+    twice.SegmentSequence[1].SegmentNumber = 1
+    stray.PerFrameFunctionalGroupsSequence[0].SegmentIdentificationSequence[0].ReferencedSegmentNumber = 9
+    for label, reason in ((twice, "two segments of one number"), (stray, "frame of a segment that is not described")):
+        (path,) = save([label], tmp_path)
+        with pytest.raises(Quarantine, match=reason):
+            upright(slices, path)
+
+
+@pytest.mark.parametrize("largest", [1, 100, 200])
+def test_a_fraction_is_counted_from_the_largest_value_that_the_file_names(largest: int, tmp_path: Path) -> None:
+    slices = ct()
+    label = seg(slices, {"Lesion": lesion().astype(float)}, "FRACTIONAL", max_fractional_value=largest)
+    (path,) = save([label], tmp_path)
+    assert np.array_equal(upright(slices, path), lesion())
+
+
 def test_a_segmentation_in_another_frame_of_reference_is_refused(tmp_path: Path) -> None:
     slices = ct()
     label = seg(slices)
@@ -167,6 +187,24 @@ def test_a_contour_inside_another_is_a_hole(tmp_path: Path) -> None:
     assert np.array_equal(upright(slices, path)[2], disc(8.03) & ~disc(3.03))
 
 
+def test_a_hole_that_the_outline_itself_leads_to_is_a_hole(tmp_path: Path) -> None:
+    slices = ct()
+    around, hole = circle(slices, 2, 6.03), circle(slices, 2, 3.03)[::-1]
+    keyhole = np.concatenate([around, around[:1], np.roll(hole, 1, axis=0), around[:1]])
+    (path,) = save([structure_set(slices, {"Lesion": [keyhole]})], tmp_path)
+    assert (upright(slices, path)[2] != disc(6.03) & ~disc(3.03)).sum() <= 2  # the bridge may take a voxel
+
+
+def test_a_mark_beside_the_contours_of_a_region_changes_nothing(tmp_path: Path) -> None:
+    slices = ct()
+    drawing = structure_set(slices, {"Lesion": [circle(slices, 2, 6.03), circle(slices, 3, 4.03)[:1]]})
+    drawing.ROIContourSequence[0].ContourSequence[1].ContourGeometricType = "POINT"
+    (path,) = save([drawing], tmp_path)
+    mask = upright(slices, path)
+    assert np.array_equal(mask[2], disc(6.03))
+    assert not mask[3].any()
+
+
 def test_a_region_in_two_places_of_a_slice_is_both(tmp_path: Path) -> None:
     slices = ct()
     aside = np.array([5 * COLUMN_MM, 0, 0])
@@ -197,6 +235,21 @@ def a_point(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
     return drawing
 
 
+def an_open_end(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
+    drawing = structure_set(slices, {"Lesion": [circle(slices, 2, 5.03), circle(slices, 3, 5.03)]})
+    drawing.ROIContourSequence[0].ContourSequence[1].ContourGeometricType = "OPEN_PLANAR"
+    return drawing
+
+
+def figure_of_eight(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
+    outline = circle(slices, 2, 5.03, points=4)
+    return structure_set(slices, {"Lesion": [outline[[0, 1, 3, 2]]]})
+
+
+def between_the_centres(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
+    return structure_set(slices, {"Lesion": [circle(slices, 2, 0.2)]})
+
+
 def another_number_of_points(slices: list[pydicom.FileDataset]) -> pydicom.Dataset:
     dataset = structure_set(slices, {"Lesion": [circle(slices, 3, 6)]})
     dataset.ROIContourSequence[0].ContourSequence[0].NumberOfContourPoints = 399
@@ -218,6 +271,9 @@ def names(slices: list[pydicom.FileDataset], instance: str) -> pydicom.Dataset:
         (twice, "contours of one region that cross each other"),
         (never_drawn, "region without a closed contour"),
         (a_point, "region without a closed contour"),
+        (an_open_end, "region that is not closed"),
+        (figure_of_eight, "contour that crosses itself"),
+        (between_the_centres, "region that covers no voxel"),
         (another_number_of_points, "unreadable structure set"),
         (lambda slices: names(slices, generate_uid()), "label was made on slices that are missing"),
         (lambda slices: names(slices, slices[3].SOPInstanceUID), "contour that lies in another slice than it names"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,11 @@ def air_where_padded(slices: Slices) -> None:
         dataset.PixelPaddingValue = 63536
 
 
+def sign_taken_away(slices: Slices) -> None:
+    for dataset, values in zip(slices, hounsfield().astype(int), strict=True):
+        stored(dataset, values, 16, False, 0)
+
+
 def padded_with_water(slices: Slices) -> None:
     for dataset, values in zip(slices, hounsfield().astype(int), strict=True):
         stored(dataset, np.where(values < 0, 0, values), 16, True, 0)
@@ -128,6 +134,8 @@ def test_what_does_not_change_the_values_is_read_exactly(change: Callable[[Slice
         (high_bits, "pixel bits that the header does not describe"),
         (bytes_swapped, "pixel bits that the header does not describe"),
         (to_the_left, "pixel bits in an unusual place"),
+        (everywhere(BitsStored=20, HighBit=19), "pixel bits in an unusual place"),
+        (sign_taken_away, "CT values beyond any scanner's scale"),
         (padded_with_water, "padding value in the range of tissue"),
         (a_table, "table of values where slope and intercept are expected"),
         (palette, "colour volume"),
@@ -265,6 +273,28 @@ def test_frames_out_of_order_are_put_right() -> None:
     assert np.array_equal(read_volume([image], Modality.CT).to_patient_orientation("HPL").array, TRUTH)
 
 
+def frames_scaled_apart(image: pydicom.Dataset) -> None:
+    for number, group in enumerate(image.PerFrameFunctionalGroupsSequence):
+        scale = pydicom.Dataset()
+        scale.RescaleSlope, scale.RescaleIntercept, scale.RescaleType = 1, -10 * number, "HU"
+        group.PixelValueTransformationSequence = [scale]
+
+
+def two_stacks(image: pydicom.Dataset) -> None:
+    further = copy.deepcopy(list(image.PerFrameFunctionalGroupsSequence))
+    for group in further:
+        x, y, z = (float(v) for v in group.PlanePositionSequence[0].ImagePositionPatient)
+        group.PlanePositionSequence[0].ImagePositionPatient = [x, y, z + 100]
+    image.PerFrameFunctionalGroupsSequence = [*image.PerFrameFunctionalGroupsSequence, *further]
+    image.PixelData, image.NumberOfFrames = image.PixelData * 2, 2 * SLICES
+
+
+def two_directions(image: pydicom.Dataset) -> None:
+    turned = pydicom.Dataset()
+    turned.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+    image.PerFrameFunctionalGroupsSequence[3].PlaneOrientationSequence = [turned]
+
+
 def frame_twice(image: pydicom.Dataset) -> None:
     groups = image.PerFrameFunctionalGroupsSequence
     groups[2].PlanePositionSequence = groups[3].PlanePositionSequence
@@ -296,6 +326,9 @@ def unscaled_frame(image: pydicom.Dataset) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
+        (frames_scaled_apart, "rescale that differs between slices"),
+        (two_stacks, "missing slices"),
+        (two_directions, "mixed series"),
         (frame_twice, "duplicate slice position"),
         (frame_missing, "missing slices"),
         (description_missing, "frames and their descriptions differ in number"),

@@ -113,6 +113,8 @@ def test_a_reversible_colour_transform_is_undone() -> None:
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "unreadable colour table"),
         ({"BitsStored": 8, "HighBit": 7}, "pixel bits that the header does not describe"),
         ({"HighBit": 15}, "pixel bits in an unusual place"),
+        ({"PresentationLUTShape": "INVERSE"}, "polarity that contradicts itself"),
+        ({"PresentationLUTShape": "IDENTITY", "PhotometricInterpretation": "MONOCHROME1"}, "polarity that contradicts"),
         ({"PixelData": b"\0" * 20}, "wrong length"),
         ({"PixelData": b"\0" * 5000}, "wrong length"),
     ],

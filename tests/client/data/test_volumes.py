@@ -278,6 +278,32 @@ def test_uptake_of_values_as_of_injection_counts_no_decay() -> None:
         suv_factor(dataset)
 
 
+def test_times_without_seconds_are_hours_and_minutes() -> None:
+    dataset = pet()
+    dataset.SeriesTime = dataset.AcquisitionTime = "1030"  # and not 10:03:00
+    # half a half-life has passed since 10:00
+    assert suv_factor(dataset) == pytest.approx(2e-4 * 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("injected", "time", "zone"),
+    [
+        ("20200101090000", "100000", ""),  # an hour apart
+        ("20200101100000+0000", "100000", "+0100"),
+    ],
+)
+def test_moments_of_injection_that_contradict_each_other_are_left_out(injected: str, time: str, zone: str) -> None:
+    dataset = pet()
+    tracer = dataset.RadiopharmaceuticalInformationSequence[0]
+    tracer.RadiopharmaceuticalStartDateTime, tracer.RadiopharmaceuticalStartTime = "20200101100000.00+0100", "1000"
+    dataset.TimezoneOffsetFromUTC = "+0100"
+    assert suv_factor(dataset) == pytest.approx(4e-4)
+    tracer.RadiopharmaceuticalStartDateTime, tracer.RadiopharmaceuticalStartTime = injected, time
+    dataset.TimezoneOffsetFromUTC = zone
+    with pytest.raises(Quarantine, match="times that contradict each other"):
+        suv_factor(dataset)
+
+
 @pytest.mark.parametrize("keyword", ["PatientWeight", "Units", "DecayCorrection", "CorrectedImage", "SeriesTime"])
 def test_pet_without_what_uptake_needs_is_left_out(keyword: str) -> None:
     dataset = pet()
