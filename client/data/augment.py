@@ -109,7 +109,7 @@ def _places(matrices: Tensor, spatial: torch.Size) -> Tensor:
     """
     dimensions = len(spatial)
     shifts, *steps = (part.reshape(*part.shape, *[1] * dimensions) for part in matrices.movedim(-1, 0).flip(0))
-    places = shifts
+    places: Tensor = shifts
     for axis, (step, size) in enumerate(zip(steps, spatial, strict=True)):  # from z or y to x
         centres = (2 * torch.arange(size, device=matrices.device, dtype=matrices.dtype) + 1) / size - 1
         places = places + step * centres.view(-1, *[1] * (dimensions - 1 - axis))
