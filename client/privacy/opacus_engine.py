@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from medfl.client.privacy.bookkeeping.rule import zero_where_dropped
-from medfl.client.privacy.clipped import ClippedSum, LossFunction, UnitData, clip_factors, trainable
+from medfl.client.privacy.clipped import (
+    ClippedSum,
+    LossFunction,
+    UnitData,
+    clip_factors,
+    trainable,
+    views_of,
+    zero_sum,
+)
 from medfl.shared.errors import ConfigError
 
 
@@ -42,7 +50,10 @@ def clipped_sum_by_opacus(
         wrapped.to_standard_module()
     norms = torch.stack([g.reshape(len(units), -1).norm(dim=1) for g in found]).norm(dim=0)
     factors = clip_factors(norms, clip_norm)
-    return ClippedSum([torch.einsum("u,u...->...", factors, zero_where_dropped(g, factors)) for g in found], norms)
+    flat, shapes = zero_sum(parameters)
+    for total, gradients in zip(views_of(flat, shapes), found, strict=True):
+        total.copy_(torch.einsum("u,u...->...", factors, zero_where_dropped(gradients, factors)))
+    return ClippedSum(flat, shapes, norms)
 
 
 def _registered(network: nn.Module) -> list[nn.Module]:

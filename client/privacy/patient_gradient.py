@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from medfl.client.privacy.bookkeeping.engine import clipped_sum_by_bookkeeping
-from medfl.client.privacy.clipped import ClippedSum, LossFunction, UnitData, clipped_sum_by_loop, trainable
+from medfl.client.privacy.clipped import ClippedSum, LossFunction, UnitData, clipped_sum_by_loop, trainable, views_of
 from medfl.client.privacy.opacus_engine import clipped_sum_by_opacus
 from medfl.client.privacy.randomness import NoiseSource, noisy
 from medfl.client.trouble import free_memory, out_of_memory
@@ -78,8 +78,10 @@ def private_gradients(
             raise ConfigError(f"{name} must be positive and finite, got {value}: set it under privacy:")
     clipped = clipped_sum(network, loss, patients, clip_norm, engine)
     scale = noise_multiplier * clip_norm
-    for parameter, total in zip(trainable(network), clipped.sums, strict=True):
-        parameter.grad = noisy(total, scale, generator, divisor=expected_patients)
+    # All values in one call: one call for each of many small parameters takes twice as long.
+    released = noisy(clipped.flat, scale, generator, divisor=expected_patients)
+    for parameter, part in zip(trainable(network), views_of(released, clipped.shapes), strict=True):
+        parameter.grad = part.to(parameter.dtype)
     finite = clipped.norms.isfinite()
     return StepFacts(len(patients), int((~finite).sum()), int((finite & (clipped.norms > clip_norm)).sum()))
 

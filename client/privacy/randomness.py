@@ -45,6 +45,7 @@ class SecureGenerator:
         self._lengths = torch.empty(2, _CHUNK, dtype=torch.float64)
         self._angles, self._cosines = torch.empty(2, _CHUNK), torch.empty(2, _CHUNK)
         self._pairs = torch.empty(2, 2, _CHUNK, dtype=torch.float64)
+        self._halves = torch.empty(2, 2, _CHUNK, dtype=torch.float64)
         self._ready = torch.empty(SUMMED, _CHUNK, dtype=torch.float64)
         self._given = self._ready.numel()  # how many of the ready normals were given out
 
@@ -68,9 +69,12 @@ class SecureGenerator:
         """``count`` standard normal draws, float64: each a scaled sum of Box-Muller normals from separate uniforms."""
         out = torch.empty(count, dtype=torch.float64)
         ready, done = self._ready.view(-1), 0
+        while count - done >= len(ready):
+            self._fill(out[done : done + len(ready)].view_as(self._ready))
+            done += len(ready)
         while done < count:
             if self._given == len(ready):
-                self._refill()
+                self._fill(self._ready)
                 self._given = 0
             part = ready[self._given : self._given + count - done]
             out[done : done + len(part)] = part
@@ -79,8 +83,8 @@ class SecureGenerator:
             done += len(part)
         return out
 
-    def _refill(self) -> None:
-        """Fresh normals: Box-Muller makes two from each length and angle, then each sample mixes four of them.
+    def _fill(self, out: torch.Tensor) -> None:
+        """Fresh normals for ``out`` (SUMMED, _CHUNK): Box-Muller makes two from each length and angle; four are mixed.
 
         Lengths have 52 random bits and double precision, and so do the samples. Angles have 24 bits: they place a
         sample to about 2^-22, and the three others that are mixed with it, and the grid of :func:`noisy`, cover that.
@@ -98,14 +102,14 @@ class SecureGenerator:
         np.sqrt(lengths, out=lengths)
         angles = self._angles.copy_(turns.view(2, _CHUNK)).mul_(math.pi * 2.0**-31)
         torch.mul(torch.cos(angles, out=self._cosines), self._lengths, out=self._pairs[0])
-        # Rolled, so that no sample mixes cosine and sine of one pair.
-        torch.mul(angles.sin_().roll(1, 1), self._lengths.roll(1, 1), out=self._pairs[1])
-        (a, b), (c, d) = self._pairs
-        one, two, three, four = a + b, c + d, a - b, c - d
-        torch.add(one, two, out=self._ready[0])
-        torch.sub(one, two, out=self._ready[1])
-        torch.add(three, four, out=self._ready[2])
-        torch.sub(three, four, out=self._ready[3])
+        # Shifted by one, so that no sample mixes cosine and sine of one pair.
+        angles.sin_()
+        torch.mul(angles[:, :-1], self._lengths[:, :-1], out=self._pairs[1, :, 1:])
+        torch.mul(angles[:, -1:], self._lengths[:, -1:], out=self._pairs[1, :, :1])
+        torch.add(self._pairs[:, 0], self._pairs[:, 1], out=self._halves[0])
+        torch.sub(self._pairs[:, 0], self._pairs[:, 1], out=self._halves[1])
+        torch.add(self._halves[:, 0], self._halves[:, 1], out=out[:2])
+        torch.sub(self._halves[:, 0], self._halves[:, 1], out=out[2:])
 
 
 def noisy(total: torch.Tensor, scale: float, generator: NoiseSource, *, divisor: float = 1.0) -> torch.Tensor:

@@ -15,9 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medfl.client.privacy.bookkeeping.rule import Deferred, Rule, UnitGradients, zero_where_dropped
+from medfl.client.privacy.bookkeeping.rule import (
+    Deferred,
+    Rule,
+    UnitGradients,
+    at_least_single,
+    zero_where_dropped,
+)
 from medfl.client.privacy.bookkeeping.rules import layers_with_rules
-from medfl.client.privacy.clipped import ClippedSum, LossFunction, UnitData, clip_factors, trainable
+from medfl.client.privacy.clipped import (
+    ClippedSum,
+    LossFunction,
+    UnitData,
+    clip_factors,
+    trainable,
+    views_of,
+    zero_sum,
+)
 from medfl.shared.errors import ConfigError
 from medfl.shared.losses import StudyLoss
 
@@ -50,7 +64,8 @@ def clipped_sum_by_bookkeeping(
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
-    return tape.settle(parameters, clip_norm)
+    with torch.autocast(outputs.device.type, enabled=False):
+        return tape.settle(parameters, clip_norm)
 
 
 def _losses(loss: LossFunction, outputs: Tensor, labels: Sequence[Tensor]) -> Tensor:
@@ -78,6 +93,7 @@ class _Tape:
             else:
                 self._found[parameter] = gradient
 
+    @torch.no_grad()
     def settle(self, parameters: Sequence[nn.Parameter], clip_norm: float) -> ClippedSum:
         """Norms over all parameters, and the clipped sum of each; frees what was kept.
 
@@ -85,18 +101,19 @@ class _Tape:
         """
         small = [p for p in parameters if p.numel() <= _SMALL and isinstance(self._found.get(p), Tensor)]
         packed = [self._rows(self._found.pop(parameter)) for parameter in small]
-        side_by_side = [torch.cat(packed, 1)] if small else []
-        squares = [self._squares(gradient) for gradient in [*side_by_side, *self._found.values()]]
+        together = [torch.cat(packed, 1)] if small else []
+        squares = [self._squares(gradient) for gradient in [*together, *self._found.values()]]
         norms = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(self.units)
         factors = clip_factors(norms, clip_norm)
-        sums = {parameter: self._clipped(gradient, factors) for parameter, gradient in self._drain()}
-        for together in side_by_side:
-            parts = torch.split(self._clipped(together, factors), [p.numel() for p in small])
-            sums |= dict(zip(small, parts, strict=True))
         # What the network did not use contributes nothing, and still gets noise.
-        return ClippedSum(
-            [sums[p].view_as(p).to(p.dtype) if p in sums else torch.zeros_like(p) for p in parameters], norms
-        )
+        flat, shapes = zero_sum(parameters)
+        sums = dict(zip(parameters, views_of(flat, shapes), strict=True))
+        if small:
+            parts = views_of(self._clipped(together.pop(), factors), [p.shape for p in small])
+            torch._foreach_copy_([sums[p] for p in small], parts)
+        for parameter, gradient in self._drain():
+            sums[parameter].copy_(self._clipped(gradient, factors).reshape(parameter.shape))
+        return ClippedSum(flat, shapes, norms)
 
     def _drain(self) -> Iterator[tuple[nn.Parameter, Tensor | Deferred]]:
         while self._found:
@@ -118,7 +135,7 @@ class _Tape:
         """Sum of factor * gradient."""
         if isinstance(gradient, Deferred):
             return gradient.weighted_sum(factors)
-        flat = self._rows(zero_where_dropped(gradient, factors))
+        flat = at_least_single(self._rows(zero_where_dropped(gradient, factors)))
         return torch.mv(flat.t(), factors.to(flat.dtype))
 
 
@@ -139,7 +156,8 @@ class _Layer(torch.autograd.Function):
         if any(t.dtype != g.dtype and t.is_floating_point() for t in saved):  # under autocast the two can differ
             saved = tuple(t.to(g.dtype) if t.is_floating_point() else t for t in saved)
         once = all(tape.uses[parameter] == 1 for parameter in module.parameters(recurse=False))
-        towards, found = rule.backward(module, saved, g, wants_input=ctx.needs_input_grad[0], defer=once)
+        with torch.autocast(g.device.type, enabled=False):  # norms and clipped sums are of the numbers as they are
+            towards, found = rule.backward(module, saved, g, wants_input=ctx.needs_input_grad[0], defer=once)
         tape.add(module, found)
         return towards if ctx.needs_input_grad[0] else None, None, None, None, None
 

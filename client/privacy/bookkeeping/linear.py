@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medfl.client.privacy.bookkeeping.rule import Deferred, UnitGradients, trained, zero_where_dropped
+from medfl.client.privacy.bookkeeping.rule import (
+    Deferred,
+    UnitGradients,
+    at_least_single,
+    trained,
+    zero_where_dropped,
+)
 
 
 class LinearRule:
@@ -34,6 +40,8 @@ class LinearRule:
             found["bias"] = g.sum(1)
         if trained(module, "weight"):
             positions = g.shape[1]
+            if defer:
+                x, g = at_least_single(x), at_least_single(g)
             if defer and positions == 1:
                 squared = x.square().sum((1, 2)) * g.square().sum((1, 2))
                 found["weight"] = Deferred(squared, partial(_weighted_sum, x, g))

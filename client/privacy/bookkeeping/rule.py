@@ -56,6 +56,11 @@ def trained(module: nn.Module, name: str) -> bool:
     return parameter is not None and parameter.requires_grad
 
 
+def at_least_single(values: Tensor) -> Tensor:
+    """``values``, half-precision ones as float32: sums of rounded numbers would not be bounded by the clip."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
 def zero_where_dropped(values: Tensor, factors: Tensor) -> Tensor:
     """``values`` (units, ...) with the rows of dropped units zeroed, because 0 * NaN is NaN."""
     dropped = factors == 0

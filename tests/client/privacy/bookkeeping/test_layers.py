@@ -10,6 +10,7 @@ from torch.nn import functional
 from medfl.client.privacy.bookkeeping.engine import clipped_sum_by_bookkeeping
 from medfl.client.privacy.clipped import UnitData, clipped_sum_by_loop
 from medfl.shared.errors import ConfigError
+from medfl.shared.standardised import standardise_convolutions
 
 CONVS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
 
@@ -74,6 +75,21 @@ def test_output_padding_is_exact(output_padding: int) -> None:
 @pytest.mark.parametrize("size", [2, 24])  # few positions: norms without instantiating; many: instantiated
 def test_both_ways_of_having_norms_are_exact(size: int) -> None:
     assert_exact(nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)), rows(8, size, size))
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), (1, (2, 1), 2), (3, 0, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_wide_layers_go_by_the_offsets_of_their_kernel_and_are_exact(
+    stride: int, padding: int | tuple[int, int], dilation: int, transposed: bool
+) -> None:
+    conv = CONVS[2][transposed](96, 100, (3, 2), stride, padding, dilation=dilation)  # 9,600 pairs of channels
+    assert_exact(nn.Sequential(nn.Conv2d(2, 96, 1), conv), rows(2, 24, 23))
+
+
+def test_wide_standardised_layers_are_exact() -> None:
+    network = nn.Sequential(nn.Conv2d(2, 96, 1), nn.Conv2d(96, 100, 3))
+    standardise_convolutions(network)
+    assert_exact(network, rows(2, 12, 12))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +166,19 @@ def test_under_autocast_gradients_agree_to_the_precision_of_bfloat16() -> None:
         mixed = clipped_sum_by_bookkeeping(network, loss, units, 0.1)
     torch.testing.assert_close(mixed.norms, exact.norms, rtol=0.05, atol=0)
     assert all(part.dtype == torch.float32 for part in mixed.sums)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(96, 100, 3), nn.Linear(6, 200)], ids=str)
+@pytest.mark.parametrize("size", [6, 24])
+def test_under_autocast_no_clipped_gradient_is_longer_than_the_clip(layer: nn.Module, size: int) -> None:
+    # bfloat16 has steps of 2^-8: factors or sums rounded to it would be up to 0.4 % too long.
+    torch.manual_seed(0)
+    channels = 6 if isinstance(layer, nn.Linear) else layer.in_channels
+    one = [(torch.randn(1, channels, size, 6 if isinstance(layer, nn.Linear) else size), torch.randn(1))]
+    with torch.autocast("cpu", torch.bfloat16):
+        clipped = clipped_sum_by_bookkeeping(layer, loss, one, 1e-3)
+    assert float(clipped.norms) > 2e-3
+    assert 0.999e-3 < float(clipped.flat.double().norm()) <= 1e-3
 
 
 class Standardised(nn.Conv2d):
