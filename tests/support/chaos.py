@@ -14,16 +14,12 @@ undisturbed once, and disturbed until the kills are done. After each kill, the d
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import multiprocessing
-import os
 import random
 import re
 import shutil
 import sqlite3
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -31,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command import Command
 from consortium import write_pictures
 from safetensors.numpy import load_file
 from tiny import masks_study
@@ -116,47 +113,6 @@ def replace(path: Path, pattern: str, by: str) -> None:
     text, count = re.subn(pattern, lambda match: by, path.read_text("utf-8"))
     assert count == 1, f"{pattern} is {count} times in {path.name}"
     path.write_text(text, "utf-8")
-
-
-class Command:
-    """``medfl-server`` or ``medfl-client`` as a process, its output appended to ``log``."""
-
-    def __init__(self, module: str, arguments: list[str], log: Path) -> None:
-        self._process = _FORKS.Process(target=_run, args=(module, arguments, str(log)))
-        self._process.start()
-
-    def poll(self) -> int | None:
-        """Its exit status, or None while it runs."""
-        return self._process.exitcode
-
-    def kill(self) -> int:
-        """SIGKILL; the exit status."""
-        self._process.kill()
-        return self._wait()
-
-    def stop(self) -> int:
-        """SIGTERM, and SIGKILL where that does not help; the exit status."""
-        self._process.terminate()
-        self._process.join(30)
-        return self.kill() if self._process.exitcode is None else self._wait()
-
-    def _wait(self) -> int:
-        self._process.join()
-        assert self._process.exitcode is not None
-        return self._process.exitcode
-
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["chaos_imports"])
-for _name, _value in {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}.items():
-    os.environ.setdefault(_name, _value)  # the process that forks takes its path from there
-
-
-def _run(module: str, arguments: list[str], log: str) -> None:
-    with open(log, "ab") as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-    sys.exit(importlib.import_module(module).main(arguments))
 
 
 @dataclass

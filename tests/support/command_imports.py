@@ -1,4 +1,4 @@
-"""Everything both commands import, for the process that the chaos suite forks them from; nothing is run."""
+"""Everything both commands import, for the process that they are forked from; nothing is run."""
 
 import medfl.shared.environment
 
