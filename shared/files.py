@@ -9,7 +9,7 @@ from pathlib import Path
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 
 
-def write_whole(path: Path, content: bytes, *, mode: int = PRIVATE_FILE) -> None:
+def write_whole(path: Path, content: bytes | memoryview, *, mode: int = PRIVATE_FILE) -> None:
     """Replace ``path`` by ``content`` in one step that survives a crash at any instant.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from medfl.server.secagg.pending import PendingSum
 from medfl.shared.errors import DataError, ProtocolError
-from medfl.shared.files import PRIVATE_FILE, private_folder, sync_folder, write_whole
+from medfl.shared.files import private_folder, write_whole
 from medfl.shared.secagg.announcement import Announcement, Purpose
 from medfl.shared.secagg.encoding import Encoding
 from medfl.shared.secagg.messages import KeyList
@@ -66,7 +65,7 @@ class MemoryStore:
 
 
 class FolderStore:
-    """A store on disk: ``STUDY/{rounds.json, PURPOSE.json, PURPOSE.npy}``; each write is durable when it returns."""
+    """A store on disk: ``STUDY/{rounds.json, PURPOSE.json, PURPOSE.vector}``; each write is durable when it returns."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = private_folder(folder)
@@ -95,7 +94,7 @@ class FolderStore:
         """Keep ``pending``: first its vector, then the file that names it. Memory stays at one model."""
         folder = private_folder(self._of(pending.announcement.study))
         name = pending.announcement.purpose.name.lower()
-        _save_vector(folder / f"{name}.npy", pending.vector)
+        write_whole(folder / f"{name}.vector", pending.vector.view(np.uint8).data)
         content: dict[str, Any] = {
             "announcement": pending.announcement.to_bytes().hex(),
             "encoding": pending.encoding.to_bytes().hex(),
@@ -112,12 +111,13 @@ class FolderStore:
         folder, name = self._of(study), purpose.name.lower()
         try:
             content = json.loads((folder / f"{name}.json").read_bytes())
-            vector = np.load(folder / f"{name}.npy", allow_pickle=False)
+            encoding = Encoding.parse(bytes.fromhex(content["encoding"]))
+            vector = np.fromfile(folder / f"{name}.vector", encoding.ring.dtype)
             if _digest(vector) != content["vector"]:
                 raise ValueError
             return PendingSum(
                 announcement=Announcement.parse(bytes.fromhex(content["announcement"])),
-                encoding=Encoding.parse(bytes.fromhex(content["encoding"])),
+                encoding=encoding,
                 key_list=KeyList.parse(bytes.fromhex(content["key_list"])),
                 commitments={int(site): bytes.fromhex(hexed) for site, hexed in content["commitments"].items()},
                 survivors=tuple(content["survivors"]),
@@ -136,22 +136,11 @@ class FolderStore:
             self._drop(study, purpose)
 
     def _drop(self, study: bytes, purpose: Purpose) -> None:
-        for ending in ("json", "npy"):
+        for ending in ("json", "vector"):
             (self._of(study) / f"{purpose.name.lower()}.{ending}").unlink(missing_ok=True)
 
     def _of(self, study: bytes) -> Path:
         return self._folder / study.hex()
-
-
-def _save_vector(path: Path, vector: NDArray[Any]) -> None:
-    """Like :func:`write_whole`, without a second copy of the vector in memory."""
-    beside = path.with_name(f".{path.name}.part")
-    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE_FILE), "wb") as file:
-        np.save(file, vector, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync_folder(path.parent)
 
 
 def _digest(vector: NDArray[Any]) -> str:

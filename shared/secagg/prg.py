@@ -51,8 +51,6 @@ def add_masks(vector: NDArray[Any], masks: Sequence[Mask], *, threads: int = 1) 
         masks: applied in any order; the result does not depend on it.
         threads: 1 or more; each takes a contiguous part.
     """
-    if not masks or vector.size == 0:
-        return
     per_block = _BLOCK_BYTES // vector.itemsize
     parts = max(1, min(threads, vector.nbytes // _WORTH_A_THREAD))
     blocks = -(-vector.size // per_block)

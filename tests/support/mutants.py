@@ -38,6 +38,7 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("client/secagg/session.py", "self._enrolments.under(announcement.roster, finishing=True)"): (
         "each reply is made under the same check; a reveal that is sent again is the very bytes that left before"
     ),
+    ("shared/secagg/prg.py", "parts == 1"): "a pool of one thread does the same, later",
     ("server/secagg/round.py", "self._log(few, cohort, refusals)"): "a line for people",
 }
 """(file, source of what is gone): why nothing that is promised depends on it."""

@@ -41,14 +41,14 @@ def test_a_pending_sum_is_read_back_whole(tmp_path: Path) -> None:
 def test_a_damaged_pending_sum_is_none(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.keep(pending_sum())
-    file = tmp_path / STUDY.hex() / "train.npy"
+    file = tmp_path / STUDY.hex() / "train.vector"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     assert store.pending(STUDY) is None
 
 
-@pytest.mark.parametrize("left", ["train.npy", "train.json"])
+@pytest.mark.parametrize("left", ["train.vector", "train.json"])
 def test_half_a_pending_sum_is_none(tmp_path: Path, left: str) -> None:
     store = FolderStore(tmp_path)
     store.keep(pending_sum())
@@ -91,12 +91,12 @@ def test_a_pending_sum_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(
 
     def seen(descriptor: int) -> None:
         found = os.fstat(descriptor)
-        named = any(tmp_path.rglob("train.npy"))
+        named = any(tmp_path.rglob("train.vector"))
         synced.append((stat.S_ISDIR(found.st_mode), 0 if stat.S_ISDIR(found.st_mode) else found.st_size, named))
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", seen)
     FolderStore(tmp_path).keep(pending_sum())
-    assert any(not folder and size > 160 and not named for folder, size, named in synced)  # 40 values of 4 bytes
-    vector = next(place for place, (folder, size, named) in enumerate(synced) if not folder and size > 160)
+    assert any(not folder and size == 160 and not named for folder, size, named in synced)  # 40 values of 4 bytes
+    vector = next(place for place, (folder, size, named) in enumerate(synced) if not folder and size == 160)
     assert any(folder and named for folder, _, named in synced[vector:])

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medfl.shared.secagg import prg
 from medfl.shared.secagg.prg import Mask, add_masks, add_scalar_masks, random_words
 
 KEY = bytes(range(32))
@@ -63,6 +64,16 @@ def test_threads_do_not_show_in_the_result(dtype: type, threads: int) -> None:
     add_masks(one, masks)
     add_masks(many, masks, threads=threads)
     assert np.array_equal(one, many)
+
+
+def test_a_part_that_fails_in_its_thread_fails_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(vector: np.ndarray, masks: list[Mask], counter: int) -> None:
+        if counter:
+            raise MemoryError
+
+    monkeypatch.setattr(prg, "_add", no_memory)
+    with pytest.raises(MemoryError):  # or half of the vector would leave without its masks
+        add_masks(np.zeros(7_000_003, np.uint32), [Mask(KEY)], threads=2)
 
 
 def test_a_mask_and_its_inverse_leave_nothing() -> None:
