@@ -6,13 +6,12 @@ import base64
 import json
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pydicom
 import pytest
+from command import Command, said
 from safetensors.numpy import load_file
 from waiting import wait_for
 
@@ -26,7 +25,6 @@ from medfl.simulations.demo import (
     set_up,
     site_metrics,
     start_client,
-    start_server,
     write_images,
 )
 from medfl.simulations.processes import Processes
@@ -67,31 +65,43 @@ def small_study(mode: str) -> Study:
 
 
 @pytest.fixture
-def running() -> Iterator[Processes]:
-    with Processes() as processes:
-        yield processes
+def running() -> Iterator[dict[str, Command]]:
+    processes: dict[str, Command] = {}
+    yield processes
+    for process in processes.values():
+        process.kill()
 
 
 @pytest.mark.parametrize("mode", ["none", "msa1"])
 def test_a_study_finishes_although_a_site_and_the_coordinator_are_killed(
-    tmp_path: Path, hospitals: Places, running: Processes, mode: str
+    tmp_path: Path, hospitals: Places, running: dict[str, Command], mode: str
 ) -> None:
     study, hospitals = small_study(mode), with_the_same_images(tmp_path, hospitals)
     set_up(hospitals, study)
-    server = start_server(hospitals, running)
-    clients = {name: start_client(hospitals, name, running) for name in hospitals.names}
+
+    def start(name: str) -> None:
+        home, option = hospitals.hospital(name), "--site"
+        module, file, log = "medfl.client.cli", home / "site.yaml", home / "medfl-client.log"
+        if name == "server":
+            home, option = hospitals.coordinator, "--config"
+            module, file, log = "medfl.server.cli", home / "consortium.yaml", home / "medfl-server.log"
+        running[name] = Command(module, [option, str(file)], log)
+
+    for name in hospitals.names:
+        start(name)
+    logs = [hospitals.hospital(name) / "medfl-client.log" for name in hospitals.names]
+    wait_for(lambda: all(log.exists() and "not reachable" in log.read_text() for log in logs))
+    start("server")  # all four dial it within seconds, and are in the first round
     metrics = run_folder(hospitals, study) / "metrics.jsonl"
 
     wait_for(lambda: len(read_rows(metrics)) >= 1)
-    clients["east"].kill()  # SIGKILL: three sites are the quorum
-    clients["east"].wait()
+    running["east"].kill()  # three sites are the quorum
     wait_for(lambda: len(read_rows(metrics)) >= 2)
-    server.kill()
-    server.wait()
-    server = start_server(hospitals, running)
-    clients["east"] = start_client(hospitals, "east", running)
+    running["server"].kill()
+    start("server")
+    start("east")
 
-    assert server.wait(300) == 0
+    assert running["server"].wait(300) == 0
     rows = read_rows(metrics)
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["outcomes"] == dict.fromkeys(hospitals.names, "trained")
@@ -99,8 +109,7 @@ def test_a_study_finishes_although_a_site_and_the_coordinator_are_killed(
     assert len(ending.pop("model")) == 64
     assert ending == {"ending": "done", "round": 4, "study": study.digest, "model_of_round": 4}
     assert load_file(run_folder(hospitals, study) / "model.safetensors")
-    codes = running.stop_all()
-    assert {name: codes[name] for name in hospitals.names} == dict.fromkeys(hospitals.names, 0)
+    assert {name: running[name].stop() for name in hospitals.names} == dict.fromkeys(hospitals.names, 0)
 
     assert_nothing_of_a_patient_was_written(hospitals)
     assert_both_sides_tell_the_same(hospitals)
@@ -108,31 +117,26 @@ def test_a_study_finishes_although_a_site_and_the_coordinator_are_killed(
     assert read_rows(site_metrics(hospitals, "north", study))[-1]["scores"]["loss"] > 0
 
 
-def test_check_tells_what_is_wrong_by_its_exit_status(hospitals: Places, study: Study, running: Processes) -> None:
-    set_up_again = not (hospitals.hospital("north") / "site.yaml").exists()
-    if set_up_again:
+def test_check_tells_what_is_wrong_by_its_exit_status(hospitals: Places, study: Study) -> None:
+    if not (hospitals.hospital("north") / "site.yaml").exists():
         set_up(hospitals, study)
     site = hospitals.hospital("north") / "site.yaml"
     study_file = hospitals.coordinator / "study.json"
 
-    unreachable = check("medfl.client.cli", "--site", site)
-    assert unreachable.returncode == 5
-    assert "not reachable" in unreachable.stderr
-    ready = check("medfl.server.cli", "--config", hospitals.coordinator / "consortium.yaml")
-    assert ready.returncode == 0
-    assert study.digest in ready.stdout
+    status, words = said("medfl.client.cli", "--site", site, "--check")
+    assert (status, "not reachable" in words) == (5, True)
+    status, words = said("medfl.server.cli", "--config", hospitals.coordinator / "consortium.yaml", "--check")
+    assert (status, study.digest in words) == (0, True)
 
     other = site.with_name("other.yaml")
     other.write_text(site.read_text().replace("policy:", "policy:\n  expires: 2026-01-01"))
-    refused = check("medfl.client.cli", "--site", other, "--study", study_file)
-    assert refused.returncode == 3
-    assert "policy expired" in refused.stderr
+    status, words = said("medfl.client.cli", "--site", other, "--check", "--study", study_file)
+    assert (status, "policy expired" in words) == (3, True)
     other.write_text(site.read_text().replace("folder: dicom", "folder: nowhere"))
-    assert check("medfl.client.cli", "--site", other, "--study", study_file).returncode == 4
+    assert said("medfl.client.cli", "--site", other, "--check", "--study", study_file)[0] == 4
     other.write_text(site.read_text().replace("policy:", "polcy:"))
-    misspelt = check("medfl.client.cli", "--site", other)
-    assert misspelt.returncode == 2
-    assert "did you mean 'policy'?" in misspelt.stderr
+    status, words = said("medfl.client.cli", "--site", other, "--check")
+    assert (status, "did you mean 'policy'?" in words) == (2, True)
 
 
 def with_the_same_images(root: Path, hospitals: Places) -> Places:
@@ -142,11 +146,6 @@ def with_the_same_images(root: Path, hospitals: Places) -> Places:
         fresh.hospital(name).mkdir(parents=True)
         (fresh.hospital(name) / "dicom").symlink_to(hospitals.hospital(name) / "dicom")
     return fresh
-
-
-def check(module: str, option: str, file: Path, *more: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, option, str(file), "--check", *map(str, more)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def assert_nothing_of_a_patient_was_written(places: Places) -> None:
@@ -201,21 +200,21 @@ def assert_both_sides_tell_the_same(places: Places) -> None:
             taken, sent = (here, there) if one == "in" else (there, here)
             assert taken <= sent
             assert len(sent - taken) <= 6
-        command = [sys.executable, "-m", "medfl.client.cli", "--site", str(places.hospital(name) / "site.yaml")]
-        verified = subprocess.run([*command, "audit", "verify"], capture_output=True, text=True, timeout=240)
-        assert verified.returncode == 0, verified.stderr
+        status, words = said("medfl.client.cli", "--site", places.hospital(name) / "site.yaml", "audit", "verify")
+        assert status == 0, words
         if [row["site"] for row in seen].count(name) > 1:  # the receipt comes with the next round's question
-            assert "was countersigned by demo at" in verified.stdout
+            assert "was countersigned by demo at" in words
     assert {row["site"] for row in seen} == set(places.names)
     assert {row["receipt"] for row in seen} == {"signed"}
 
 
-def test_a_client_stops_within_seconds_of_sigterm(hospitals: Places, running: Processes, study: Study) -> None:
+def test_a_client_stops_within_seconds_of_sigterm(hospitals: Places, study: Study) -> None:
     if not (hospitals.hospital("south") / "site.yaml").exists():
         set_up(hospitals, study)
     log = hospitals.hospital("south") / "medfl-client.log"
     earlier = log.stat().st_size if log.exists() else 0
-    client = start_client(hospitals, "south", running)
-    wait_for(lambda: log.exists() and b"not reachable" in log.read_bytes()[earlier:])
-    client.send_signal(signal.SIGTERM)
-    assert client.wait(60) == 0
+    with Processes() as running:
+        client = start_client(hospitals, "south", running)
+        wait_for(lambda: log.exists() and b"not reachable" in log.read_bytes()[earlier:])
+        client.send_signal(signal.SIGTERM)
+        assert client.wait(60) == 0

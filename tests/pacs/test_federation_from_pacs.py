@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from command import Command
 from orthanc import Pacs, alone
 from safetensors.numpy import load_file
 
@@ -19,11 +20,8 @@ from medfl.simulations.demo import (
     read_rows,
     run_folder,
     set_up,
-    start_client,
-    start_server,
     write_images,
 )
-from medfl.simulations.processes import Processes
 
 pytestmark = pytest.mark.e2e
 
@@ -91,12 +89,17 @@ def test_three_hospitals_train_from_their_archives_each_in_its_own_way(
         site = home / "site.yaml"
         data = (way + COMMON).format(url=pacs.url, dicom=pacs.dicom, move=pacs.move_port)
         site.write_text(site.read_text().replace("  source: dicom\n  folder: dicom\n", data))
-    with Processes() as running:
-        server = start_server(places, running)
-        for name in archives:
-            start_client(places, name, running)
-        assert server.wait(480) == 0
-        running.stop_all()
+    running = []
+    for name in archives:
+        file, log = places.hospital(name) / "site.yaml", tmp_path / f"{name}.log"
+        running.append(Command("medfl.client.cli", ["--site", str(file)], log))
+    config, log = places.coordinator / "consortium.yaml", tmp_path / "server.log"
+    running.append(Command("medfl.server.cli", ["--config", str(config)], log))
+    try:
+        assert running[-1].wait(480) == 0, log.read_text()[-2000:]
+    finally:
+        codes = [command.stop() for command in running]
+    assert codes == [0] * 4
     rows = read_rows(run_folder(places, study) / "metrics.jsonl")
     assert [row["outcomes"] for row in rows] == [dict.fromkeys(archives, "trained")] * 2
     ending = json.loads((run_folder(places, study) / "ending.json").read_text())

@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -23,6 +24,11 @@ class Command:
         """Its exit status, or None while it runs."""
         return self._process.exitcode
 
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Its exit status once it has ended, or None when it has not within ``seconds``."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
     def kill(self) -> int:
         """SIGKILL; the exit status."""
         self._process.kill()
@@ -31,13 +37,21 @@ class Command:
     def stop(self) -> int:
         """SIGTERM, and SIGKILL where that does not help; the exit status."""
         self._process.terminate()
-        self._process.join(30)
+        self._process.join(60)
         return self.kill() if self._process.exitcode is None else self._wait()
 
     def _wait(self) -> int:
         self._process.join()
         assert self._process.exitcode is not None
         return self._process.exitcode
+
+
+def said(module: str, *arguments: str | Path) -> tuple[int, str]:
+    """What a command that ends says, on standard output and error, with its exit status first."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        status = Command(module, [str(argument) for argument in arguments], Path(file.name)).wait(240)
+        assert status is not None, "it did not end within 240 s"
+        return status, file.read()
 
 
 _FORKS = multiprocessing.get_context("forkserver")
