@@ -88,7 +88,7 @@ class World:
     def rounds(self) -> list[dict[str, Any]]:
         return read_rows(self.runs / "metrics.jsonl")
 
-    def next_round_of(self, *sites: str, seconds: float = 60) -> None:
+    def next_round_of(self, *sites: str, seconds: float = 180) -> None:
         """Wait until exactly these have trained together, in a round that is complete only after this call."""
         before = len(self.rounds())
 
@@ -119,13 +119,13 @@ def world(root: Path, sites: Sequence[str], study: Study = STUDY) -> Iterator[Wo
             command.kill()
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_certificates_are_renewed_a_site_is_revoked_and_the_coordinator_moves_while_rounds_go_on(
     tmp_path: Path,
 ) -> None:
     with world(tmp_path, ("north", "south", "west")) as it:
         it.start("fl", *it.sites)
-        wait_for(it.rounds, 120)
+        wait_for(it.rounds)
         it.running["west"].kill()
         it.short_certificate("west", 20)
         first = it.certificate("west")
@@ -138,32 +138,30 @@ def test_certificates_are_renewed_a_site_is_revoked_and_the_coordinator_moves_wh
         assert server(["--config", str(it.config), "revoke", "south"]) == 0
         it.next_round_of("north", "west")
         assert it.running["south"].poll() is None, "the node stays, and says why it waits"
-        wait_for(
-            lambda: "expired or was revoked" in it.log("south") or "does not know this site" in it.log("south"), 30
-        )
+        wait_for(lambda: "expired or was revoked" in it.log("south") or "does not know this site" in it.log("south"))
         rows = inspect(tmp_path / "fl" / "state" / "audit.jsonl").rows
         assert [row["site"] for row in rows if row["event"] == "site revoked"] == ["south"]
 
         port = free_port()
         assert server(["--config", str(it.config), "renew", "--host", "127.0.0.1", "--port", str(port)]) == 0
         heard = re.compile(r"roster of epoch 4 is in force")
-        wait_for(lambda: all(heard.search(it.log(name)) for name in ("north", "west")), 30)
+        wait_for(lambda: all(heard.search(it.log(name)) for name in ("north", "west")))
         assert it.running["fl"].stop() == 0
         it.edit_config(f"port: {it.port}", f"port: {port}")
         it.start("fl")
-        it.next_round_of("north", "west", seconds=90)
+        it.next_round_of("north", "west")
         assert f"has moved from 127.0.0.1:{it.port} to 127.0.0.1:{port}" in it.log("north")
         assert [row["round"] for row in it.rounds()] == list(range(1, len(it.rounds()) + 1))
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_a_site_whose_certificate_expires_while_the_authority_is_offline_waits_and_is_back_with_a_new_one(
     tmp_path: Path,
 ) -> None:
     with world(tmp_path, ("north", "west")) as it:
         authority_key, safe = tmp_path / "fl" / "authority.key", tmp_path / "safe.key"
         it.start("fl", *it.sites)
-        wait_for(it.rounds, 120)
+        wait_for(it.rounds)
         it.running["north"].kill()
         it.short_certificate("north", 20)
         authority_key.rename(safe)  # kept elsewhere, as docs/coordinator.md advises
@@ -172,9 +170,9 @@ def test_a_site_whose_certificate_expires_while_the_authority_is_offline_waits_a
         wait_for(lambda: days_left(it.certificate("north")) < 0)
         it.running["fl"].kill()  # whoever is connected stays so; a new connection needs a certificate that is valid
         it.start("fl")
-        it.next_round_of("west", seconds=90)
+        it.next_round_of("west")
         assert it.running["north"].poll() is None
-        wait_for(lambda: "expired or was revoked" in it.log("north"), 30)
+        wait_for(lambda: "expired or was revoked" in it.log("north"))
 
         safe.rename(authority_key)
         request = tmp_path / "north" / "keys" / "request.json"
@@ -183,7 +181,7 @@ def test_a_site_whose_certificate_expires_while_the_authority_is_offline_waits_a
         roster = RosterFolder.of(load_consortium(it.config)).newest().fingerprint
         join = ["join", str(tmp_path / "fl" / "invitations" / "north.json"), "--fingerprint", it.fingerprint]
         assert client(["--site", str(it.site_file("north")), *join, "--roster", roster]) == 0
-        it.next_round_of("north", "west", seconds=90)
+        it.next_round_of("north", "west")
 
 
 @contextmanager
@@ -221,52 +219,41 @@ def read_only(folder: Path, *, yes: bool) -> None:
     subprocess.run(["mount", "-o", f"remount,{'ro' if yes else 'rw'}", str(folder)], check=True)
 
 
-@pytest.mark.timeout(420)
-def test_a_disk_that_is_full_for_a_while_stops_nobody(tmp_path: Path) -> None:
-    with (
-        world(tmp_path, ("north", "west")) as it,
-        small_disk(tmp_path / "north" / "state", 8),
-        small_disk(tmp_path / "fl" / "runs", 8),
-    ):
+@pytest.mark.timeout(600)
+def test_disks_that_are_full_or_come_up_read_only_stop_nobody_for_longer_than_that(tmp_path: Path) -> None:
+    disks = {"north": tmp_path / "north" / "state", "fl": tmp_path / "fl" / "runs"}
+    with world(tmp_path, ("north", "west")) as it, small_disk(disks["north"], 8), small_disk(disks["fl"], 8):
         it.start("fl", *it.sites)
-        wait_for(it.rounds, 120)
         it.next_round_of("north", "west")
-        full = fill(tmp_path / "north" / "state")
+        full = fill(disks["north"])
         it.next_round_of("west")  # the site answers with a reason, or not at all; the others go on
         assert it.running["north"].poll() is None
         full.unlink()
-        it.next_round_of("north", "west", seconds=120)
+        it.next_round_of("north", "west")
         assert {"disk full", "audit log unwritable"} & words_of(it.rounds(), "north")
 
-        full = fill(it.runs.parent)
-        wait_for(lambda: "free space" in it.log("fl"), 60)
+        full = fill(disks["fl"])
+        wait_for(lambda: "free space" in it.log("fl"))
         done = len(it.rounds())
         full.unlink()
-        wait_for(lambda: len(it.rounds()) > done + 1, 60)
+        wait_for(lambda: len(it.rounds()) > done + 1)
+
+        for name, disk in disks.items():
+            assert it.running[name].stop() == 0
+            read_only(disk, yes=True)
+            it.start(name)
+            wait_for(lambda name=name: it.running[name].poll() is not None)
+            assert it.running[name].poll() in (1, 2, 3)
+            assert "Read-only file system" in it.log(name)
+            read_only(disk, yes=False)
+            it.start(name)
+            it.next_round_of("north", "west")
+
         codes = {name: command.stop() for name, command in it.running.items()}
         assert set(codes.values()) == {0}
         assert "Traceback" not in it.log("fl") + it.log("north")
         assert [row["round"] for row in it.rounds()] == list(range(1, len(it.rounds()) + 1))
-        assert inspect(tmp_path / "north" / "state" / "audit.jsonl").problem is None
-
-
-@pytest.mark.timeout(420)
-def test_a_disk_that_came_up_read_only_is_told_and_once_writable_all_go_on(tmp_path: Path) -> None:
-    state, runs = tmp_path / "north" / "state", tmp_path / "fl" / "runs"
-    with world(tmp_path, ("north", "west")) as it, small_disk(state, 8), small_disk(runs, 8):
-        it.start("fl", *it.sites)
-        wait_for(it.rounds, 120)
-        for name, disk in (("north", state), ("fl", runs)):
-            it.running[name].kill()
-            read_only(disk, yes=True)
-            it.start(name)
-            wait_for(lambda name=name: it.running[name].poll() is not None, 60)
-            assert it.running[name].poll() in (1, 2, 3)
-            assert "Read-only file system" in it.log(name)
-            assert "Traceback" not in it.log(name)
-            read_only(disk, yes=False)
-            it.start(name)
-            it.next_round_of("north", "west", seconds=90)
+        assert inspect(disks["north"] / "audit.jsonl").problem is None
 
 
 def words_of(rows: list[dict[str, Any]], site: str) -> set[str]:
