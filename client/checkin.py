@@ -133,7 +133,7 @@ class CheckIns:
         if self._rosters.removed():
             text = "this site is no longer in the consortium's roster under its key: call the coordinator"
             self._say("removed", logging.ERROR, text)
-        elif waiting := self._rosters.unconfirmed():
+        elif waiting := [site for site in self._rosters.unconfirmed() if site.name != self._site]:
             names = ", ".join(f"{site.name} {site.fingerprint}" for site in waiting)
             text = f"new keys wait to be confirmed here (medfl-client --site FILE roster confirm): {names}"
             self._say(text, logging.WARNING, text)

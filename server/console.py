@@ -12,14 +12,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from medfl.server.reporter import Reporter, RoundReport
+from medfl.server.reporter import Reporter, RoundReport, Silent
 from medfl.shared.metrics import headline
 from medfl.shared.study import Study
 
 log = logging.getLogger("medfl.server")
 
 
-class LogLines:
+class LogLines(Silent):
     """One log line for each thing worth knowing; for files, journald and pipes."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class LogLines:
         log.info("study ended: %s", reason)
 
 
-class LiveTable:
+class LiveTable(Silent):
     """A table that is redrawn in place: round, time left, each site's state and last released score."""
 
     def __init__(self, console: Console, *, title: str = "") -> None:

@@ -41,6 +41,7 @@ class Gathering:
             back = not self._expected or self._expected <= set(ready.values()) or now > returned
             if len(ready) >= quorum and back and (self._admission.awaited == 0 or now > settled):
                 self._expected = frozenset()
+                self._reporter.gathered(self._admission.refusals)
                 return self._sample(done, ready)
             online = sorted(self._directory.online().values())
             self._reporter.waiting(online, sorted(ready.values()), quorum, self._admission.refusals)

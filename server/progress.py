@@ -45,6 +45,11 @@ class Live(Silent):
             self.refusals = dict(refusals)
             self.sites = {name: "ready" if name in taking_part else "considers it" for name in online}
 
+    def gathered(self, refusals: Mapping[str, str]) -> None:
+        """A round begins; who refused before and takes part now has its refusal forgotten."""
+        with self._lock:
+            self.refusals = dict(refusals)
+
     def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
         """A stage began, or another site answered."""
         with self._lock:

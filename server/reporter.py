@@ -43,6 +43,10 @@ class Reporter(Protocol):
         """Sites are awaited; ``refusals`` says why some that were asked do not take part."""
         ...
 
+    def gathered(self, refusals: Mapping[str, str]) -> None:
+        """There are enough sites for a round, without those in ``refusals``."""
+        ...
+
     def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
         """A stage began, or another site answered."""
         ...
@@ -65,6 +69,9 @@ class Silent:
     def waiting(
         self, online: Sequence[str], taking_part: Sequence[str], needed: int, refusals: Mapping[str, str]
     ) -> None:
+        """Nothing."""
+
+    def gathered(self, refusals: Mapping[str, str]) -> None:
         """Nothing."""
 
     def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
@@ -136,6 +143,11 @@ class Several:
         """Tell all."""
         for reporter in self._reporters:
             reporter.waiting(online, taking_part, needed, refusals)
+
+    def gathered(self, refusals: Mapping[str, str]) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.gathered(refusals)
 
     def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
         """Tell all."""

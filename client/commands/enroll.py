@@ -37,7 +37,7 @@ def _enroll(options: argparse.Namespace) -> int:
     if options.name not in (None, settings.site):
         raise ConfigError(f"{options.site}: is of site {settings.site}, not of {options.name}: use another file")
     request = make_keys(settings.keys, settings.site, passphrase=new_passphrase() if options.passphrase else None)
-    print(f"the keys of site {request.site} are in {settings.keys}; the private ones never leave this machine")
+    print(f"the keys of site {request.site} are in {settings.keys}; private ones never leave this machine")
     print(f"send to the coordinator, by mail or otherwise: {settings.keys / 'request.json'}")
     print(f"tell it by telephone, and later every other hospital that asks:\n  {request.fingerprint}")
     print(checklist(STEPS, done=2))

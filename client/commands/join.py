@@ -35,9 +35,8 @@ def _join(options: argparse.Namespace) -> int:
     print(f"invitation to {membership.consortium}, whose coordinator is at {membership.coordinator}")
     given = options.fingerprint
     if given is None:
-        print(
-            "Call the coordinator on a number that you did not get from this file, and have its fingerprint read out:"
-        )
+        print("Call the coordinator on a number that you did not get from this file, and have its")
+        print("fingerprint read out; its first 16 characters are enough.")
         given = input("fingerprint of the consortium: ").strip()
     join(invitation, membership, settings, fingerprint=given)
     print(f"joined: {membership.consortium} is pinned here, {invitation.fingerprint}")

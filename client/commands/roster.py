@@ -29,12 +29,13 @@ def _show(options: argparse.Namespace) -> int:
     from medfl.client.config import load_site
     from medfl.client.trust import site_rosters
 
-    rosters = site_rosters(load_site(options.site))
+    settings = load_site(options.site)
+    rosters = site_rosters(settings)
     newest, force = rosters.newest(), rosters.in_force()
     if newest is None:
         print("no roster has come yet")
         return 0
-    _print(newest, rosters)
+    _print(newest, _others(settings, rosters))
     print("in force: " + ("none" if force is None else f"epoch {force.epoch}"))
     return 0
 
@@ -53,19 +54,19 @@ def confirm(settings: SiteSettings, rosters: SiteRosters, *, fingerprint: str | 
     Raises:
         ConfigError: none has come. PolicyRefusal: ``fingerprint`` is another roster's.
     """
-    from medfl.client.joining import note_confirmation
+    from medfl.client.joining import heard, note_confirmation
     from medfl.shared.errors import ConfigError, PolicyRefusal
 
     newest = rosters.newest()
     if newest is None:
         raise ConfigError("no roster has come yet: join the consortium first")
-    _print(newest, rosters)
-    others = [site for site in rosters.unconfirmed() if site.name != settings.site]
-    if fingerprint is not None and fingerprint != newest.fingerprint:
+    others = _others(settings, rosters)
+    _print(newest, others)
+    if fingerprint is not None and not heard(fingerprint, newest.fingerprint):
         raise PolicyRefusal("the roster has another fingerprint than the one given: nothing was confirmed")
     if others and fingerprint is None:
-        print("Compare each new fingerprint with that hospital, by telephone and not by way of the coordinator:")
-        print("a key that belongs to nobody could uncover this site's updates.")
+        print("Compare each new fingerprint with that hospital, by telephone and not by way of")
+        print("the coordinator: a key that belongs to nobody could uncover this site's updates.")
         if input("type yes when all are right: ").strip() != "yes":
             print("nothing was confirmed; later: medfl-client --site FILE roster confirm")
             return 3
@@ -75,8 +76,12 @@ def confirm(settings: SiteSettings, rosters: SiteRosters, *, fingerprint: str | 
     return 0
 
 
-def _print(newest: Membership, rosters: SiteRosters) -> None:
-    new = {site.name for site in rosters.unconfirmed()}
+def _others(settings: SiteSettings, rosters: SiteRosters) -> set[str]:
+    """Names of the other sites whose keys are not confirmed here; our own needs no telephone call."""
+    return {site.name for site in rosters.unconfirmed()} - {settings.site}
+
+
+def _print(newest: Membership, new: set[str]) -> None:
     print(f"roster of {newest.consortium}, epoch {newest.epoch}, {len(newest.sites)} sites, {len(new)} new here:")
     for site in newest.sites:
         print(f"  {'new  ' if site.name in new else '     '}{site.name:20} {site.fingerprint}")

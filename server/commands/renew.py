@@ -31,6 +31,7 @@ def _renew(options: argparse.Namespace) -> int:
     with registrar.alone():
         until = registrar.renew_server(options.host, options.port)
         newest = registrar.rosters.newest()
-    print(f"the coordinator's certificate is valid until {until.date()}; new connections of a running one see it")
+    print(f"the coordinator's certificate is valid until {until.date()}; a running coordinator")
+    print("shows it to new connections")
     print(f"sites dial {newest.coordinator} (roster epoch {newest.epoch})")
     return 0

@@ -26,6 +26,7 @@ def _revoke(options: argparse.Namespace) -> int:
     with registrar.alone():
         membership = registrar.revoke(options.site)
     print(f"site {options.site} is revoked: roster epoch {membership.epoch}, {len(membership.sites)} sites")
-    print("a running coordinator cuts it off within seconds; the other sites drop it from their sums as soon as they")
-    print("hear of it, without anybody's confirmation. What it has contributed to released models remains in them.")
+    print("a running coordinator cuts it off within seconds; the other sites drop it from")
+    print("their sums as soon as they hear of it, without anybody's confirmation. What it")
+    print("has contributed to released models remains in them.")
     return 0

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from certified import load_authority
 from consortium import found_consortium_folder, site_settings
 
 from medfl.client import checkin
 from medfl.client.checkin import CheckIns
 from medfl.client.trust import site_rosters
-from medfl.shared.certificates import SiteFiles, days_left, issue_client_certificate, load_authority, load_certificate
+from medfl.shared.certificates import SiteFiles, days_left, issue_client_certificate, load_certificate
 from medfl.shared.checkin import CheckedIn
 from medfl.shared.enrolment import make_request
 from medfl.shared.keys import load_site_key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -21,6 +21,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 # isort: split
 from flwr.app import Message
 
+from medfl.server import admission as admission_module
 from medfl.server import gathering
 from medfl.server import rounds as rounds_module
 from medfl.server.checkpoint import Checkpoint, CheckpointFolder
@@ -42,6 +43,9 @@ class Heard(Silent):
 
     def waiting(self, *arguments: Any) -> None:
         self.refusals.append(dict(arguments[3]))
+
+    def gathered(self, refusals: Mapping[str, str]) -> None:
+        self.refusals.append(dict(refusals))
 
     def finished_round(self, report: RoundReport) -> None:
         self.reports.append(report)
@@ -270,6 +274,25 @@ def test_a_refusing_site_is_told_with_its_reason_while_the_quorum_is_awaited() -
     assert heard.refusals[-1] == {"b": "refused: study not approved"}
     assert grid.asked.count(("b", Kind.OFFER.value)) == 1  # not asked again at once
     assert ("b", Kind.TRAIN.value) not in grid.asked
+
+
+def test_while_rounds_go_on_it_is_told_who_refuses_and_no_longer_once_it_takes_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admission_module, "_ASK_AGAIN_S", (0.0, 0.0))
+
+    class Late(ScriptedSite):
+        def consider(self, content: Any) -> Answer:
+            if len(heard.reports) < 2:
+                return Failure(Code.REFUSED, "study not approved").record()
+            return super().consider(content)
+
+    heard = Heard()
+    grid = ScriptedGrid({"a": ScriptedSite(), "b": ScriptedSite(), "late": Late()})
+    run(classes_study(rounds={"count": 4}), grid, heard=heard)
+    assert heard.refusals[0] == {"late": "refused: study not approved"}
+    assert heard.refusals[-1] == {}
+    assert heard.outcomes(4)["late"] == "trained"
 
 
 def test_a_site_that_joins_late_takes_part_from_the_next_round() -> None:
