@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from certified import load_authority
+from command import Command
 from consortium import found_consortium_folder, write_pictures
 from cryptography import x509
-from command import Command
 from tiny import masks_study
 from waiting import wait_for
 
