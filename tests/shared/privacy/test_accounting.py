@@ -62,7 +62,7 @@ def test_small_sites_pay_more(patients: int, expected: float) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(noise=st.floats(0.5, 20.0), steps=st.integers(1, 50))
-def test_without_sampling_pld_is_the_exact_gaussian_mechanism(noise: float, steps: int) -> None:
+def test_without_sampling_epsilon_is_that_of_the_exact_gaussian_mechanism(noise: float, steps: int) -> None:
     # Balle & Wang 2018, https://arxiv.org/abs/1805.06530, theorem 8, with mu = sqrt(steps) / noise
     mu = math.sqrt(steps) / noise
 
@@ -70,8 +70,16 @@ def test_without_sampling_pld_is_the_exact_gaussian_mechanism(noise: float, step
         return float(norm.cdf(mu / 2 - value / mu) - math.exp(value) * norm.cdf(-mu / 2 - value / mu) - DELTA)
 
     exact = brentq(excess, 0, 200) if excess(0) > 0 else 0.0
-    measured = epsilon([SampledGaussian(noise, 1.0, steps)], DELTA)
-    assert exact - 1e-6 <= measured <= exact * 1.01 + 0.01
+    assert exact - 1e-6 <= epsilon([SampledGaussian(noise, 1.0, steps)], DELTA) <= exact * (1 + 1e-6) + 1e-6
+    on_the_grid = epsilon([SampledGaussian(noise, 1 - 1e-12, steps)], DELTA)
+    assert exact - 1e-6 <= on_the_grid <= exact * 1.01 + 0.01
+
+
+def test_unsampled_mechanisms_add_up_as_one_gaussian() -> None:
+    # 1 / 3^2 + 4 / 4^2 + (2 / 6)^2 = 17 / 36: one release with noise 6 / sqrt(17), no image drawn at random
+    parts = [SampledGaussian(3.0, 1.0, 1), SampledGaussian(4.0, 1.0, 4), SampledGaussian(6.0, 1.0, 1, 2)]
+    whole = SampledGaussian(6 / math.sqrt(17), 1.0, 1)
+    assert epsilon(parts, DELTA) == pytest.approx(epsilon([whole], DELTA), rel=1e-9)
 
 
 def test_nothing_costs_nothing() -> None:
@@ -145,8 +153,8 @@ def test_renyi_accounting_bounds_several_images_from_above() -> None:
 
 
 def test_a_history_too_large_for_the_grid_is_bounded_by_renyi_accounting() -> None:
-    hopeless = SampledGaussian(0.2, 1.0, 10_000_000)
-    # Unsampled, the exact epsilon is above mu^2 / 2 with mu = sqrt(steps) / noise: 1.25e8.
+    hopeless = SampledGaussian(0.2, 1 - 1e-12, 10_000_000)
+    # All but unsampled: the exact epsilon is above mu^2 / 2 with mu = sqrt(steps) / noise, 1.25e8.
     assert epsilon([hopeless], DELTA) == renyi_epsilon([hopeless], DELTA) > 1.25e8
 
 
