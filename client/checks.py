@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
@@ -13,17 +11,16 @@ from medfl.client.config import SiteSettings
 from medfl.client.data.contact_sheet import write_contact_sheet
 from medfl.client.node import check as check_reach
 from medfl.client.runtime import build_participant, load_data, local_day, node_settings, site_device
-from medfl.client.trust import approvals_of, coordinator_address, site_rosters
+from medfl.client.trust import approvals_of, chosen_study, coordinator_address, site_rosters
 from medfl.shared.certificates import WARN_DAYS, SiteFiles, check_certificate, common_name, load_certificate
-from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError, PolicyRefusal
 from medfl.shared.keys import load_node_key, read_private
 from medfl.shared.loading import LoadingBar
 from medfl.shared.study import Study
 
 
-def check_site(settings: SiteSettings, *, study_file: Path | None, console: Console) -> None:
-    """Check keys, certificates, data and reach, and print what was found.
+def check_site(settings: SiteSettings, *, study: str | None, console: Console) -> None:
+    """Check keys, certificates, reach, and the data as ``study`` (a file, or one that was offered) would use them.
 
     Raises:
         ConfigError, DataError, PolicyRefusal, NetworkError: the first thing that would keep the site from training.
@@ -41,9 +38,12 @@ def check_site(settings: SiteSettings, *, study_file: Path | None, console: Cons
     console.print(f"device: {site_device(settings)}")
     _check_roster(settings, console)
     console.print(f"approved studies: {len(approvals_of(settings).approved())}")
-    if study_file is not None:
-        _check_study(settings, load_settings(study_file, Study), console)
-    check_reach(node_settings(settings))
+    if study is None:
+        console.print("images: not looked at; --study FILE or ID does it as that study would")
+    else:
+        _check_study(settings, chosen_study(settings, study), console)
+    with console.status("calling the coordinator"):
+        check_reach(node_settings(settings))
     console.print(f"coordinator {coordinator_address(settings)}: reached, and it knows this site")
 
 
@@ -62,7 +62,8 @@ def _check_roster(settings: SiteSettings, console: Console) -> None:
 
 
 def _check_study(settings: SiteSettings, study: Study, console: Console) -> None:
-    console.print(f"study {study.name}: {study.digest}")
+    console.print(f"study {study.name}, digest")
+    console.print(f"  {study.digest}", highlight=False)
     with LoadingBar(console) as loading:
         data = load_data(settings, study, site_device(settings), loading)
     for line in data.report.lines():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
@@ -17,7 +16,6 @@ from medfl.client.data.splits import Split
 from medfl.client.runtime import load_data, site_device
 from medfl.client.training.plain import train_plain
 from medfl.client.workbench import make_bench
-from medfl.shared.config import load_settings
 from medfl.shared.loading import LoadingBar
 from medfl.shared.messages import TrainReply
 from medfl.shared.metrics import EXAMPLES, LOSS
@@ -25,13 +23,12 @@ from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
 
 
-def dry_run(settings: SiteSettings, study_file: Path, console: Console) -> None:
-    """Train one step and print what a round would send. Nothing is charged, recorded or sent.
+def dry_run(settings: SiteSettings, study: Study, console: Console) -> None:
+    """Train one step of ``study`` and print what a round would send. Nothing is charged, recorded or sent.
 
     Raises:
         ConfigError, DataError, PolicyRefusal, TrainingError: what would keep the site from training.
     """
-    study = load_settings(study_file, Study)
     settings.policy.permit(study)  # whether it is approved does not matter: this is how one decides
     device = site_device(settings)
     with LoadingBar(console) as loading:
@@ -40,7 +37,8 @@ def dry_run(settings: SiteSettings, study_file: Path, console: Console) -> None:
     bench = make_bench(study.model_copy(update={"initial_weights": None}), device)
     weights = bench.layout.flatten(bench.network.state_dict())
     one_step = study.model_copy(update={"training": study.training.model_copy(update={"steps": 1, "epochs": None})})
-    tally = train_plain(bench.network, data, one_step, generator=torch.Generator(device).manual_seed(0))
+    with console.status("training one step"):
+        tally = train_plain(bench.network, data, one_step, generator=torch.Generator(device).manual_seed(0))
     update = bench.update_from(weights)
     console.print(
         f"study {study.name}: one step on {int(tally[EXAMPLES])} images, loss {tally[LOSS] / tally[EXAMPLES]:.4f}"

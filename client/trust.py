@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from medfl.client.approvals import Approvals
 from medfl.client.config import SiteSettings
 from medfl.client.pin import joined, load_pin
 from medfl.client.rosters import SiteRosters
 from medfl.shared.certificates import SiteFiles
+from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.keys import fingerprint, public_line, read_public_key
+from medfl.shared.study import Study, named
 
 
 def site_rosters(settings: SiteSettings) -> SiteRosters:
@@ -39,3 +43,15 @@ def approvals_of(settings: SiteSettings) -> Approvals:
     """The decisions of this site. Raises ConfigError, DataError: the pinned key or a decision cannot be read."""
     signer = fingerprint(load_pin(settings.keys).key) if joined(settings.keys) else ""
     return Approvals(settings.policy, settings.state, signer=signer)
+
+
+def chosen_study(settings: SiteSettings, given: str) -> Study:
+    """The study in the file that ``given`` names, else the one that was offered here under that name or digest.
+
+    Raises:
+        ConfigError: there is neither, or the file is no study.
+    """
+    path = Path(given)
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return load_settings(path, Study)
+    return named(given, (one.study for one in approvals_of(settings).offered()))

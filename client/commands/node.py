@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 
 def add(made: argparse.ArgumentParser) -> None:
     """Declare the options of the main command."""
     made.add_argument("--check", action="store_true", help="validate configuration, certificates, data, reach; exit")
-    made.add_argument("--study", type=Path, metavar="FILE", help="with --check or --dry-run: the study")
+    made.add_argument(
+        "--study",
+        metavar="FILE|ID",
+        help="with --check or --dry-run: the study's file, or its name or digest where it was offered",
+    )
     made.add_argument(
         "--dry-run", action="store_true", help="with --study: train one step, print what would be sent, exit"
     )
@@ -32,22 +35,28 @@ def _dry_run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from medfl.client.config import load_site
-    from medfl.client.dry_run import dry_run
+    from medfl.client.trust import chosen_study
     from medfl.shared.errors import ConfigError
 
     if options.study is None:
-        raise ConfigError("--dry-run needs --study FILE: the study to try")
-    dry_run(load_site(options.site), options.study, Console())
+        raise ConfigError("--dry-run needs --study: the file of the study to try, or the name of one that was offered")
+    settings, console = load_site(options.site), Console()
+    study = chosen_study(settings, options.study)
+    with console.status("getting ready"):
+        from medfl.client.dry_run import dry_run
+    dry_run(settings, study, console)
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from medfl.client.checks import check_site
     from medfl.client.config import load_site
 
-    check_site(load_site(options.site), study_file=options.study, console=Console())
+    settings, console = load_site(options.site), Console()
+    with console.status("getting ready"):
+        from medfl.client.checks import check_site
+    check_site(settings, study=options.study, console=console)
     return 0
 
 

@@ -81,7 +81,13 @@ def find_dicom(
     archive = _sort(headers, spec, findings)
     if not archive.images:
         kind = " or ".join(sorted(modality.value for modality in _modalities(spec)))
-        raise DataError(f"{folder}: no {kind} image among {len(headers)} DICOM files that can be used (data.folder)")
+        if isinstance(settings, DicomSettings):
+            raise DataError(
+                f"{folder}: no {kind} image among {len(headers)} DICOM files that can be used (data.folder)"
+            )
+        raise DataError(
+            f"no {kind} image that can be used among {len(headers)} files: all that the PACS has for data.query"
+        )
     finder = _Finder(settings, spec, archive, _Labels(settings, folder, spec, task, key, archive))
     if spec.modality in PLANAR:
         candidates: Iterable[list[list[Header]]] = _by_instance(archive.images.values())

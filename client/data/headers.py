@@ -104,7 +104,7 @@ def scan(
     headers = []
     paths = _files(folder, findings)
     for done, path in enumerate(paths):
-        if progress and done % 50 == 0:
+        if progress:
             progress("reading headers", done, len(paths))
         try:
             header = read(path)

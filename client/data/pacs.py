@@ -67,7 +67,9 @@ class Pace:
     now: Callable[[], datetime]
     sleep: Callable[[float], None]
     clock: Callable[[], float]
+    each: Callable[[int], None] = lambda count: None  # told before each instance how many have come
     _next: float = 0.0
+    _count: int = 0
 
     def check_hours(self) -> None:
         """Raise OutsideHours unless the PACS may be asked now."""
@@ -76,6 +78,8 @@ class Pace:
 
     def wait(self, longest: float = inf) -> None:
         """Return when another instance may come, but after ``longest`` seconds; what is left is waited for later."""
+        self.each(self._count)
+        self._count += 1
         moment = self.clock()
         if self._next > moment:
             self.sleep(min(self._next - moment, longest))
@@ -152,11 +156,13 @@ def fetch_all(
             )
         findings.quarantined["not looked for in the PACS: outside the allowed hours"] += 1
         return
+    tell = progress or (lambda what, done, total: None)
+    tell("asking the PACS", 0, 1)
     wanted = _retry(fetch, sleep, lambda: _find(settings))
-    pace = Pace(fetch, now, sleep, clock)
+    done = 0
+    pace = Pace(fetch, now, sleep, clock, lambda count: tell(f"fetching series ({count} files)", done, len(wanted)))
     for done, series in enumerate(wanted):
-        if progress:
-            progress("fetching series", done, len(wanted))
+        tell("fetching series", done, len(wanted))
         if opted_out(key.pseudonym(series.patient)):
             findings.quarantined["opted out"] += 1
             continue
@@ -170,8 +176,7 @@ def fetch_all(
             findings.quarantined["not fetched: outside the allowed hours"] += len(wanted) - done
             break
         store.complete()
-    if progress:
-        progress("fetching series", len(wanted), len(wanted))
+    tell("fetching series", len(wanted), len(wanted))
 
 
 def _open(settings: DicomwebSettings | DimseSettings) -> AbstractContextManager[Archive]:

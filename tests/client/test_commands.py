@@ -10,10 +10,11 @@ import pytest
 import torch
 from consortium import found_consortium_folder, write_pictures
 from cryptography.hazmat.primitives import serialization
+from signer import offer_of
 from tiny import masks_study
 
 from medfl.client import checks
-from medfl.client.approvals import Approvals
+from medfl.client.approvals import Approvals, signed_offer
 from medfl.client.cli import main
 from medfl.client.config import SiteSettings
 from medfl.client.notice import Notice
@@ -65,6 +66,30 @@ def test_check_tells_everything_that_is_well(home: Path, capsys: pytest.CaptureF
     assert status == 0, err
     for words in ("keys are there", "device: cpu", STUDY.digest, "patients 12", "the policy permits", "reached"):
         assert words in out
+
+
+def test_a_check_without_a_study_says_that_it_did_not_look_at_the_images(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = check(home, capsys, study=False)
+    assert status == 0, err
+    assert "images: not looked at" in out
+    assert "patients" not in out
+
+
+def test_an_offered_study_is_checked_and_tried_by_its_name_or_digest(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load_settings(home / "site.yaml", SiteSettings)
+    offer = offer_of(STUDY)
+    Approvals(settings.policy, home / "state").offer(STUDY, signed_offer(offer.canonical, offer.signature))
+    for given in (STUDY.name, STUDY.digest[:8]):
+        assert main(["--site", str(home / "site.yaml"), "--check", "--study", given]) == 0
+        assert "patients        12" in capsys.readouterr().out
+    assert main(["--site", str(home / "site.yaml"), "--dry-run", "--study", STUDY.name]) == 0
+    assert "Nothing was sent." in capsys.readouterr().out
+    assert main(["--site", str(home / "site.yaml"), "--check", "--study", "another"]) == 2
+    assert "no study here is called another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -213,9 +213,13 @@ def test_the_pace_that_is_asked_for_is_kept_between_instances(way: str, pacs: Pa
     pacs.upload(save([*ct(name="A"), *ct(name="B")], tmp_path / "data"))
     watch = Watch()
     gentle = {"folder": tmp_path / "spool", "instances_per_minute": 60}
-    assert len(fetch(settings(way, pacs, tmp_path, fetch=gentle), sleep=watch.sleep, clock=watch.read)) == 12
+    told: list[tuple[str, int, int]] = []
+    wanted = settings(way, pacs, tmp_path, fetch=gentle)
+    assert len(fetch(wanted, sleep=watch.sleep, clock=watch.read, progress=lambda *said: told.append(said))) == 12
     # twelve instances at one a second: a second before each but the first
     assert watch.pauses == pytest.approx([1.0] * 11)
+    assert told[0] == ("asking the PACS", 0, 1)
+    assert told[-2:] == [("fetching series (11 files)", 1, 2), ("fetching series", 2, 2)]
 
 
 def test_hours_that_end_within_a_series_stop_it_and_the_next_night_goes_on(pacs: Pacs, tmp_path: Path) -> None:
