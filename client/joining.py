@@ -39,7 +39,7 @@ def join(invitation: Invitation, membership: Membership, settings: SiteSettings,
         PolicyRefusal: ``fingerprint`` is not the invitation's; another consortium is pinned here; or the roster is
             older than the one known here.
     """
-    if not heard(fingerprint, invitation.fingerprint):
+    if not _heard(fingerprint, invitation.fingerprint):
         raise PolicyRefusal(
             f"the invitation is of a consortium with the fingerprint {invitation.fingerprint}, and you gave another: "
             "nothing was installed. Call the coordinator: somebody may have swapped the file"
@@ -68,7 +68,7 @@ def note_confirmation(settings: SiteSettings, membership: Membership) -> None:
         audit.roster_confirmed(roster=roster.digest.hex(), epoch=roster.epoch, members=len(roster.members))
 
 
-def heard(typed: str, fingerprint: str) -> bool:
+def _heard(typed: str, fingerprint: str) -> bool:
     """Whether what a person typed is ``fingerprint``, or enough of its beginning: 16 characters hold 96 bits."""
     typed = "".join(typed.split()).removeprefix("SHA256:")
     return len(typed) >= HEARD_CHARACTERS and fingerprint.removeprefix("SHA256:").startswith(typed)

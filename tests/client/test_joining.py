@@ -112,8 +112,8 @@ def test_a_roster_that_is_not_confirmed_leaves_the_site_joined_and_waiting(
     assert main([*confirm, "SHA256:another"]) == 3
     assert rosters.in_force() is None
     fingerprint = registrar(root).rosters.newest().fingerprint
-    assert main([*confirm, fingerprint[: len("SHA256:") + 15]]) == 3
-    assert main([*confirm, fingerprint[: len("SHA256:") + 16]]) == 0  # as many characters as of the consortium's
+    assert main([*confirm, fingerprint[:-1]]) == 3  # a coordinator could make two rosters that begin alike
+    assert main([*confirm, fingerprint]) == 0
     assert rosters.in_force() is not None
     assert main([*confirm[:2], "roster", "show"]) == 0
 
