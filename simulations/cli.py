@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from medfl.simulations.results import Experiment
 
 _EXAMPLES = """\
-  medfl-sim --config configs/lungs.yaml         two hospitals' chest X-rays
-  medfl-sim --config configs/vessels_strategies.yaml --sweep   compare algorithms, go on where it stopped
-  medfl-sim --config my.yaml --check            look at the file and the data only
-  medfl-sim demo --output runs/demo             four hospitals as real processes
-  medfl-sim audit --help                        attack private training"""
+  medfl-sim --config configs/lungs.yaml       two hospitals' chest X-rays
+  medfl-sim --config configs/vessels_strategies.yaml --sweep
+                                              compare algorithms; started again,
+                                              it goes on where it stopped
+  medfl-sim --config my.yaml --check          look at the file and the data only
+  medfl-sim demo --output runs/demo           four hospitals as real processes
+  medfl-sim audit --help                      attack private training"""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 from scipy.ndimage import gaussian_filter
+
+from medfl.client.data.headers import Progress
 
 SLICES = 24
 LESION = "Lesion"
@@ -70,19 +73,25 @@ class Phantom:
 
 
 def write_hospital(
-    folder: Path, site_index: int, patients: int, seed: int, *, slices: int = SLICES, workers: int = 1
+    folder: Path,
+    site_index: int,
+    patients: int,
+    seed: int,
+    *,
+    slices: int = SLICES,
+    workers: int = 1,
+    progress: Progress | None = None,
 ) -> None:
     """Write the private data of one hospital: one folder a patient, ``slices`` CT files and one SEG file in each.
 
     The same arguments give the same pixels and identifiers. Names and identifiers say PHANTOM.
     """
     jobs = [(folder, site_index, number, seed, slices) for number in range(patients)]
-    if workers == 1:
-        for job in jobs:
-            _write_patient(job)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        list(pool.map(_write_patient, jobs))
+    with ExitStack() as stack:
+        write = map if workers == 1 else stack.enter_context(ProcessPoolExecutor(workers)).map
+        for done, _ in enumerate(write(_write_patient, jobs), 1):
+            if progress is not None:
+                progress("drawing phantom patients", done, patients)
 
 
 def draw_phantom(scanner: Scanner, rng: np.random.Generator, slices: int = SLICES) -> Phantom:

@@ -32,7 +32,7 @@ def load_sites(
         secret = hashlib.sha256(f"simulation/{study.seed}/{site.name}".encode()).digest()
         try:
             data = load_site_data(
-                site.data or drawn(site, settings.output / "phantoms"),
+                site.data or drawn(site, settings.output / "phantoms", loading),
                 study.data,
                 task=study.task.value,
                 key=SiteKey(secret),
@@ -60,7 +60,7 @@ def load_sites(
     return sites
 
 
-def drawn(site: VirtualSiteSettings, folder: Path) -> DicomSettings:
+def drawn(site: VirtualSiteSettings, folder: Path, progress: Progress | None = None) -> DicomSettings:
     """The site's phantom patients as DICOM files below ``folder``, drawn unless an earlier run has."""
     phantom = site.phantom
     assert phantom is not None  # noqa: S101 - the settings allow nothing else
@@ -68,7 +68,7 @@ def drawn(site: VirtualSiteSettings, folder: Path) -> DicomSettings:
     if not target.exists():
         unfinished = target.with_name(target.name + ".part")
         shutil.rmtree(unfinished, ignore_errors=True)
-        write_hospital(unfinished, phantom.scanner, phantom.patients, phantom.seed)
+        write_hospital(unfinished, phantom.scanner, phantom.patients, phantom.seed, progress=progress)
         unfinished.rename(target)
     return DicomSettings(source="dicom", folder=target, split=phantom.split)
 

@@ -20,6 +20,12 @@ class Command:
         self._process = _FORKS.Process(target=_run, args=(module, arguments, str(log)))
         self._process.start()
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def poll(self) -> int | None:
         """Its exit status, or None while it runs."""
         return self._process.exitcode
