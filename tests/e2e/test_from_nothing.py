@@ -80,7 +80,7 @@ def test_five_commands_lead_from_nothing_to_a_trained_round(tmp_path: Path) -> N
         for name in SITES:
             site = tmp_path / name / "site.yaml"
             running.start(name, client, ["--site", str(site)], log=tmp_path / name / "log")
-        wait_for(lambda: coordinator.poll() is not None or running.failed(), 240)
+        wait_for(lambda: coordinator.poll() is not None or running.failed(), 480)
         logs = {name: (tmp_path / name / "log").read_text()[-2000:] for name in ("fl", *SITES)}
         assert coordinator.poll() == 0, logs
         codes = running.stop_all()
