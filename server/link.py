@@ -60,8 +60,6 @@ _EXPECTED = (
     "timeout graceful shutdown exceeded",
 )
 
-RUN_HEARTBEAT_S = 10.0  # Flower closes a run after 60 s without
-
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
@@ -244,7 +242,7 @@ class Link:
             grid = LinkGrid(state, run, self._orders, self._replies, self.settings.limits.max_body_bytes)
             context = Context(run_id, SUPERLINK_NODE_ID, {}, RecordDict(), {}, series_id=run.series_id)
             state.open_run = run_id
-            with _identity(run_id, task_id), self._heartbeat(task_id):
+            with _identity(run_id, task_id):
                 outcome = SubStatus.FAILED
                 try:
                     yield OpenRun(grid, context, run_id, run.series_id)
@@ -306,25 +304,6 @@ class Link:
         if (node_id := self._state.get_node_id_by_public_key(key)) is not None:
             return node_id
         return self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=site)
-
-    @contextmanager
-    def _heartbeat(self, task_id: int) -> Iterator[None]:
-        done = threading.Event()
-
-        def beat() -> None:
-            while not done.wait(RUN_HEARTBEAT_S):
-                if not self._state.acknowledge_task_heartbeat(task_id):
-                    self._state.open_run = None
-                    log.error("the run was closed: this machine was asleep for more than a minute")
-                    return
-
-        thread = threading.Thread(target=beat, name="run heartbeat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
 
 
 class _Server(uvicorn.Server):

@@ -104,6 +104,13 @@ class FleetState(SqlLinkState):
             rows = session.execute(query.where(ReplyRow.reply_to_message_id.in_(message_ids)))
             return {str(instruction): str(reply) for instruction, reply in rows}
 
+    def _cleanup_expired_task_tokens(self) -> None:
+        """Nothing: a run lasts until ``Link.run`` or this process ends.
+
+        Flower closes a run that it has not heard of for a minute. A machine that was asleep, or paused for its backup,
+        would then go on with a study that nobody answers any more.
+        """
+
     def store_traffic(self, run_id: int, *, bytes_sent: int, bytes_recv: int) -> None:
         """Not counted."""
 

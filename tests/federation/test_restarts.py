@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from federation import Lab, question, text_of, until
+from flwr.supercore.state.schema.corestate_models import Task as TaskModel
+from sqlalchemy import update
 
 from medfl.server.link import Link, OpenRun
 from medfl.shared.errors import ConfigError
@@ -18,6 +21,7 @@ from medfl.simulations.demo import free_port
 
 SITE = Path(__file__).parents[1] / "support" / "site_process.py"
 DIGEST = "d" * 64
+HOUR = datetime.timedelta(hours=1)
 
 
 @pytest.fixture
@@ -103,6 +107,18 @@ def test_a_run_left_open_by_a_killed_coordinator_is_closed_at_the_next_start(lab
     runs = link._state.get_run_info()
     assert [run.status.status for run in runs] == ["finished"]
     assert {path.stat().st_mode & 0o777 for path in state.iterdir()} == {0o600}
+
+
+def test_a_run_outlives_an_hour_in_which_the_machine_was_asleep(lab: Lab) -> None:
+    with lab.federation(sites=1) as (link, ids), link.run(None, name="study", digest=DIGEST) as run:
+        assert ask(run, ids["north"], "before") == "before"
+        an_hour_ago = update(TaskModel).values(active_until=datetime.datetime.now(datetime.UTC) - HOUR)
+        with link._state.session() as session:
+            session.execute(an_hour_ago)
+        link._state._cleanup_expired_task_tokens()  # as Flower does with every change of a run
+        link._state.open_run = None  # what the database says, and not what the link remembers
+        assert link._state.get_run_status({run.run_id})[run.run_id].status == "running"
+        assert ask(run, ids["north"], "after") == "after"
 
 
 def test_a_state_folder_is_used_by_one_process_at_a_time(lab: Lab) -> None:
