@@ -27,6 +27,7 @@ from medfl.server.config import ConsortiumSettings
 from medfl.server.desk import Desk, StudyStop
 from medfl.server.doorkeeper import Doorkeeper
 from medfl.server.ending import Ending, Result
+from medfl.server.fleet_tls import TlsFiles
 from medfl.server.guard import Limits
 from medfl.server.heads import HeadKeeping
 from medfl.server.link import Link, LinkSettings
@@ -87,11 +88,8 @@ def link_settings(settings: ConsortiumSettings) -> LinkSettings:
     return LinkSettings(
         host=settings.listen.host,
         port=settings.listen.port,
-        authority=settings.tls.authority,
-        certificate=settings.tls.certificate,
-        key=settings.tls.key,
+        tls=TlsFiles(settings.tls.authority, settings.tls.certificate, settings.tls.key, settings.trust.revoked),
         state_dir=settings.state,
-        revoked=settings.trust.revoked,
         limits=Limits(max_body_bytes=int(settings.listen.max_body_mb * 1024 * 1024)),
     )
 

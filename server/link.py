@@ -18,7 +18,6 @@ import asyncio
 import logging
 import os
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -39,17 +38,16 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from medfl.server.check_in_desk import CheckInDesk, Desk
 from medfl.server.connections import Doorway, Patience, allow_many_files, loop_with, protocol_with
+from medfl.server.fleet_tls import FleetTls, TlsFiles
 from medfl.server.guard import Guard, Limits
 from medfl.server.link_grid import LinkGrid
 from medfl.server.link_state import FleetState, fleet_app
 from medfl.server.longpoll import Bell, LongPoll
 from medfl.server.memory import give_back_large_buffers
-from medfl.shared.certificates import check_certificate, revoked_serials
 from medfl.shared.errors import ConfigError, NetworkError, ProtocolError
 from medfl.shared.files import PRIVATE_FILE, private_folder
-from medfl.shared.keys import node_public_key, read_private
+from medfl.shared.keys import node_public_key
 from medfl.shared.lock import only_one
-from medfl.shared.passphrase import passphrase
 
 log = logging.getLogger("medfl.link")
 
@@ -67,11 +65,8 @@ class LinkSettings:
 
     host: str
     port: int  # 0 takes any free port: see Link.port
-    authority: Path  # certificate of the consortium's authority, PEM
-    certificate: Path
-    key: Path
+    tls: TlsFiles
     state_dir: Path
-    revoked: Path | None = None  # certificates of the authority that are no longer accepted, PEM
     limits: Limits = field(default_factory=Limits)
     patience: Patience = field(default_factory=Patience)
     max_connections: int = 4096
@@ -107,9 +102,7 @@ class Link:
         _quieten()
         allow_many_files()
         give_back_large_buffers()
-        self._context = self._tls()
-        front = self._tls()
-        front.sni_callback = self._show_the_newest
+        self._tls = FleetTls(self.settings.tls)
         with ExitStack() as stack:
             stack.enter_context(only_one(self.settings.state_dir))
             listener = stack.enter_context(self._listen())
@@ -119,7 +112,7 @@ class Link:
             self._long_poll = LongPoll(fleet_app(self._state), orders=self._orders, replies=self._replies)
             config = uvicorn.Config(
                 Guard(CheckInDesk(self._long_poll, lambda: self.desk), self.settings.limits),
-                ssl_context_factory=lambda *_: front,
+                ssl_context_factory=lambda *_: self._tls.front,
                 log_config=None,
                 access_log=False,
                 lifespan="on",
@@ -160,11 +153,7 @@ class Link:
         Raises:
             ConfigError: they cannot be used; the ones before stay.
         """
-        self._context = self._tls()
-
-    def _show_the_newest(self, connection: ssl.SSLObject, name: str | None, front: ssl.SSLContext) -> None:
-        """Called at the beginning of every handshake."""
-        connection.context = self._context
+        self._tls.reload()
 
     def _serve(self, listener: socket.socket) -> None:
         with asyncio.Runner(loop_factory=partial(loop_with, self.settings.patience)) as runner:
@@ -253,24 +242,6 @@ class Link:
                     state.cleanup_run(run_id)
         finally:
             self._run_open.release()
-
-    def _tls(self) -> ssl.SSLContext:
-        settings = self.settings
-        check_certificate(settings.certificate, authority=settings.authority)
-        read_private(settings.key)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.verify_mode = ssl.CERT_REQUIRED
-        try:
-            context.load_verify_locations(settings.authority)
-            context.load_cert_chain(settings.certificate, settings.key, password=passphrase)
-        except ssl.SSLError:
-            raise ConfigError(f"{settings.key}: does not belong to the certificate {settings.certificate}") from None
-        if settings.revoked is not None:
-            revoked_serials(settings.revoked)  # says what is wrong with the file
-            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
-            context.load_verify_locations(settings.revoked)
-        return context
 
     def _listen(self) -> Doorway:
         host, port = self.settings.host, self.settings.port

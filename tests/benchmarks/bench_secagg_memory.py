@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message
 
 from medfl.server.admission import Admission
+from medfl.server.fleet_tls import TlsFiles
 from medfl.server.link import Link, LinkSettings
 from medfl.server.pace import Pace
 from medfl.server.reporter import Silent
@@ -119,9 +120,8 @@ def main() -> None:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         consortium = create_consortium(folder, sites=names, hosts=["127.0.0.1"])
-        settings = LinkSettings(
-            "127.0.0.1", 0, consortium.authority, consortium.certificate, consortium.key, folder / "server"
-        )
+        files = TlsFiles(consortium.authority, consortium.certificate, consortium.key)
+        settings = LinkSettings("127.0.0.1", 0, files, folder / "server")
         with Link(settings) as link:
             ids = link.enrol({name: consortium.sites[name].node_public_key.read_text() for name in names})
             command = [sys.executable, __file__, "--port", str(link.port), "--folder", str(folder)]

@@ -17,6 +17,7 @@ from federation import Lab, fleet_settings, question, text_of, until
 from medfl.client.fleet import Fleet
 from medfl.client.node import NodeSettings, Phase, check
 from medfl.client.transport import Kind, LinkTrouble, TransportSettings, tls_context
+from medfl.server.fleet_tls import TlsFiles
 from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
 from medfl.shared.certificates import (
@@ -165,7 +166,7 @@ def test_an_expired_certificate_keeps_the_coordinator_from_starting(lab: Lab, tm
     issue_server_certificate(load_authority(lab.consortium.authority.parent), tmp_path, ["127.0.0.1"], days=-1)
     c = lab.consortium
     certificate, key = tmp_path / "coordinator.pem", tmp_path / "coordinator.key"
-    settings = LinkSettings("127.0.0.1", 0, c.authority, certificate, key, tmp_path)
+    settings = LinkSettings("127.0.0.1", 0, TlsFiles(c.authority, certificate, key), tmp_path)
     with pytest.raises(ConfigError, match="expired on"), Link(settings):
         pass
 

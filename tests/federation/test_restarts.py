@@ -96,7 +96,7 @@ def test_a_run_left_open_by_a_killed_coordinator_is_closed_at_the_next_start(lab
     code = (
         "import os, sys; from federation import *; from medfl.shared.certificates import *\n"
         "files = [Path(sys.argv[1]) / f for f in ('authority.pem', 'coordinator.pem', 'coordinator.key')]\n"
-        "link = Link(LinkSettings('127.0.0.1', 0, *files, Path(sys.argv[2]))).__enter__()\n"
+        "link = Link(LinkSettings('127.0.0.1', 0, TlsFiles(*files), Path(sys.argv[2]))).__enter__()\n"
         "link.run(None, name='study', digest='d' * 64).__enter__(); os.kill(os.getpid(), 9)"
     )
     environment = os.environ | {"PYTHONPATH": str(SITE.parent)}

@@ -20,6 +20,7 @@ from medfl.client.node import App, Gate, Node, NodeSettings, Phase
 from medfl.client.notice import Notice
 from medfl.client.transport import TransportSettings
 from medfl.server.connections import Patience
+from medfl.server.fleet_tls import TlsFiles
 from medfl.server.guard import Limits
 from medfl.server.link import Link, LinkSettings
 from medfl.shared.certificates import SiteFiles
@@ -86,9 +87,7 @@ class Lab:
         return LinkSettings(
             "127.0.0.1",
             port,
-            c.authority,
-            c.certificate,
-            c.key,
+            TlsFiles(c.authority, c.certificate, c.key),
             self.folder / "server",
             limits=limits or Limits(),
             patience=patience or Patience(),
