@@ -38,6 +38,12 @@ def score(study: Study, weights: Flat, sites: Mapping[str, SiteData], *, device:
     }
 
 
+def initial_model(study: Study, device: torch.device) -> Flat:
+    """What the study begins with."""
+    bench = make_bench(study, device)
+    return bench.layout.flatten(bench.network.state_dict())
+
+
 @dataclass(frozen=True, slots=True)
 class Trained:
     """A baseline's scores by site, and by site the model that is used there (empty where it is no single one)."""

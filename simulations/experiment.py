@@ -34,6 +34,7 @@ from medfl.simulations.baselines import (
     alone_and_ensemble,
     cyclic,
     headline_or_nan,
+    initial_model,
     one_place,
     pooled,
     score,
@@ -229,6 +230,8 @@ class _Seed:
 
     def _trivial(self, study: Study) -> list[Cell]:
         found = trivial(study, self.training, self.elsewhere)
+        if study.initial_weights is not None:
+            found["before training"] = score(study, initial_model(study, self.device), self.sites, device=self.device)
         return [Cell(method, self.seed, scores, "trivial") for method, scores in found.items()]
 
     def show(self, method: str, study: Study, models: examples.Models) -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from medfl.shared.algorithms.travel import build_study_network, layouts
+from medfl.shared.initial_weights import read_initial
 from medfl.simulations import load_simulation
 from medfl.strategies.build import build_strategy
 
@@ -24,7 +25,9 @@ def test_there_are_simulations() -> None:
 @pytest.mark.parametrize("path", SIMULATIONS, ids=lambda path: path.stem)
 def test_each_variant_has_a_network_and_a_strategy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEDFL_DATA", "/nowhere")
-    for study in load_simulation(path).studies().values():
-        travel, _ = layouts(study, build_study_network(study))
+    simulation = load_simulation(path)
+    begins_with = simulation.initial_weights and read_initial(simulation.initial_weights)
+    for study in simulation.studies().values():
+        travel, _ = layouts(study, build_study_network(study, begins_with))
         assert travel.length > 0
         build_strategy(study)

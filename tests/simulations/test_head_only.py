@@ -16,6 +16,7 @@ from medfl.server.checkpoint import save_model
 from medfl.server.ending import Ending
 from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.initial_weights import digest_of, load_initial, shelve
+from medfl.simulations.baselines import initial_model
 from medfl.simulations.federation import federate
 
 PRIVATE: dict[str, Any] = {
@@ -61,6 +62,9 @@ def test_a_study_goes_on_from_another_ones_model(train_only: str, privacy: dict[
     )
     sites = {f"site-{n}": site_data(study, seed=n, images=1) for n in range(2)}
     shelve(content)
+    if train_only == "all":  # what simulations score as "before training"
+        begins_with = initial_model(study, torch.device("cpu"))
+        assert np.array_equal(begins_with, np.concatenate([tensor.numpy().ravel() for tensor in given.values()]))
     result = federate(study, sites).result
     assert result.ending is Ending.DONE
     save_model(tmp_path / "model.safetensors", study, result.layout, result.weights, round_number=2)
