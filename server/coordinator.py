@@ -108,12 +108,13 @@ def coordinate(settings: ConsortiumSettings, *, reporter: Reporter, stop: Event)
         audit = held.enter_context(_open_audit(settings))
         desk = desk_of(settings, running_with=audit)
         systemd = held.enter_context(Supervision(link.alive))
-        admin = held.enter_context(AdminSocket(settings.state))
+        admin = AdminSocket(settings.state)
+        desk.serve(admin)  # before it listens: a command may come at once
+        held.enter_context(admin)
         quiet_libraries()  # again: Flower sets up its logger when it is imported
         door = held.enter_context(Doorkeeper(settings, link, audit))
         turns = _Turns(settings, desk, link, door, audit, Several(reporter, desk.live), stop)
         ran = submit_listed(settings, desk)
-        desk.serve(admin)
         systemd.ready()
         idle = False
         while not stop.is_set():

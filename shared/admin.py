@@ -78,7 +78,7 @@ class NotRunning(MedFLError):
 
 
 class AdminSocket:
-    """``with AdminSocket(state) as admin: admin.serve(verb, answer)``; answers from a thread until the block ends.
+    """Answers from a thread inside its ``with`` block: what :meth:`serve` was given before, from the first moment.
 
     The socket is ``state/admin/socket`` (0600, its folder 0700); the kernel's word on who connects is checked besides.
     What a killed process left behind is replaced. Functions are called one at a time, whoever asks; what they raise

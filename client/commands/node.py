@@ -122,8 +122,9 @@ def _node(options: argparse.Namespace) -> int:  # noqa: PLR0915 - many of them i
             address=dialled(settings),
             over=lost.is_set,
         )
-        admin = stack.enter_context(AdminSocket(settings.state))
-        Decisions(approvals, audit, forget=site.forget, changed=node.rejoin).serve(admin)
+        admin = AdminSocket(settings.state)
+        Decisions(approvals, audit, forget=site.forget, changed=node.rejoin).serve(admin)  # before it listens
+        stack.enter_context(admin)
         systemd = stack.enter_context(Supervision(node.alive))
         watchers.append(lambda phase, text: systemd.status(text))
         on_termination(node.stop)

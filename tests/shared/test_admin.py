@@ -44,8 +44,9 @@ def add(pair: Pair) -> Total:
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[AdminSocket]:
-    with AdminSocket(tmp_path) as made:
-        made.serve(ADD, add)
+    made = AdminSocket(tmp_path)
+    made.serve(ADD, add)
+    with made:
         yield made
 
 
