@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -25,6 +26,10 @@ from medfl.shared.errors import ConfigError
 from medfl.shared.privacy.settings import Engine
 
 log = logging.getLogger("medfl.site")
+
+# A pass keeps one gradient of each unit in part. More units than have so many values together go through the network in
+# several passes: memory then does not grow with the batch, and a pass of 16 units or more costs no more time a unit.
+_VALUES_AT_ONCE = 200_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +99,31 @@ def clipped_sum(
     if engine is not Engine.LOOP and len(shapes) == 1 and len(patients[0][0]) == 1:
         together = clipped_sum_by_bookkeeping if engine is Engine.BOOKKEEPING else clipped_sum_by_opacus
         try:
-            return together(network, loss, patients, clip_norm)
+            return _added(
+                [together(network, loss, group, clip_norm) for group in _groups(patients, units_at_once(network))]
+            )
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
         free_memory()
         log.warning("memory ran out: the step's patients are taken one after the other")
     return clipped_sum_by_loop(network, loss, patients, clip_norm)
+
+
+def units_at_once(network: nn.Module) -> int:
+    """How many units go through ``network`` in one pass: their gradients would fit into 0.8 GB as float32."""
+    return max(1, _VALUES_AT_ONCE // max(1, sum(parameter.numel() for parameter in trainable(network))))
+
+
+def _groups(units: Sequence[UnitData], most: int) -> list[Sequence[UnitData]]:
+    """As few as hold at most ``most`` each, of nearly equal size."""
+    size = math.ceil(len(units) / math.ceil(len(units) / most))
+    return [units[start : start + size] for start in range(0, len(units), size)]
+
+
+def _added(parts: Sequence[ClippedSum]) -> ClippedSum:
+    """The clipped sum over the units of all ``parts``."""
+    first, *others = parts
+    for other in others:
+        first.flat.add_(other.flat)
+    return ClippedSum(first.flat, first.shapes, torch.cat([part.norms for part in parts]))

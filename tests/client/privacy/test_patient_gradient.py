@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from medfl.client.privacy.clipped import UnitData, clip_factors
-from medfl.client.privacy.patient_gradient import private_gradients, sample_patients
+from medfl.client.privacy import patient_gradient
+from medfl.client.privacy.clipped import ClippedSum, UnitData, clip_factors
+from medfl.client.privacy.patient_gradient import clipped_sum, private_gradients, sample_patients, units_at_once
 from medfl.client.privacy.randomness import SecureGenerator
 from medfl.shared.errors import ConfigError
 from medfl.shared.privacy.settings import Engine
@@ -186,3 +187,26 @@ def test_patients_are_drawn_independently_at_the_sampling_rate() -> None:
     assert sizes.var() == pytest.approx(8.0, abs=1.27)
     counts = np.bincount(np.concatenate(drawn), minlength=50)
     assert stats.chisquare(counts).pvalue > 1e-7
+
+
+def test_units_that_do_not_fit_into_one_pass_take_several_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    together = patient_gradient.clipped_sum_by_bookkeeping
+
+    def counted(network: nn.Module, loss: object, units: Sequence[UnitData], clip_norm: float) -> ClippedSum:
+        sizes.append(len(units))
+        return together(network, loss, units, clip_norm)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(patient_gradient, "clipped_sum_by_bookkeeping", counted)
+    network, units = one_weight(), [patient(value) for value in (0.5, 30.0, -7.0, 0.25, 0.125, 2.0, 0.0)]
+    whole = clipped_sum(network, mean, units, 1.0, Engine.BOOKKEEPING)
+    monkeypatch.setattr(patient_gradient, "_VALUES_AT_ONCE", 4)
+    parts = clipped_sum(network, mean, units, 1.0, Engine.BOOKKEEPING)
+    assert sizes == [7, 4, 3]
+    assert parts.flat.item() == pytest.approx(whole.flat.item(), abs=1e-6)
+    assert parts.norms.tolist() == whole.norms.tolist()
+
+
+def test_a_pass_holds_gradients_of_800_megabytes() -> None:
+    assert units_at_once(nn.Linear(1000, 1000, bias=False)) == 200
+    assert units_at_once(nn.Linear(100, 100, bias=False).requires_grad_(False)) > 0
