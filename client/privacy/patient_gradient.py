@@ -29,7 +29,7 @@ log = logging.getLogger("medfl.site")
 
 # A pass keeps one gradient of each unit in part. More units than have so many values together go through the network in
 # several passes: memory then does not grow with the batch, and a pass of 16 units or more costs no more time a unit.
-_VALUES_AT_ONCE = 200_000_000
+_VALUES_AT_ONCE = 300_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def clipped_sum(
 
 
 def units_at_once(network: nn.Module) -> int:
-    """How many units go through ``network`` in one pass: their gradients would fit into 0.8 GB as float32."""
+    """How many units go through ``network`` in one pass: their gradients would fit into 1.2 GB as float32."""
     return max(1, _VALUES_AT_ONCE // max(1, sum(parameter.numel() for parameter in trainable(network))))
 
 
