@@ -28,7 +28,7 @@ from medfl.shared.privacy.settings import Engine
 log = logging.getLogger("medfl.site")
 
 # A pass keeps one gradient of each unit in part. More units than have so many values together go through the network in
-# several passes: memory then does not grow with the batch, and a pass of 16 units or more costs no more time a unit.
+# several passes, so memory does not grow with the batch; a second pass made ResNet18 no slower, DenseNet121 by 10 %.
 _VALUES_AT_ONCE = 300_000_000
 
 
