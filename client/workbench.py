@@ -38,10 +38,27 @@ class Bench:
         """The network's own tensors that travel, which training changes in place."""
         return self.layout.pick(self.network.state_dict())
 
+    @cached_property
+    def _places(self) -> list[Flat] | None:
+        """The values of :attr:`travelling`, flat, where numpy can write to them: less around each copy."""
+        if not self.layout.tensors or not all(
+            tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+            for tensor in self.travelling
+        ):
+            return None
+        return [tensor.detach().numpy().reshape(-1) for tensor in self.travelling]
+
     def load(self, weights: Flat, personal: Flat | None) -> None:
         """Put the global ``weights`` and this site's own ``personal`` ones (None: the initial) into the network."""
         self.layout.check(weights)
-        spread(weights, self.travelling)
+        if (places := self._places) is None:
+            spread(weights, self.travelling)
+        else:
+            start = 0
+            for place in places:
+                end = start + place.size
+                place[:] = weights[start:end]
+                start = end
         if self.personal.tensors:
             self.personal.load(self.initial_personal if personal is None else personal, self.network)
 
@@ -55,7 +72,7 @@ class Bench:
 
     def update_from(self, weights: Flat) -> Flat:
         """Local minus global weights. Raises TrainingError when training left values that are not finite."""
-        update = joined(self.travelling)
+        update = joined(self.travelling) if self._places is None else np.concatenate(self._places)
         np.subtract(update, weights, out=update)
         if not np.isfinite(update).all():
             raise TrainingError("training left weights that are not finite: lower training.learning_rate")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ Flat = NDArray[np.float32]
 """All exchanged tensors of a model, flattened in C order and concatenated in the order of its layout."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """Names and shapes of the tensors that travel, in the order in which they stand in the flat vector.
 
@@ -41,7 +42,7 @@ class Layout:
             )
         )
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Number of values in the flat vector."""
         return sum(prod(shape) for _, shape in self.tensors)

@@ -29,7 +29,7 @@ class TensorSet:
     streamed: bool = False
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.images.shape[0]
 
     def inputs(self, rows: Tensor) -> Tensor:
         """Images of ``rows`` (int64, on the device) as float32 network input on the device."""

@@ -73,10 +73,17 @@ class Sgd(_Base):
         super().__init__(parameters)
         self._rate, self._momentum, self._weight_decay = rate, momentum, weight_decay
         self._velocity: list[Tensor | None] = [None] * len(self._parameters)
+        # The function spends more around such a step than in it, which shows in a small network.
+        self._plain = self._foreach is False and not momentum and not weight_decay
 
     @torch.no_grad()
     def step(self) -> None:
         """One step."""
+        if self._plain:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad, alpha=-self._rate)
+            return
         places, values, gradients = self._live()
         velocity = [self._velocity[place] for place in places]
         sgd(

@@ -6,8 +6,11 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from math import isfinite
+from operator import mul
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -56,29 +59,30 @@ def train_plain(
         TrainingError: a loss or a weight is not finite, or the device has no memory left.
     """
     loss_of, training = build_loss(study.training.loss), study.training
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    nature = _nature(network)
+    parameters = [parameter for parameter in nature.parameters if parameter.requires_grad]
     optimizer = build_optimizer(study, parameters, round_number)
     adjust = adjust or gradient_rule(study, parameters)
-    total = planned_steps(training, len(data.labels))
-    losses = torch.zeros((), dtype=torch.float64, device=data.labels.device)
-    seen = 0
+    total = planned_steps(training, len(data))
+    losses, sizes = [], []
     network.train()
-    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    divisible, pieces = _divisible(network), 1
-    with _seeded(seed, data) if draws(network) else nullcontext():
+    pieces = 1
+    with _seeded(generator, data) if nature.draws else nullcontext():
         for step, (images, labels) in enumerate(batches(data, study, generator, total)):
             optimizer.zero_grad()
+            size = labels.shape[0]
             backward = partial(_backward, network, loss_of, extra_loss, images, labels)
-            loss, pieces = _within_memory(backward, pieces, limit=len(labels) if divisible else 1)
+            loss, pieces = _within_memory(backward, pieces, limit=size if nature.divisible else 1)
             adjust()
             optimizer.step()
-            losses.add_(loss, alpha=len(labels))
-            seen += len(labels)
+            losses.append(loss)
+            sizes.append(size)
             if progress is not None:
                 progress(step + 1, total)
-    if not isfinite(loss_sum := float(losses)):
+    loss_sum = sum(map(mul, torch.stack(losses).tolist(), sizes)) if losses else 0.0  # one look at the device a round
+    if not isfinite(loss_sum):
         raise TrainingError("the training loss is not finite: lower training.learning_rate or look at the intensities")
-    return {LOSS: loss_sum, EXAMPLES: float(seen)}
+    return {LOSS: loss_sum, EXAMPLES: float(sum(sizes))}
 
 
 def round_generator(study: Study, site: str, round_number: int, device: torch.device) -> torch.Generator:
@@ -149,9 +153,25 @@ def _within_memory(backward: Callable[[int], torch.Tensor], pieces: int, *, limi
         log.warning("memory ran out: batches are computed in %d pieces", pieces)
 
 
-def _divisible(network: nn.Module) -> bool:
-    """Whether the images of a batch do not see each other in ``network``."""
-    return not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules())
+@dataclass(frozen=True, slots=True)
+class _Nature:
+    """What training asks of a network."""
+
+    parameters: list[nn.Parameter]  # no module: what refers to the network would keep it
+    draws: bool
+    divisible: bool
+    """Whether the images of a batch do not see each other."""
+
+
+_natures: WeakKeyDictionary[nn.Module, _Nature] = WeakKeyDictionary()
+
+
+def _nature(network: nn.Module) -> _Nature:
+    """Looked up once for each network: to walk through a small one at each round costs as much as a step."""
+    if (known := _natures.get(network)) is None:
+        divisible = not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules())
+        known = _natures[network] = _Nature(list(network.parameters()), draws(network), divisible)
+    return known
 
 
 def batches(
@@ -173,11 +193,12 @@ def draws(network: nn.Module) -> bool:
 
 
 @contextmanager
-def _seeded(seed: int, data: TensorSet) -> Iterator[None]:
-    """Inside, the generators that layers draw from start from ``seed``; afterwards they are as before.
+def _seeded(generator: torch.Generator, data: TensorSet) -> Iterator[None]:
+    """Inside, the generators that layers draw from start from a draw of ``generator``; afterwards they are as before.
 
     Not by ``torch.manual_seed``: where CUDA is not in use, each call leaves a stack trace for the day it will be.
     """
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     with torch.random.fork_rng(devices=_devices(data)):
         torch.default_generator.manual_seed(seed)
         if data.labels.device.type == "cuda":

@@ -87,8 +87,6 @@ def train_stacked(
     # MONAI's Dice writes one-hot labels in place, which PyTorch cannot batch.
     losses_of = one_by_one if study.training.loss is Loss.DICE_CE else torch.vmap(loss)
     steps = planned_steps(study.training, len(sets[0]))
-    for generator in generators:
-        torch.randint(2**62, (1,), generator=generator, device=generator.device)  # what a single site draws for dropout
     sums = torch.zeros(count, dtype=torch.float64, device=sets[0].labels.device)
     seen = 0
     sources = [batches(data, study, generator, steps) for data, generator in zip(sets, generators, strict=True)]

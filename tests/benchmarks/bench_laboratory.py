@@ -92,7 +92,6 @@ class BareSmall:
         for node in sorted(random.Random(f"0/{number - 1}").sample(range(2, SITES + 2), ACTIVE)):
             images, labels = self.data[node - 2]
             generator = torch.Generator().manual_seed(seed_of(f"s{node - 2:04d}", number))
-            torch.randint(2**62, (1,), generator=generator)  # the draw that the simulator spends on dropout
             self.network.load_state_dict(self.state)
             self.network.train()
             optimizer = torch.optim.SGD(self.network.parameters(), lr=RATE)
@@ -221,7 +220,6 @@ def many(sites: int, *, bare: bool) -> dict[str, Any]:
                 optimizer = torch.optim.Adam(bench.network.parameters(), lr=study.training.learning_rate)
                 part = next(iter(data[names[node - 2]].splits.values()))
                 generator = torch.Generator().manual_seed(seed_of(names[node - 2], number))
-                torch.randint(2**62, (1,), generator=generator)
                 for images, labels in epoch(part, study.training.batch_size, generator):
                     loss = loss_of(bench.network(images), labels)
                     optimizer.zero_grad(set_to_none=True)

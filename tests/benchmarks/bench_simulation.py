@@ -73,7 +73,6 @@ def plain(began: float) -> dict[str, Any]:
         for site, (images, masks) in enumerate(sites):
             seed = hashlib.sha256(f"0/site{site}/{round_number}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
-            torch.randint(2**62, (1,), generator=generator)  # the draw that the simulator spends on dropout
             network.load_state_dict(state)
             network.train()
             optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
