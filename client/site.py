@@ -20,7 +20,6 @@ from medfl.client.notes import note_scores, note_spent
 from medfl.client.participant import Participant
 from medfl.client.policy import Policy
 from medfl.client.privacy.ledger import Ceilings, Ledger
-from medfl.client.privacy.refusals import require_private_network
 from medfl.client.records import Records
 from medfl.client.releases import told
 from medfl.client.training.charged import fix_plan, train_charged
@@ -28,6 +27,7 @@ from medfl.client.training.client_level import fix_client_level_plan, train_clie
 from medfl.client.training.evaluate import evaluate
 from medfl.client.training.local import Given, TrainLocally, train_local
 from medfl.client.training.plain import round_generator
+from medfl.client.training.private import require_private_training
 from medfl.client.work import Work
 from medfl.client.workbench import Bench, Workbench
 from medfl.shared.algorithms.needs import demands_of
@@ -132,11 +132,7 @@ class Site:
         bench = self._bench(study)
         data = self._images.split(study, Split.TRAIN)
         if isinstance(study.privacy, DpSgd):
-            require_private_network(
-                bench.network,
-                torch.randn_like(data.inputs(torch.zeros(2, dtype=torch.int64, device=data.labels.device))),
-                engine=study.privacy.engine,
-            )
+            require_private_training(bench.network, data, study, study.privacy)
             fix_plan(self._ledger(), study, study.privacy, data)
         if isinstance(study.privacy, ClientLevel):
             fix_client_level_plan(

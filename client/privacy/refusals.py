@@ -1,21 +1,22 @@
 """What must not be trained privately as it is: each check names the culprit and the way out.
 
 Validators of other libraries let several of these pass: frozen BatchNorm, ``affine=False``, subclasses, shared layers.
+Loaders that shuffle or weigh and croppers that multiply samples need no check: training draws its units itself, and
+clips all that a unit's transforms make of it as one (:mod:`medfl.client.training.private`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from medfl.client.privacy.clipped import LossFunction
 from medfl.shared.errors import ConfigError, PolicyRefusal
-from medfl.shared.privacy.settings import Engine, Unit
+from medfl.shared.losses import StudyLoss
+from medfl.shared.privacy.settings import Engine
 
 
 def require_private_network(network: nn.Module, example: Tensor, *, engine: Engine = Engine.BOOKKEEPING) -> None:
@@ -38,46 +39,23 @@ def require_private_network(network: nn.Module, example: Tensor, *, engine: Engi
         raise ConfigError("\n".join(problems))
 
 
-def require_separable_loss(loss: LossFunction, outputs: Tensor, labels: Tensor) -> None:
-    """Return when ``loss`` over rows is the mean of the rows' losses.
+def require_separable_loss(loss: StudyLoss, outputs: Tensor, labels: Tensor) -> None:
+    """Return when each row's value of ``loss`` is the one it has alone: no image's gradient then holds another's.
 
     Args:
         loss: the study's loss.
-        outputs: at least two rows of random network output.
-        labels: as many rows of random labels, with every class in them.
+        outputs: at least two rows of made-up network output.
+        labels: as many rows of made-up labels, with different classes in them.
 
     Raises:
-        ConfigError: ``DiceLoss(batch=True)``, class weights ``ignore_index`` averaged over the batch, and the like.
+        ConfigError: Dice over the batch, class weights or ``ignore_index`` averaged over the batch, and the like.
     """
     rows = zip(torch.split(outputs, 1), torch.split(labels, 1), strict=True)
-    apart = torch.stack([loss(output, label) for output, label in rows]).mean()
-    if not torch.allclose(loss(outputs, labels), apart, rtol=1e-4, atol=1e-6, equal_nan=True):
+    apart = torch.stack([loss(output, label) for output, label in rows])
+    if not torch.allclose(loss.each(outputs, labels), apart, rtol=1e-4, atol=1e-6):
         raise ConfigError(
             "the loss couples the images of a batch, so one image moves another's gradient: use a loss that is a mean "
-            "over images (no DiceLoss(batch=True), no class weights or ignore_index averaged over the batch)"
-        )
-
-
-def require_one_row_per_image(transform: Any, unit: Unit) -> None:
-    """Raise ConfigError when ``transform`` cuts several samples from an image while the image is the unit.
-
-    Each sample would be clipped as a unit of its own: the image's sensitivity would be ``num_samples`` clip norms.
-    """
-    for part in _transforms_in(transform):
-        samples = getattr(part, "num_samples", None) or getattr(getattr(part, "cropper", None), "num_samples", 1)
-        if unit is Unit.IMAGE and isinstance(samples, int) and samples > 1:
-            raise ConfigError(
-                f"{type(part).__name__} cuts {samples} samples from an image, which multiplies its influence: "
-                "set num_samples to 1, or use unit: patient, where all of a patient's samples are clipped together"
-            )
-
-
-def require_no_own_sampling(loader: torch.utils.data.DataLoader[Any]) -> None:
-    """Raise ConfigError when ``loader`` shuffles, weights or resamples: units are drawn by the private step alone."""
-    if not isinstance(loader.sampler, torch.utils.data.SequentialSampler):
-        raise ConfigError(
-            f"the loader draws images by {type(loader.sampler).__name__}, and the accountant assumes independent "
-            "draws with one probability: remove shuffle and sampler; balance classes in the loss"
+            "over images (no Dice over the batch, no class weights or ignored labels averaged over the batch)"
         )
 
 
@@ -143,9 +121,3 @@ def _probe(network: nn.Module, example: Tensor, *, rows_apart: bool) -> Iterator
     for name, parameter in network.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
             yield f"parameter {name} is not used by the network, and would only collect noise: freeze it"
-
-
-def _transforms_in(transform: Any) -> Iterator[Any]:
-    yield transform
-    for part in getattr(transform, "transforms", ()):
-        yield from _transforms_in(part)

@@ -14,6 +14,7 @@ from medfl.client.data.tensors import TensorSet
 from medfl.client.privacy.clipped import UnitData
 from medfl.client.privacy.patient_gradient import private_gradients, sample_patients
 from medfl.client.privacy.randomness import SecureGenerator
+from medfl.client.privacy.refusals import require_private_network, require_separable_loss
 from medfl.client.training.optimizers import build_optimizer
 from medfl.client.training.plain import gradient_rule
 from medfl.shared.errors import DataError
@@ -66,6 +67,21 @@ def train_private(
         optimizer.step()
         if progress is not None:
             progress(step + 1, plan.steps_per_round)
+
+
+def require_private_training(network: nn.Module, data: TensorSet, study: Study, settings: DpSgd) -> None:
+    """Return when ``network`` and the study's loss can be trained with per-unit gradients. Looks at no image's values.
+
+    Raises:
+        ConfigError: one line for each problem.
+    """
+    two = torch.zeros(2, dtype=torch.int64, device=data.labels.device)
+    require_private_network(network, torch.randn_like(data.inputs(two)), engine=settings.engine)
+    labels = torch.zeros_like(data.labels[two])
+    labels[1] = 1  # one row of each of two classes
+    space = () if study.data.multi_label else labels.shape[1:]
+    outputs = torch.randn(2, len(study.data.classes), *space, device=labels.device)
+    require_separable_loss(build_loss(study.training.loss), outputs, labels)
 
 
 def rows_of_units(data: TensorSet, unit: Unit) -> list[Tensor]:

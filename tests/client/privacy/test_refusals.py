@@ -1,25 +1,23 @@
 """What other validators let pass is refused here by name; sound networks are not."""
 
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import pytest
 import torch
 from monai.losses import DiceLoss
 from monai.networks import nets
-from monai.transforms import Compose, RandCropByPosNegLabeld, RandFlipd
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from medfl.client.privacy.refusals import (
     refuse_unnoised_changes,
-    require_no_own_sampling,
-    require_one_row_per_image,
     require_private_network,
     require_separable_loss,
 )
 from medfl.shared.errors import ConfigError, PolicyRefusal
-from medfl.shared.privacy.settings import Engine, Unit
+from medfl.shared.losses import StudyLoss, build_loss
+from medfl.shared.privacy.settings import Engine
+from medfl.shared.study import Loss
 
 IMAGES = torch.randn(3, 1, 8, 8)
 
@@ -130,21 +128,19 @@ def test_networks_of_the_zoo_are_accepted(norm: str | tuple[str, dict[str, int]]
     require_private_network(nets.UNet(2, 1, 2, (4, 8), (2,), num_res_units=1, norm=norm, dropout=0.2), IMAGES)
 
 
-def outputs_and_labels() -> tuple[Tensor, Tensor]:
+def each_apart(loss: Callable[[Tensor, Tensor], Tensor]) -> StudyLoss:
+    return StudyLoss(loss, lambda o, y: torch.stack([loss(o[i : i + 1], y[i : i + 1]) for i in range(len(o))]))
+
+
+def of_the_batch(loss: Callable[[Tensor, Tensor], Tensor]) -> StudyLoss:
+    """Whose rows have their part of a batch's loss."""
+    return StudyLoss(loss, lambda o, y: loss(o, y).expand(len(o)))
+
+
+@pytest.mark.parametrize("which", [Loss.CROSS_ENTROPY, Loss.DICE_CE])
+def test_a_studys_losses_are_means_over_images(which: Loss) -> None:
     torch.manual_seed(0)
-    return torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        functional.cross_entropy,
-        lambda o, y: DiceLoss(to_onehot_y=True, softmax=True)(o, y[:, None]),
-        lambda o, y: functional.cross_entropy(o, y, label_smoothing=0.1),
-    ],
-)
-def test_means_over_images_are_accepted(loss: object) -> None:
-    require_separable_loss(loss, *outputs_and_labels())  # type: ignore[arg-type]
+    require_separable_loss(build_loss(which), torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8)))
 
 
 @pytest.mark.parametrize(
@@ -156,28 +152,14 @@ def test_means_over_images_are_accepted(loss: object) -> None:
     ],
     ids=["dice over the batch", "class weights", "ignored labels"],
 )
-def test_losses_that_couple_images_are_refused(loss: object) -> None:
+def test_losses_that_couple_images_are_refused_and_fine_where_each_image_is_taken_apart(
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    outputs, labels = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
     with pytest.raises(ConfigError, match="the loss couples the images"):
-        require_separable_loss(loss, *outputs_and_labels())  # type: ignore[arg-type]
-
-
-def test_a_cropper_of_several_samples_is_refused_for_images_and_fine_for_patients() -> None:
-    cropper = RandCropByPosNegLabeld(["image"], "label", (4, 4), num_samples=4)
-    transform = Compose([RandFlipd(["image"]), Compose([cropper])])
-    require_one_row_per_image(transform, Unit.PATIENT)
-    with pytest.raises(ConfigError, match="RandCropByPosNegLabeld cuts 4 samples"):
-        require_one_row_per_image(transform, Unit.IMAGE)
-    require_one_row_per_image(Compose([RandFlipd(["image"])]), Unit.IMAGE)
-    with pytest.raises(ConfigError, match="cuts 2 samples"):
-        require_one_row_per_image(SimpleNamespace(num_samples=2), Unit.IMAGE)
-
-
-def test_loaders_that_sample_themselves_are_refused() -> None:
-    data = TensorDataset(torch.zeros(4, 1))
-    require_no_own_sampling(DataLoader(data))
-    for loader in (DataLoader(data, shuffle=True), DataLoader(data, sampler=WeightedRandomSampler([1.0] * 4, 4))):
-        with pytest.raises(ConfigError, match="RandomSampler"):
-            require_no_own_sampling(loader)
+        require_separable_loss(of_the_batch(loss), outputs, labels)
+    require_separable_loss(each_apart(loss), outputs, labels)
 
 
 def test_an_update_with_state_that_got_no_noise_stays() -> None:
