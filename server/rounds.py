@@ -97,7 +97,7 @@ class Rounds:
         self._gathering = Gathering(study, self._admission, directory, reporter, stop)
         self._watch = Watch(study.safeguards)
         self._best: Flat | None = None  # the model with the best score, where there is no disk for it
-        self._average: Flat | None = None  # of the last rounds' models, where the study asks for it
+        self._average: Flat | None = None  # of rounds' models, where the study asks for it
         stages = Stages(grid, reporter, stop, Pace(study.rounds.deadline_s), self._admission)
         self._convergence = Convergence(study.rounds.converged)
         self._metrics = Metrics()  # of the last complete round
@@ -302,22 +302,26 @@ class Rounds:
 
     @property
     def _model(self) -> Flat:
-        """What is scored and handed out: the mean of the last rounds' models once all are there, else the newest."""
+        """What is scored and handed out: the mean of rounds' models once all are there, else the newest."""
         complete = self._round == self._study.rounds.count
         return self._average if complete and self._average is not None else self._weights
 
     def _next_average(self, number: int) -> Flat | None:
         """Mean of the models since the first that counts. Post-processing of what was released: free in privacy.
 
-        Tail averaging: Polyak & Juditsky 1992, https://doi.org/10.1137/0330046.
+        Tail averaging: Polyak & Juditsky 1992, https://doi.org/10.1137/0330046. The moving average begins with the
+        first round's model and not with the start: Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, section 3.
         """
         rounds = self._study.rounds
-        place = number - (rounds.count - rounds.average_last)  # from 1
-        if rounds.average_last == 1 or place < 1:
+        if (decay := rounds.average_decay) is not None:
+            share = (1 - decay) / (1 - decay**number)
+        elif rounds.average_last > 1 and (place := number - (rounds.count - rounds.average_last)) >= 1:
+            share = 1 / place
+        else:
             return None
-        if place == 1 or self._average is None:
+        if share == 1 or self._average is None:
             return self._weights
-        return self._average + (self._weights - self._average) / np.float32(place)
+        return self._average + (self._weights - self._average) * np.float32(share)
 
     def _report(self, started: float, cohort: dict[int, str]) -> RoundReport:
         """Let the cohort score the newest round, and tell."""

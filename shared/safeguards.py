@@ -23,7 +23,7 @@ class Safeguards(Settings):
 
 
 def unguarded(
-    safeguards: Safeguards, *, private: bool, secure: bool, average_last: int, evaluate_every: int, settles: bool
+    safeguards: Safeguards, *, private: bool, secure: bool, averaged: bool, evaluate_every: int, settles: bool
 ) -> str | None:
     """Why a study cannot go back as ``safeguards.max_fall`` says and what can be done, or None where it can.
 
@@ -39,8 +39,10 @@ def unguarded(
             "safeguards.max_fall would ask for a second secure sum from the same model, which sites refuse since the "
             f"difference of two sums tells on single sites: {instead}"
         )
-    if average_last > 1:
-        return f"safeguards.max_fall does not go with rounds.average_last: {instead}, or set average_last to 1"
+    if averaged:
+        return (
+            f"safeguards.max_fall does not go with rounds.average_last or average_decay: {instead}, or leave those out"
+        )
     if settles and evaluate_every > 1:
         return "safeguards.max_fall needs rounds.evaluate_every 1 with this strategy, whose sites can go back one round"
     return None

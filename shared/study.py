@@ -118,9 +118,18 @@ class Rounds(Settings):
     evaluate_every: int = Field(default=1, ge=1)
     average_last: int = Field(default=1, ge=1)  # the finished model is the mean of so many last rounds' models
     converged: Converged | None = later(None)  # end before the last round; absent: never
+    # The finished model is the moving average of all rounds' models; each counts so many times what the next one does.
+    average_decay: float | None = later(None, gt=0, lt=1)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the finished model is not the last round's."""
+        return self.average_last > 1 or self.average_decay is not None
 
     @model_validator(mode="after")
     def _quorum_can_be_reached(self) -> Rounds:
+        if self.average_decay is not None and (self.average_last > 1 or self.converged is not None):
+            raise ValueError("average_decay goes neither with average_last nor with converged: leave all but one out")
         if self.average_last > self.count:
             raise ValueError(f"average_last must be at most count, which is {self.count}")
         if self.sites_per_round is not None and self.sites_per_round < self.minimum_sites:
@@ -206,7 +215,7 @@ class Study(Settings):
             self.safeguards,
             private=not isinstance(self.privacy, NoPrivacy),
             secure=self.secure_aggregation.mode != "none",
-            average_last=self.rounds.average_last,
+            averaged=self.rounds.averaged,
             evaluate_every=self.rounds.evaluate_every,
             settles=demands_of(self.strategy).settles,
         )

@@ -52,7 +52,8 @@ def require_separable_loss(loss: StudyLoss, outputs: Tensor, labels: Tensor) -> 
     """
     rows = zip(torch.split(outputs, 1), torch.split(labels, 1), strict=True)
     apart = torch.stack([loss(output, label) for output, label in rows])
-    if not torch.allclose(loss.each(outputs, labels), apart, rtol=1e-4, atol=1e-6):
+    together = loss.each(outputs, labels)
+    if together.shape != apart.shape or not torch.allclose(together, apart, rtol=1e-4, atol=1e-6):
         raise ConfigError(
             "the loss couples the images of a batch, so one image moves another's gradient: use a loss that is a mean "
             "over images (no Dice over the batch, no class weights or ignored labels averaged over the batch)"

@@ -82,7 +82,7 @@ class FolderStore:
             rounds = {Purpose(int(key)): int(number) for key, number in json.loads(path.read_bytes()).items()}
         except FileNotFoundError:
             rounds = {}
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             raise DataError(
                 f"{path} cannot be read: restore it from the backup; its numbers may be too high, never too low"
             ) from None
@@ -126,7 +126,7 @@ class FolderStore:
             )
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, ProtocolError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ProtocolError):
             log.warning("the masked sum that was to be finished is damaged on disk: its round is void")
             return None
 

@@ -79,7 +79,10 @@ def moved(study: Study, result: Result) -> float:
     return float(step.mean())
 
 
-AVERAGED = classes_study(rounds={"count": 4, "average_last": 3})
+AVERAGED = {
+    "averaged": classes_study(rounds={"count": 4, "average_last": 3}),
+    "moving": classes_study(rounds={"count": 4, "average_decay": 0.5}),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -380,12 +383,19 @@ def test_the_finished_model_is_the_mean_of_the_last_rounds_where_the_study_asks_
     assert distances == pytest.approx([4, 8, 12, 12], rel=1e-6)  # the mean is what is scored in the end
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "krum", "averaged"])
+def test_the_finished_model_is_the_moving_average_of_all_rounds_where_the_study_asks_for_it() -> None:
+    # models at 4, 8 and 12 from the start with weights 1/4, 1/2 and 1: (1 + 4 + 12) / 1.75 = 9.714
+    study = classes_study(rounds={"count": 3, "average_decay": 0.5})
+    result = run(study, ScriptedGrid({"a": ScriptedSite(4.0), "b": ScriptedSite(4.0)}))
+    assert moved(study, result) == pytest.approx(17 / 1.75, rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "krum", *AVERAGED])
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_restarted_coordinator_ends_with_the_very_bits_of_one_that_was_not(
     tmp_path: Path, strategy: str, after: int
 ) -> None:
-    study = classes_study(strategy={"name": strategy}, rounds={"count": 4}) if strategy != "averaged" else AVERAGED
+    study = AVERAGED.get(strategy) or classes_study(strategy={"name": strategy}, rounds={"count": 4})
     draw = np.random.default_rng(1)
     nudges = {name: draw.normal(size=LOGISTIC_VALUES).astype(np.float32) for name in "abc"}
 

@@ -170,6 +170,7 @@ def test_a_coordinator_killed_before_it_scored_a_poisoned_round_takes_it_back_af
             "do not leave under differential privacy",
         ),
         ({"rounds": {"count": 4, "average_last": 2}}, "rounds.average_last"),
+        ({"rounds": {"count": 4, "average_decay": 0.9}}, "average_decay"),
         ({"rounds": {"count": 4, "evaluate_every": 2}, "strategy": {"name": "scaffold"}}, "evaluate_every 1"),
     ],
 )

@@ -124,6 +124,13 @@ def test_how_a_study_is_scored_follows_from_its_task() -> None:
         (masks_study, {"model": {"name": "unet", "channels": [4, 8, 8, 8], "norm": "instance"}}, "one pixel"),
         (classes_study, {"rounds": {"count": 1, "sites_per_round": 2, "minimum_sites": 3}}, "sites_per_round"),
         (classes_study, {"rounds": {"count": 2, "average_last": 3}}, "average_last must be at most count"),
+        (
+            classes_study,
+            {"rounds": {"count": 2, "average_last": 2, "average_decay": 0.9}},
+            "average_decay goes neither",
+        ),
+        (classes_study, {"rounds": {"converged": {"rounds": 2}, "average_decay": 0.9}}, "average_decay goes neither"),
+        (classes_study, {"rounds": {"average_decay": 1.0}}, "less than 1"),
         (classes_study, {"rounds": {"count": 1, "patience_s": float("inf")}}, "finite"),
         (classes_study, {"data": {"classes": ["a/b", "c"]}}, "classes must"),
         (classes_study, {"data": {"classes": ["a\nb", "c"]}}, "classes must"),

@@ -137,10 +137,17 @@ def of_the_batch(loss: Callable[[Tensor, Tensor], Tensor]) -> StudyLoss:
     return StudyLoss(loss, lambda o, y: loss(o, y).expand(len(o)))
 
 
-@pytest.mark.parametrize("which", [Loss.CROSS_ENTROPY, Loss.DICE_CE])
-def test_a_studys_losses_are_means_over_images(which: Loss) -> None:
-    torch.manual_seed(0)
-    require_separable_loss(build_loss(which), torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8)))
+@pytest.mark.parametrize(
+    ("which", "labels"),
+    [
+        (Loss.CROSS_ENTROPY, torch.tensor([0, 1, 2, 1])),
+        (Loss.BINARY_CROSS_ENTROPY, torch.tensor([[0, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])),
+        (Loss.DICE_CE, torch.arange(4 * 64).reshape(4, 8, 8) // 60 % 3),
+    ],
+)
+def test_a_studys_losses_are_means_over_images(which: Loss, labels: Tensor) -> None:
+    space = labels.shape[1:] if which is Loss.DICE_CE else ()
+    require_separable_loss(build_loss(which), torch.randn(4, 3, *space), labels)
 
 
 @pytest.mark.parametrize(

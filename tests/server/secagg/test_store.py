@@ -20,9 +20,10 @@ def test_rounds_rise_over_restarts_and_for_each_purpose_by_itself(tmp_path: Path
     assert FolderStore(tmp_path).begin(STUDY, Purpose.TRAIN) == 4
 
 
-def test_a_damaged_file_of_round_numbers_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"{", b"", b"[]", b"\xff", b'{"1": null}', b'{"9": 1}'])
+def test_a_damaged_file_of_round_numbers_is_an_error_with_a_way_out(tmp_path: Path, content: bytes) -> None:
     FolderStore(tmp_path).begin(STUDY, Purpose.TRAIN)
-    (tmp_path / STUDY.hex() / "rounds.json").write_bytes(b"{")
+    (tmp_path / STUDY.hex() / "rounds.json").write_bytes(content)
     with pytest.raises(DataError, match="never too low"):
         FolderStore(tmp_path).begin(STUDY, Purpose.TRAIN)
 
@@ -45,6 +46,14 @@ def test_a_damaged_pending_sum_is_none(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+    assert store.pending(STUDY) is None
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"[]", b"null", b"{}"])
+def test_a_pending_sum_whose_description_is_damaged_is_none(tmp_path: Path, content: bytes) -> None:
+    store = FolderStore(tmp_path)
+    store.keep(pending_sum())
+    (tmp_path / STUDY.hex() / "train.json").write_bytes(content)
     assert store.pending(STUDY) is None
 
 

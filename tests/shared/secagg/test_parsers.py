@@ -117,3 +117,28 @@ def test_more_than_128_sites_are_refused_before_they_are_read() -> None:
         MaskedHeader.parse(bytes(2 + 2 * 129 + 64))
     with pytest.raises(ProtocolError, match="wrong size"):
         Reveal.parse(bytes(2 + 35 * 129 + 64))
+
+
+def test_all_of_a_sites_messages_among_64_sites_have_less_than_30_kilobytes() -> None:
+    everybody = tuple(range(1, 65))
+    others = everybody[1:]
+    adverts = tuple(Advert(site, KEY, KEY, SIGNATURE) for site in everybody)
+    confirmations = tuple(Confirmation(site, SIGNATURE) for site in everybody)
+    sent = (
+        adverts[0],
+        SealedShares(1, KEY, tuple((site, bytes(82)) for site in others), SIGNATURE),
+        MaskedHeader(1, everybody, SIGNATURE),
+        confirmations[0],
+        Reveal(1, tuple((site, bytes(33)) for site in everybody), SIGNATURE),
+    )
+    received = (
+        Announcement(CONTEXT, Purpose.TRAIN, 7, 2, everybody, 43, Ring.BITS_32, 99, KEY, KEY, KEY),
+        KeyList(CONTEXT, adverts),
+        ShareDelivery(CONTEXT, tuple((site, bytes(82)) for site in others)),
+        SurvivorList(CONTEXT, everybody),
+        ConfirmationList(CONTEXT, confirmations),
+    )
+    sizes = [len(message.to_bytes()) for message in (*sent, *received)]
+    # 130, 98 + 84 * 63, 66 + 2 * 64, 66, 66 + 35 * 64; received 152 + 2 * 64, 34 + 130 * 64, 34 + 84 * 63, and so on
+    assert sizes == [130, 5390, 194, 66, 2306, 278, 8354, 5326, 162, 4258]
+    assert sum(sizes) < 30_000

@@ -40,6 +40,19 @@ def test_two_sites_with_one_id_name_or_key_are_refused(what: str) -> None:
         make_roster("c", 1, (*MEMBERS[:5], twin))
 
 
+def test_the_signature_of_rfc_8032_counts() -> None:
+    # Section 7.1, test 2
+    key = bytes.fromhex("3d4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c")
+    signature = bytes.fromhex(
+        "92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da"
+        "085ac1e43e15996e458f3613d0f11d8c387b2eaeb4302aeeb00d291612bb0c00"
+    )
+    roster = make_roster("lungs", 1, [Member(1, "north", key)])
+    roster.check_signature(1, signature, b"\x72")
+    with pytest.raises(ProtocolError):
+        roster.check_signature(1, signature, b"\x73")
+
+
 def test_a_signature_counts_only_with_the_members_own_key() -> None:
     ROSTER.check_signature(2, KEYS[1].sign(b"message"), b"message")
     for site, key, message in ((2, KEYS[2], b"message"), (2, KEYS[1], b"another"), (9, KEYS[1], b"message")):
