@@ -10,7 +10,9 @@ from rich.console import Console
 from medfl.client.config import SiteSettings
 from medfl.client.data.contact_sheet import write_contact_sheet
 from medfl.client.node import check as check_reach
+from medfl.client.privacy.ledger import spent_in_total
 from medfl.client.runtime import build_participant, load_data, local_day, node_settings, site_device
+from medfl.client.site import ceilings_of
 from medfl.client.trust import approvals_of, chosen_study, coordinator_address, site_rosters
 from medfl.shared.certificates import WARN_DAYS, SiteFiles, check_certificate, common_name, load_certificate
 from medfl.shared.errors import ConfigError, PolicyRefusal
@@ -38,6 +40,9 @@ def check_site(settings: SiteSettings, *, study: str | None, console: Console) -
     console.print(f"device: {site_device(settings)}")
     _check_roster(settings, console)
     console.print(f"approved studies: {len(approvals_of(settings).approved())}")
+    spent = spent_in_total(settings.state / "ledger.jsonl", ceilings_of(settings.policy))
+    allowed = settings.policy.max_epsilon_total
+    console.print(f"privacy: epsilon {spent:.3f} of {allowed:g} is spent; the ledger is whole", highlight=False)
     if study is None:
         console.print("images: not looked at; --study FILE or ID does it as that study would")
     else:

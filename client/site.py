@@ -416,6 +416,15 @@ class Site:
             self._open_ledger = Ledger(self._ledger_path, cohort=self.name, ceilings=ceilings_of(self._policy))
         return self._open_ledger
 
+    def check_ledger(self) -> None:
+        """Open the ledger, where this site has one: damage is to be known at the start, not when a round begins.
+
+        Raises:
+            PolicyRefusal: it is damaged, older than what was countersigned, or another process has it.
+        """
+        if any(self._ledger_path.parent.glob(self._ledger_path.name + "*")):  # a lost file is a damage too
+            self._ledger()
+
     def close(self) -> None:
         """Let go of the ledger."""
         if self._open_ledger is not None:

@@ -44,3 +44,10 @@ def test_every_row_about_secure_aggregation_names_a_test() -> None:
     table = text[text.index("| what is tried | test |") :].partition("\n\n")[0].splitlines()[2:]
     assert len(table) == 26
     assert [row for row in table if "`tests/" not in row] == []
+
+
+def test_every_file_of_tests_that_the_manual_of_privacy_names_exists() -> None:
+    text = (ROOT / "docs/privacy.md").read_text("utf-8")
+    named_files = re.findall(r"`(?:pytest )?(tests/[\w/]+(?:\.py)?)/?`", text)
+    assert len(named_files) > 15
+    assert [path for path in named_files if not (ROOT / path).exists()] == []

@@ -86,6 +86,7 @@ def _node(options: argparse.Namespace) -> int:  # noqa: PLR0915 - many of them i
     site = build_site(settings, approvals)
     with ExitStack() as stack:
         stack.callback(site.close)
+        site.check_ledger()
         watchers: list[Callable[[Phase, str], None]] = []
         on_row: Callable[[Mapping[str, str | float]], None] = lambda row: None  # noqa: E731
         if settings.health is not None:

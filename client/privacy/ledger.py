@@ -72,9 +72,14 @@ def spent_in_total(path: Path, ceilings: Ceilings) -> float:
     """Epsilon over all studies by the ledger at ``path``, read beside the node that may be writing it.
 
     Raises:
-        PolicyRefusal: reason ``ledger damaged``. OSError: it cannot be read.
+        PolicyRefusal: reasons ``ledger damaged``, and ``ledger unwritable`` when it cannot be read.
     """
-    found = inspect(path)
+    try:
+        found = inspect(path)
+    except OSError as error:
+        raise PolicyRefusal(
+            f"{path} cannot be read ({error.strerror}): repair its permissions", reason="ledger unwritable"
+        ) from None
     if found.problem is not None:
         raise PolicyRefusal(f"{path}: {found.problem}. {LEDGER.when_damaged}", reason="ledger damaged")
     costs = [SampledGaussian(**row["cost"]) for row in found.rows if row["kind"] == "charge"]

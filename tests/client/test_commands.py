@@ -19,12 +19,16 @@ from medfl.client.cli import main
 from medfl.client.config import SiteSettings
 from medfl.client.notice import Notice
 from medfl.client.policy import Policy
+from medfl.client.privacy.ledger import Ceilings, Charge, Ledger
 from medfl.client.runtime import build_site, gate_of, node_settings, site_device
 from medfl.shared.config import load_settings, parse_settings
 from medfl.shared.enrolment import read_request
 from medfl.shared.errors import ConfigError, NetworkError, PolicyRefusal
 from medfl.shared.messages import Kind
 from medfl.shared.passphrase import passphrase
+from medfl.shared.privacy.accounting import SampledGaussian, epsilon
+from medfl.shared.privacy.plan import TrainingPlan
+from medfl.shared.privacy.settings import Unit
 
 STUDY = masks_study(data={"preprocessing": {"normalise": "scale_255", "size": [8, 8]}})
 
@@ -90,6 +94,66 @@ def test_an_offered_study_is_checked_and_tried_by_its_name_or_digest(
     assert "Nothing was sent." in capsys.readouterr().out
     assert main(["--site", str(home / "site.yaml"), "--check", "--study", "another"]) == 2
     assert "no study here is called another" in capsys.readouterr().err
+
+
+def spend(home: Path) -> Path:
+    """A ledger with a plan and two charges; its path."""
+    path = home / "state" / "ledger.jsonl"
+    plan = TrainingPlan(Unit.PATIENT, 8.0, 1e-5, 1.0, 4.0, 0.5, 8.0, 1)
+    with Ledger(path, cohort="north", ceilings=Ceilings(8.0, 8.0)) as ledger:
+        ledger.fix_plan(STUDY.digest, plan, patients=100)
+        for number in (1, 2):
+            ledger.charge(Charge(STUDY.digest, number, f"training {number}", plan.round_cost))
+    return path
+
+
+def test_check_tells_what_is_spent(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = spend(home)
+    write_site(home, policy="{max_epsilon_total: 8}")
+    _, out, _ = check(home, capsys, study=False)
+    both = epsilon(2 * [SampledGaussian(4.0, 0.5, 1)], 1e-5)
+    assert f"privacy: epsilon {both:.3f} of 8 is spent; the ledger is whole" in out
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda path: path.write_bytes(path.read_bytes().replace(b'"round":1', b'"round":7')),
+            "row 3 is not as it was",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:-40]), ""),
+        (lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:2])), "it has 2 whole rows"),
+        (lambda path: path.write_bytes(b""), "it has 0 whole rows"),
+        (lambda path: path.unlink(), "it has 0 whole rows"),
+        (lambda path: path.with_name("ledger.jsonl.head").unlink(), "lost rows could not be noticed"),
+    ],
+    ids=["edited", "last row torn", "truncated", "emptied", "deleted", "announcement deleted"],
+)
+def test_a_damaged_ledger_is_named_by_the_check_and_keeps_the_node_from_starting(
+    home: Path, capsys: pytest.CaptureFixture[str], damage: Any, words: str
+) -> None:
+    path = spend(home)
+    damage(path)
+    if not words:  # the announcement completes it: nothing is lost
+        assert check(home, capsys, study=False)[0] == 0
+        return
+    left = path.read_bytes() if path.exists() else b""
+    for command in (["--check"], []):
+        assert main(["--site", str(home / "site.yaml"), *command]) == 3
+        err = capsys.readouterr().err
+        assert words in " ".join(err.split())
+        assert "newest backup" in err
+    assert (path.read_bytes() if path.exists() else b"") == left  # evidence
+
+
+def test_a_ledger_that_another_node_has_open_keeps_this_one_from_starting(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Ledger(spend(home), cohort="north", ceilings=Ceilings(8.0, 8.0)):
+        assert main(["--site", str(home / "site.yaml")]) == 3
+    assert "in use by another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

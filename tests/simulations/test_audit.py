@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +116,10 @@ WHICH_AUDIT_FLAGS_WHICH_BUG: list[tuple[Plant, set[Audit]]] = [
 )
 def test_each_planted_bug_is_flagged(plant: Plant, flagged: set[Audit], monkeypatch: pytest.MonkeyPatch) -> None:
     assert flagged <= flags(plant(monkeypatch, real_step()))
+
+
+def test_the_manual_says_which_audit_flags_which_bug() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "privacy.md").read_text("utf-8")
+    table = text[text.index("| planted bug |") :].partition("\n\n")[0].splitlines()[2:]
+    told = [set(row.strip("| ").split(" | ")[1].split(", ")) for row in table]
+    assert told == [{audit.value for audit in flagged} for _, flagged in WHICH_AUDIT_FLAGS_WHICH_BUG]

@@ -17,9 +17,18 @@ SMALL = Sizes(runs=100, canaries=500, pictures=100, models=6)
 NOISE, RATE, STEPS = 1.5, 0.1, 20
 
 
+TOLD: list[str] = []
+
+
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return audit(plan_of(noise_multiplier=NOISE, sampling_rate=RATE, steps=STEPS, delta=1e-5), sizes=SMALL)
+    plan = plan_of(noise_multiplier=NOISE, sampling_rate=RATE, steps=STEPS, delta=1e-5)
+    return audit(plan, sizes=SMALL, tell=TOLD.append)
+
+
+def test_each_attack_is_named_when_it_begins(report: Report) -> None:
+    assert report.passed
+    assert [told[:6] for told in TOLD] == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"]
 
 
 def test_the_products_step_is_as_promised_and_every_attack_works_without_protection(report: Report) -> None:
