@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from sites import make_site, offer, train
-from tiny import classes_study, report, site_data
+from tiny import classes_study, masks_study, report, site_data
 
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.client.records import FolderRecords
+from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.errors import ConfigError
 from medfl.shared.messages import TrainReply
 from medfl.shared.study import Study
@@ -260,6 +261,26 @@ def test_vectors_beside_the_model_go_through_secure_sums_as_they_go_in_clear(nam
     )
     assert clear.round == masked.round == 3
     assert np.abs(clear.weights - masked.weights).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["fedbn", "personal-layers"])
+def test_layers_that_stay_at_the_sites_are_left_out_of_secure_sums_as_they_are_in_clear(name: str) -> None:
+    clear, masked = (
+        masks_study(
+            strategy={"name": name},
+            model={"name": "unet", "channels": [4, 8], "residual_units": 0, "norm": "group"},
+            training={"learning_rate": 0.05, "optimizer": "sgd"},
+            rounds={"count": 2, "evaluate_every": 2, "minimum_sites": 4},
+            secure_aggregation={"mode": mode},
+        )
+        for mode in ("none", "msa1")
+    )
+    sites = {f"s{n}": site_data(clear, seed=n) for n in range(4)}
+    results = [federate(made, sites).result for made in (clear, masked)]
+    assert [result.round for result in results] == [2, 2]
+    assert np.abs(results[0].weights - results[1].weights).max() < 1e-4
+    whole = sum(value.numel() for value in build_study_network(clear).state_dict().values())
+    assert results[0].weights.size < whole  # something stayed
 
 
 @pytest.mark.parametrize("name", ["scaffold", "feddyn", "feddc", "ditto"])
