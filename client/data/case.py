@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ class Quarantine(Exception):
     """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Example:
     """A case as read: raw values, oriented as the study says, labels on the same grid.
 
@@ -32,6 +33,11 @@ class Example:
     label: frozenset[int] | None = None
     review: frozenset[str] = frozenset()  # things that a person should look at, such as possible burned-in text
     unmatched: tuple[str, ...] = ()  # names of segments that are no class of the study
+
+    @cached_property
+    def intensity(self) -> tuple[float, float]:
+        """Lowest and highest raw value; not finite where any value is not."""
+        return float(self.image.min()), float(self.image.max())
 
 
 class Case(Protocol):

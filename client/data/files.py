@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,34 +23,31 @@ _CHUNK = 2**20
 _META_IS_BEFORE = 4096
 
 
-def read_file(path: Path, **options: Any) -> pydicom.FileDataset:
-    """``pydicom.dcmread`` with bounded memory.
-
-    Raises:
-        Quarantine: deflated, and larger than any image when it is not.
-        Exception: whatever pydicom raises on damaged files: call it inside of ``reading``.
-    """
-    stored_length(path)
-    return pydicom.dcmread(path, **options)
-
-
-def stored_length(path: Path) -> int:
-    """Bytes of the file as pydicom counts them: of a deflated one those of its dataset, inflated.
+def read_file(path: Path, **options: Any) -> tuple[pydicom.FileDataset, int]:
+    """``pydicom.dcmread`` with bounded memory, and the bytes of the file: of a deflated one those of its dataset,
+    inflated.
 
     Raises:
         Quarantine: too large, or deflated and too large when it is not.
-        Exception: damaged.
+        Exception: whatever pydicom raises on damaged files: call it inside of ``reading``.
     """
-    if path.stat().st_size > _MOST_STORED:
-        raise Quarantine("file larger than any scan")
     with path.open("rb") as file:
-        if DeflatedExplicitVRLittleEndian.encode() in file.read(_META_IS_BEFORE):
-            file.seek(0)
-            read_preamble(file, force=False)
-            meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
-            if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-                return _inflated_length(file)
-        return path.stat().st_size
+        length = _stored_length(file)
+        file.seek(0)
+        return pydicom.dcmread(file, **options), length
+
+
+def _stored_length(file: BinaryIO) -> int:
+    length = os.fstat(file.fileno()).st_size
+    if length > _MOST_STORED:
+        raise Quarantine("file larger than any scan")
+    if DeflatedExplicitVRLittleEndian.encode() in file.read(_META_IS_BEFORE):
+        file.seek(0)
+        read_preamble(file, force=False)
+        meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            return _inflated_length(file)
+    return length
 
 
 def _inflated_length(file: BinaryIO) -> int:

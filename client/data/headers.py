@@ -60,7 +60,7 @@ class Reader:
             Quarantine: not DICOM, unreadable, or without identifiers.
         """
         with reading("unreadable DICOM file"):
-            dataset = read_file(path, stop_before_pixels=True, specific_tags=_FIELDS)
+            dataset, _ = read_file(path, stop_before_pixels=True, specific_tags=_FIELDS)
             meta = dataset.file_meta
             patient, issuer = (_text(dataset.get(name)) for name in ("PatientID", "IssuerOfPatientID"))
             uids = [_text(dataset.get(name) or meta.get(f"MediaStorage{name}")) for name in _UIDS]

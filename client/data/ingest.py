@@ -63,7 +63,7 @@ class Job:
             None if masks is None else _alone(masks),
             example.label,
             example.spacing_mm,
-            (float(example.image.min()), float(example.image.max())),
+            example.intensity,
             tuple(sorted(example.review)),
             example.unmatched,
         )

@@ -16,7 +16,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.decoder import decompress
-from medfl.client.data.files import stored_length
+from medfl.client.data.files import read_file
 from medfl.client.data.guard import reading
 
 _PIXELS = 0x7FE00010
@@ -33,8 +33,7 @@ def open_dataset(path: Path) -> pydicom.FileDataset:
         Quarantine: not DICOM, or damaged.
     """
     with reading("unreadable DICOM file"):
-        length = stored_length(path)
-        dataset = pydicom.dcmread(path)
+        dataset, length = read_file(path)
         for keyword in ("SOPClassUID", "SOPInstanceUID"):  # PS3.10 7.1: the meta group says the same
             if not dataset.get(keyword) and f"MediaStorage{keyword}" in dataset.file_meta:
                 setattr(dataset, keyword, dataset.file_meta[f"MediaStorage{keyword}"].value)
