@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,9 +26,9 @@ from medfl.shared.standardised import standardised, through_standardisation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# Norms from position-by-position products cost T^2 (D + P) operations against D P T of instantiating, but run as two
-# dense matrix products, and instantiating also writes units x D x P numbers. Measured break-even on two CPUs: 30.
-_DENSE_ADVANTAGE = 30.0
+# Products of positions take Tin^2 D + T^2 (P + 8 K) operations and as many numbers, against D K P T of instantiating,
+# of which units x D K P numbers are kept until all norms are known. Measured break-even on two CPUs: 50.
+_DENSE_ADVANTAGE = 50.0
 
 # From this many input times output channels, in two dimensions, one product for each offset in the kernel is faster
 # than a grouped convolution: up to twice at 128 x 128 channels, the same at 64 x 128. Measured on two CPUs.
@@ -73,7 +73,7 @@ class ConvolutionRule:
     def backward(
         self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
     ) -> tuple[Tensor | None, UnitGradients]:
-        """Input: one batched call. Weight: the cheapest of five ways, by its shape."""
+        """Input: one batched call. Weight: the cheapest of four ways, by its shape."""
         x, at = saved[0], _geometry(module)
         towards = _backward(g, x, module.weight.to(g.dtype), at, (True, False, False))[0] if wants_input else None
         found: UnitGradients = {}
@@ -85,9 +85,7 @@ class ConvolutionRule:
                 # one's with input and output gradient exchanged.
                 x, g = g, x
             at = _Geometry(at.stride, at.padding, at.dilation, False, [0] * len(at.stride), at.groups)
-            if defer and _unfolds_outputs(module.weight, g, at):
-                found["weight"] = _from_unfolded_outputs(module.weight, x, g, at)
-            elif defer and _is_deferred_cheaper(module.weight, g, at):
+            if defer and _is_deferred_cheaper(module.weight, x, g, at):
                 x, g = at_least_single(x), at_least_single(g)
                 found["weight"] = Deferred(
                     _squared_norms(module.weight, x, g, at), partial(_weighted_sum, module.weight, x, g, at)
@@ -175,12 +173,13 @@ def _backward(
     return found
 
 
-def _is_deferred_cheaper(weight: Tensor, g: Tensor, at: _Geometry) -> bool:
-    if at.groups != 1 or (g.dim() != 4 and any(step != 1 for step in at.dilation)):
+def _is_deferred_cheaper(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> bool:
+    if at.groups != 1:
         return False
-    positions, outputs = g.shape[2:].numel(), weight.shape[0]
-    inputs = weight.numel() // outputs
-    return positions**2 * (inputs + outputs) < _DENSE_ADVANTAGE * inputs * outputs
+    before, after = x.shape[2:].numel(), g.shape[2:].numel()
+    outputs, inputs, *kernel = weight.shape
+    cost = before**2 * inputs + after**2 * (outputs + 8 * math.prod(kernel))
+    return cost < _DENSE_ADVANTAGE * weight.numel()
 
 
 def _instantiated(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
@@ -197,24 +196,6 @@ def _instantiated(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor
     return _backward(flat_g, flat_x, stacked, grouped, (False, True, False))[1].view(units, *weight.shape)
 
 
-def _unfolds_outputs(weight: Tensor, g: Tensor, at: _Geometry) -> bool:
-    """Whether to unfold the output gradient: few positions and output channels, many input channels, 2D, stride 1."""
-    outputs, inputs, *kernel = weight.shape
-    slides = at.groups == 1 and g.dim() == 4 and set(at.stride) == {1} and math.prod(kernel) > 1
-    reach = [d * (k - 1) for d, k in zip(at.dilation, kernel, strict=True)]
-    few = g.shape[2:].numel() <= 64 and 2 * outputs <= inputs  # measured on two CPUs
-    return slides and few and all(pad <= r for pad, r in zip(at.padding, reach, strict=True))
-
-
-def _from_unfolded_outputs(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Deferred:
-    """dW[o, i, k] = sum over q of x[i, q] g[o, q - k + padding]: one product, with the kernel's axes reversed in it."""
-    outputs, inputs, *kernel = weight.shape
-    around = [d * (k - 1) - pad for d, k, pad in zip(at.dilation, kernel, at.padding, strict=True)]
-    shifted = functional.unfold(g, tuple(kernel), tuple(at.dilation), tuple(around))  # (units, outputs x kernel, q)
-    product = torch.bmm(shifted, x.flatten(2).mT).view(-1, outputs, *kernel, inputs)
-    return _added_later(product, lambda total: total.flip(1, 2).permute(0, 3, 1, 2))
-
-
 def _goes_by_offset(weight: Tensor, at: _Geometry) -> bool:
     outputs, inputs, *kernel = weight.shape
     return at.groups == 1 and len(kernel) == 2 and math.prod(kernel) > 1 and outputs * inputs >= _WIDE
@@ -225,14 +206,19 @@ def _by_offset(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
     outputs, inputs, *kernel = weight.shape
     x = functional.pad(x, [side for pad in reversed(at.padding) for side in (pad, pad)])
     rows, product = g.flatten(2), x.new_empty(len(x), *kernel, outputs, inputs)
-    for place, offset in enumerate(itertools.product(*map(range, kernel))):
-        starts = [k * dilation for k, dilation in zip(offset, at.dilation, strict=True)]
-        ends = [a + step * (n - 1) + 1 for a, step, n in zip(starts, at.stride, g.shape[2:], strict=True)]
-        seen = x
-        for axis, (start, end, step) in enumerate(zip(starts, ends, at.stride, strict=True)):
-            seen = seen[(slice(None),) * (2 + axis) + (slice(start, end, step),)]
-        torch.bmm(rows, seen.reshape(len(x), inputs, -1).mT, out=product.view(len(x), -1, outputs, inputs)[:, place])
+    for place, window in enumerate(_windows(kernel, g.shape[2:], at)):
+        seen = x[(slice(None), slice(None), *window)].reshape(len(x), inputs, -1)
+        torch.bmm(rows, seen.mT, out=product.view(len(x), -1, outputs, inputs)[:, place])
     return product
+
+
+def _windows(kernel: Sequence[int], positions: Sequence[int], at: _Geometry) -> Iterator[tuple[slice, ...]]:
+    """For each offset in the kernel, where it meets the padded input over all output positions."""
+    for offset in itertools.product(*map(range, kernel)):
+        starts = [k * dilation for k, dilation in zip(offset, at.dilation, strict=True)]
+        yield tuple(
+            slice(a, a + step * (n - 1) + 1, step) for a, step, n in zip(starts, at.stride, positions, strict=True)
+        )
 
 
 def _kernel_last(gradient: Tensor) -> Tensor:
@@ -252,21 +238,18 @@ def _added_later(product: Tensor, in_order: Callable[[Tensor], Tensor]) -> Defer
 
 
 def _squared_norms(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
-    """||sum_t g_t x_t'||^2 = sum over positions s, t of (x_s . x_t)(g_s . g_t), for each unit."""
-    patches, outputs = _patches(x, weight.shape[2:], at), g.flatten(2)
-    return torch.einsum("uij,uij->u", patches.mT @ patches, outputs.mT @ outputs)
+    """||sum_t g_t x_t'||^2 = sum over positions s, t of (x_s . x_t)(g_s . g_t), for each unit.
 
-
-def _patches(x: Tensor, kernel: torch.Size, at: _Geometry) -> Tensor:
-    """(units, inputs x kernel, positions): what the kernel sees at each output position."""
-    if len(kernel) == 2:
-        return functional.unfold(x, tuple(kernel), tuple(at.dilation), tuple(at.padding), tuple(at.stride))
-    x = functional.pad(x, [side for axis in reversed(at.padding) for side in (axis, axis)])
-    for axis, (size, step) in enumerate(zip(kernel, at.stride, strict=True)):
-        x = x.unfold(2 + axis, size, step)
-    axes = len(kernel)
-    order = (0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-    return x.permute(order).reshape(x.shape[0], x.shape[1] * math.prod(kernel), -1)
+    What the kernel sees at two positions has the product that its offsets' products add up to.
+    """
+    columns, rows, positions = x.flatten(2), g.flatten(2), g.shape[2:]
+    products = (columns.mT @ columns).view(-1, *x.shape[2:], *x.shape[2:])
+    sides = [side for pad in reversed(at.padding) for side in (pad, pad)]
+    products = functional.pad(products, sides * 2)
+    seen = products.new_zeros(len(x), *positions, *positions)
+    for window in _windows(weight.shape[2:], positions, at):
+        seen += products[(slice(None), *window, *window)]
+    return (seen.view(len(x), rows.shape[2], -1) * (rows.mT @ rows)).sum((1, 2))
 
 
 def _weighted_sum(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, factors: Tensor) -> Tensor:
