@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -11,6 +13,7 @@ from pydantic import Field, model_validator
 from medfl.shared.config import Settings
 
 _ORIENTATION = re.compile(r"(?=.*[LR])(?=.*[AP])(?=.*[HF])[LRAPHF]{3}")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?")
 _MAX_EXTENT = 4096
 
 Label = Annotated[str, Field(min_length=1, max_length=64)]
@@ -114,12 +117,16 @@ class DataSpec(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSpec:
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes must differ from each other")
+        if not all(map(plain, self.classes)) or len(set(map(plain, self.classes))) != len(self.classes):
+            raise ValueError("classes must differ from each other in their letters and digits")
         if any("/" in name or not name.isprintable() for name in self.classes):
             raise ValueError("classes must be of printable characters without a slash, which parts the names of scores")
         if unknown := sorted(set(self.label_map.values()) - set(self.classes)):
             raise ValueError(f"label_map leads to {unknown[0]!r}, which is not among classes")
+        meant: dict[str, str] = {}
+        for name, label in self.label_map.items():
+            if meant.setdefault(plain(name), label) != label:
+                raise ValueError(f"label_map leads from {name!r} to two classes")
         if self.series and len(self.series) != self.channels:
             raise ValueError("series must name as many series as there are channels")
         if len(set(self.series)) != len(self.series):
@@ -146,5 +153,12 @@ class DataSpec(Settings):
 
 
 def plain(name: str) -> str:
-    """``name`` without case, spaces and punctuation: how names of segments compare."""
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
+    """``name`` without case, spaces and punctuation: how names of segments compare. What changes a meaning stays.
+
+    >>> plain("GTV-1") == plain("gtv 1"), plain("HER2+") == plain("HER2-"), plain("-1") == plain("1")
+    (True, False, False)
+    """
+    text = unicodedata.normalize("NFC", name).casefold().strip()
+    if _NUMBER.fullmatch(text):  # 1.0 is 1, and neither -1 nor 10
+        return f"{Decimal(text).normalize():f}"
+    return "".join(letter for letter in text if letter.isalnum() or letter in "+<>") + "-" * text.endswith("-")

@@ -12,6 +12,7 @@ from typing import Any
 import pydicom
 
 from medfl.client.data.case import Quarantine
+from medfl.shared.data_spec import Modality
 
 _TEXT_IS_USUAL = frozenset({"US", "XA", "RF", "ES", "XC", "OT", "SC", "DOC", "ECG", "GM", "SM", "OP"})
 _SHOWS_FACE = re.compile(
@@ -20,6 +21,9 @@ _SHOWS_FACE = re.compile(
     re.IGNORECASE,
 )
 """Names of the body part or the protocol of scans that show a face. Too many are asked about rather than too few."""
+
+
+_TEXT, _FACE = "burned-in text possible", "a face may be recognisable"
 
 
 def admit(dataset: pydicom.Dataset) -> frozenset[str]:
@@ -39,15 +43,27 @@ def admit(dataset: pydicom.Dataset) -> frozenset[str]:
     modality = str(dataset.get("Modality") or "")
     risky = modality in _TEXT_IS_USUAL or kind & {"SECONDARY", "SCREEN SAVE"} or dataset.get("ConversionType")
     if risky and str(dataset.get("BurnedInAnnotation") or "").upper() != "NO":
-        review.add("burned-in text possible")
+        review.add(_TEXT)
     defaced = str(dataset.get("RecognizableVisualFeatures") or "").upper() == "NO"
     if modality in {"CT", "MR", "PT"} and not defaced and _SHOWS_FACE.search(_anatomy(dataset)):
-        review.add("a face may be recognisable")
+        review.add(_FACE)
     if _overlay_groups(dataset):
         review.add("overlay planes (not used)")
     if str(dataset.get("LossyImageCompression") or "") == "01":
         review.add("lossy compression")
     return frozenset(review)
+
+
+def may_show_face(modality: Modality, words: str) -> frozenset[str]:
+    """The note for a scan without a header, of which only ``words`` say what it shows."""
+    through = modality in {Modality.CT, Modality.MR, Modality.PET}
+    return frozenset({_FACE} if through and _SHOWS_FACE.search(words) else ())
+
+
+def may_show_text(modality: Modality) -> frozenset[str]:
+    """The note for a picture without a header, as for the same kind of picture with one."""
+    usual = modality in {Modality.ULTRASOUND, Modality.FUNDUS, Modality.PHOTO}
+    return frozenset({_TEXT} if usual else ())
 
 
 def _anatomy(dataset: pydicom.Dataset) -> str:

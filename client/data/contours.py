@@ -14,7 +14,9 @@ from skimage.draw import polygon2mask
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.guard import reading
+from medfl.client.data.names import class_named
 from medfl.client.data.pixels import open_dataset
+from medfl.client.data.slices import Where, slices_named
 from medfl.shared.data_spec import DataSpec
 
 _EXCLUSIVE = "CLOSEDPLANAR_XOR"
@@ -22,13 +24,13 @@ _AREA = {"CLOSED_PLANAR", _EXCLUSIVE}
 
 
 def read_contours(
-    path: Path, volume: hd.Volume, instances: Mapping[str, int], spec: DataSpec, aliases: Mapping[str, str]
+    path: Path, volume: hd.Volume, instances: Where, spec: DataSpec, aliases: Mapping[str, str]
 ) -> tuple[dict[int, NDArray[np.bool_]], Counter[str]]:
     """Voxels of each class in one RTSTRUCT, and names of regions that are no class.
 
     Contours are polygons in patient mm (PS3.3 C.8.8.6); a voxel is inside when its centre is. A polygon inside another
-    of the same region and slice is a hole. ``instances`` says in which slice of ``volume`` each image lies
-    (-1: in all). rt-utils is wrong on pixels that are not square.
+    of the same region and slice is a hole. ``instances`` says in which slices of ``volume`` each image lies.
+    rt-utils is wrong on pixels that are not square.
 
     Raises:
         Quarantine: unreadable, drawn on other images, a contour between slices or outside the volume, contours of one
@@ -47,7 +49,7 @@ def read_contours(
     unmatched: Counter[str] = Counter()
     for number, region in regions.items():
         name = str(region.get("ROIName") or "").strip()
-        label = spec.class_of(aliases.get(name, name))
+        label = class_named(name, spec, aliases)
         if label is None:
             unmatched[name] += 1
             continue
@@ -81,7 +83,7 @@ def _named(contour: pydicom.Dataset) -> set[str]:
 
 
 def _drawn_here(
-    region: pydicom.Dataset, contours: Sequence[pydicom.Dataset], volume: hd.Volume, instances: Mapping[str, int]
+    region: pydicom.Dataset, contours: Sequence[pydicom.Dataset], volume: hd.Volume, instances: Where
 ) -> None:
     """Every image that a contour names is here; and the frame of reference is shared, or every contour names one."""
     named = [_named(contour) for contour in contours]
@@ -92,7 +94,7 @@ def _drawn_here(
         raise Quarantine("label was made on slices that are missing")
 
 
-def _fill(contours: Sequence[pydicom.Dataset], volume: hd.Volume, instances: Mapping[str, int]) -> NDArray[np.bool_]:
+def _fill(contours: Sequence[pydicom.Dataset], volume: hd.Volume, instances: Where) -> NDArray[np.bool_]:
     mask = np.zeros(volume.spatial_shape, bool)
     outlines: dict[int, list[NDArray[np.bool_]]] = {}
     for contour in contours:
@@ -109,7 +111,7 @@ def _fill(contours: Sequence[pydicom.Dataset], volume: hd.Volume, instances: Map
         low, high = indices[:, 1:].min(axis=0), indices[:, 1:].max(axis=0)
         if not 0 <= at < len(mask) or (low < -1).any() or high[0] > rows or high[1] > columns:
             raise Quarantine("label reaches outside the image")
-        if any(instances[uid] not in {at, -1} for uid in _named(contour)):
+        if slices_named(contour.get("ContourImageSequence") or [], instances) - {at}:
             raise Quarantine("contour that lies in another slice than it names")
         inside = polygon2mask(mask.shape[1:], indices[:, 1:3])  # type: ignore[no-untyped-call]
         _refuse_self_crossing(indices[:, 1:3], inside)

@@ -15,7 +15,7 @@ from medfl.client.data.headers import Header, Progress, Reader, scan
 from medfl.client.data.memo import FileMemo, content_digest
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import DicomSettings, DicomwebSettings, DimseSettings, NiftiLabels, TableLabels
-from medfl.client.data.tables import classes_of, read_rows
+from medfl.client.data.tables import classes_of, is_whole, read_rows
 from medfl.shared.data_spec import DataSpec, Modality
 from medfl.shared.errors import ConfigError, DataError
 
@@ -88,7 +88,7 @@ def find_dicom(
         raise DataError(
             f"no {kind} image that can be used among {len(headers)} files: all that the PACS has for data.query"
         )
-    finder = _Finder(settings, spec, archive, _Labels(settings, folder, spec, task, key, archive))
+    finder = _Finder(settings, spec, archive, _Labels(settings, folder, spec, task, key, archive, findings))
     if spec.modality in PLANAR:
         candidates: Iterable[list[list[Header]]] = _by_instance(archive.images.values())
     elif spec.series:
@@ -164,11 +164,19 @@ class _Labels:
     """Labels that lie outside of DICOM: classes from a table, masks from NIfTI files."""
 
     def __init__(
-        self, settings: AnyDicom, folder: Path, spec: DataSpec, task: Task, key: SiteKey, archive: _Archive
+        self,
+        settings: AnyDicom,
+        folder: Path,
+        spec: DataSpec,
+        task: Task,
+        key: SiteKey,
+        archive: _Archive,
+        findings: Findings,
     ) -> None:
         self._settings = settings.labels
         self._classes: dict[str, set[str]] = defaultdict(set)
         self._spec, self._aliases, self._key, self._folder = spec, settings.aliases, key, folder
+        self._findings = findings
         issuers: dict[str, set[str]] = defaultdict(set)
         for header in (header for series in archive.images.values() for header in series if header.issuer):
             issuers[header.patient].add(header.issuer)
@@ -182,16 +190,20 @@ class _Labels:
                 if column not in columns:
                     raise DataError(f"{self._settings.file}: has no column {column!r} (data.labels)")
             for row in rows:
+                if not is_whole(row):
+                    findings.quarantined["row with more cells than columns"] += 1
+                    continue
                 value = (row.get(name) or "").strip()
                 self._classes[self._known(value)].add((row.get(self._settings.label_column) or "").strip())
-        self._masks: dict[str, Path] = {}
+        self._masks: dict[str, set[Path]] = defaultdict(set)
         if isinstance(self._settings, NiftiLabels):
             if not self._settings.folder.is_dir():
                 raise DataError(f"{self._settings.folder}: is not a folder (data.labels.folder)")
             for path in sorted(self._settings.folder.iterdir()):
                 stem = path.name.removesuffix(".gz").removesuffix(".nii")
-                if stem != path.name:
-                    self._masks[self._known(stem)] = path
+                if stem != path.name.removesuffix(".gz") and not stem.startswith("."):
+                    self._masks[self._known(stem)].add(path)
+        self._count_without_image(archive)
 
     def of(self, headers: Sequence[Header]) -> OutsideLabel | None:
         """The label of the case whose first series is ``headers``; None where labels are DICOM objects."""
@@ -202,16 +214,29 @@ class _Labels:
                     raise Quarantine("no label")
                 if len(found) > 1:
                     raise Quarantine("two different labels in the table")
+                self._findings.labels += 1
                 return OutsideLabel(classes=classes_of(found.pop(), self._spec, self._aliases))
             case NiftiLabels():
-                paths = {self._masks[name] for name in self._names(headers) if name in self._masks}
+                paths = set().union(*(self._masks.get(name, set()) for name in self._names(headers)))
                 if not paths:
                     raise Quarantine("no label")
                 if len(paths) > 1:
                     raise Quarantine("several files for one channel or mask")
+                self._findings.labels += 1
                 return OutsideLabel(nifti=paths.pop())
             case _:
                 return None
+
+    def _count_without_image(self, archive: _Archive) -> None:
+        """Count what names no image: a wrong key column shows, and not only as images without labels."""
+        named = set(self._classes) | set(self._masks)
+        for series in archive.images.values() if named else ():
+            try:
+                named -= self._names(series)
+            except Quarantine:  # an identifier of several issuers: each of its images will say so
+                named.discard(series[0].patient)
+        if named:
+            self._findings.quarantined["label without image"] += len(named)
 
     def _known(self, name: str) -> str:
         """How what the administrator wrote is remembered: never an identifier as it is."""

@@ -15,10 +15,11 @@ from medfl.client.data.admission import admit
 from medfl.client.data.case import Example, Quarantine
 from medfl.client.data.grids import mask_onto_grid, onto_grid
 from medfl.client.data.labels import OneObject, combine, label_image, label_objects
+from medfl.client.data.names import Meaning
 from medfl.client.data.nifti import read_mask_on
 from medfl.client.data.pixels import open_series
 from medfl.client.data.planar import read_planar
-from medfl.client.data.volumes import read_volume, slice_of_each
+from medfl.client.data.volumes import read_volume, slices_of_each
 from medfl.shared.data_spec import DataSpec, Modality
 
 
@@ -86,7 +87,7 @@ class SeriesCase:
             for dataset in datasets:
                 review |= admit(dataset)
             volumes.append(volume := read_volume(datasets, stack.modality))
-            drawn, where = stack.drawn, slice_of_each(datasets, volume)
+            drawn, where = stack.drawn, slices_of_each(datasets, volume)
             for classes, names in label_objects(
                 drawn.segmentations, drawn.structure_sets, volume, where, self.spec, self.aliases
             ):
@@ -97,7 +98,7 @@ class SeriesCase:
         mask: NDArray[np.uint8] | None = None
         unmatched: tuple[str, ...] = ()
         if self.label.nifti is not None:
-            mask = read_mask_on(self.label.nifti, grid, self.spec)
+            mask = read_mask_on(self.label.nifti, grid, Meaning(self.spec, self.aliases))
         elif self.label.classes is None:
             mask, unmatched = combine(objects, grid.spatial_shape)
         channels = [grid.array, *(onto_grid(volume, grid) for volume in volumes[1:])]

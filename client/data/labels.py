@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from medfl.client.data.case import Quarantine
 from medfl.client.data.contours import read_contours
 from medfl.client.data.segments import read_planar_segments, read_segments
+from medfl.client.data.slices import Where
 from medfl.shared.data_spec import DataSpec
 
 OneObject = tuple[Mapping[int, NDArray[np.bool_]], Counter[str]]
@@ -23,7 +24,7 @@ def label_volume(
     segmentations: Sequence[Path],
     structure_sets: Sequence[Path],
     volume: hd.Volume,
-    instances: Mapping[str, int],
+    instances: Where,
     spec: DataSpec,
     aliases: Mapping[str, str],
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
@@ -36,12 +37,12 @@ def label_objects(
     segmentations: Sequence[Path],
     structure_sets: Sequence[Path],
     volume: hd.Volume,
-    instances: Mapping[str, int],
+    instances: Where,
     spec: DataSpec,
     aliases: Mapping[str, str],
 ) -> list[OneObject]:
-    """Voxels of ``volume`` of each class in each object. ``instances`` says in which of its slices each SOP instance
-    lies, -1 for one that is all of them.
+    """Voxels of ``volume`` of each class in each object. ``instances`` says in which of its slices each frame of
+    each SOP instance lies.
     """
     objects: list[OneObject] = [read_segments(path, volume, instances, spec, aliases) for path in segmentations]
     return objects + [read_contours(path, volume, instances, spec, aliases) for path in structure_sets]

@@ -147,11 +147,11 @@ def find_cases(
         case NnunetSettings() | BidsSettings() if task != "segmentation":
             raise DataError(f"data.source: {settings.source} has masks only: list the images with source: table")
         case NnunetSettings():
-            from medfl.client.data.layouts import find_nnunet
+            from medfl.client.data.nnunet import find_nnunet
 
             return find_nnunet(settings, spec, key, findings, opted_out)
         case BidsSettings():
-            from medfl.client.data.layouts import find_bids
+            from medfl.client.data.bids import find_bids
 
             return find_bids(settings, spec, key, findings, opted_out)
         case DicomwebSettings() | DimseSettings():

@@ -8,19 +8,22 @@ from pathlib import Path
 
 import highdicom as hd
 import numpy as np
+import pydicom
 from numpy.typing import NDArray
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.grids import place
 from medfl.client.data.guard import reading
+from medfl.client.data.names import class_named
 from medfl.client.data.pixels import frames_are_described, open_series
+from medfl.client.data.slices import Where, slices_named
 from medfl.shared.data_spec import DataSpec
 
 _SLICES_APART = 0.4
 
 
 def read_segments(
-    path: Path, volume: hd.Volume, instances: Mapping[str, int], spec: DataSpec, aliases: Mapping[str, str]
+    path: Path, volume: hd.Volume, instances: Where, spec: DataSpec, aliases: Mapping[str, str]
 ) -> tuple[dict[int, NDArray[np.bool_]], Counter[str]]:
     """Voxels of ``volume`` that are each class in one SEG object, and names of segments that are no class.
 
@@ -83,19 +86,19 @@ def _sources(seg: hd.seg.Segmentation) -> set[str]:
     return {str(item.ReferencedSOPInstanceUID).strip() for item in named}
 
 
-def _lie_where_they_say(seg: hd.seg.Segmentation, volume: hd.Volume, instances: Mapping[str, int]) -> None:
-    """A frame that was made on one image lies in that image's slice: its place is written twice, and must agree."""
+def _lie_where_they_say(seg: hd.seg.Segmentation, volume: hd.Volume, instances: Where) -> None:
+    """A frame lies among the images, or frames of one, that it was made on: its place is written twice."""
+    shared = (seg.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
     for frame in seg.get("PerFrameFunctionalGroupsSequence") or []:
-        named = {
-            str(image.ReferencedSOPInstanceUID).strip()
-            for derivation in frame.get("DerivationImageSequence") or []
-            for image in derivation.get("SourceImageSequence") or []
-        }
-        place = frame.get("PlanePositionSequence")
-        if len(named) != 1 or not place or (at := instances.get(named.pop(), -1)) < 0:
+        derivations = frame.get("DerivationImageSequence") or shared.get("DerivationImageSequence") or []
+        images = [image for derivation in derivations for image in derivation.get("SourceImageSequence") or []]
+        named = slices_named(images, instances)
+        place = frame.get("PlanePositionSequence") or shared.get("PlanePositionSequence")
+        if not named or not place:
             continue
         position = np.array([[float(v) for v in place[0].ImagePositionPatient]])
-        if abs(float(volume.map_reference_to_indices(position, round_output=False)[0, 0]) - at) > _SLICES_APART:
+        at = float(volume.map_reference_to_indices(position, round_output=False)[0, 0])
+        if not min(named) - _SLICES_APART <= at <= max(named) + _SLICES_APART:
             raise Quarantine("label that lies in another slice than it names")
 
 
@@ -112,7 +115,7 @@ def _open(
     chosen: dict[int, list[int]] = {}
     unmatched: Counter[str] = Counter()
     for number, name in names.items():
-        label = spec.class_of(aliases.get(name, name))
+        label = class_named(name, spec, aliases)
         if label is None:
             unmatched[name] += 1
         else:

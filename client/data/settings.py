@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from medfl.shared.config import LocalPath, Settings
+from medfl.shared.data_spec import plain
 
 Key = Literal["patient", "study", "series", "instance", "file"]  # file: its name under ``folder``
 
@@ -40,6 +41,15 @@ class _Common(Settings):
     opt_out: LocalPath | None = None  # text file, one patient identifier a line; read again at every loading
     cache: CacheSettings = CacheSettings()
     workers: int = Field(default=1, ge=1, le=256)  # processes that decode; each holds one case in memory
+
+    @field_validator("aliases")
+    @classmethod
+    def _lead_to_one_name(cls, aliases: dict[str, str]) -> dict[str, str]:
+        meant: dict[str, str] = {}
+        for here, there in aliases.items():
+            if plain(meant.setdefault(plain(here), there)) != plain(there):
+                raise ValueError(f"{here!r} leads to two names: case, spaces and punctuation do not matter")
+        return aliases
 
 
 class ObjectLabels(Settings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,37 @@ def slices_of(datasets: Sequence[pydicom.Dataset]) -> list[Slice]:
         Quarantine: a place, a rescale or the pixels are missing or cannot be used.
     """
     return [found for dataset in datasets for found in _frames(dataset)]
+
+
+Where = Mapping[str, tuple[int, ...]]
+"""In which slice of a volume each frame of each SOP instance lies."""
+
+
+def positions_of(dataset: pydicom.Dataset) -> list[NDArray[np.float64]]:
+    """Position of each frame of an image that :func:`slices_of` has read, without its pixels."""
+    shared = (dataset.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
+    groups = dataset.get("PerFrameFunctionalGroupsSequence")
+    places = [[dataset]] if groups is None else [[group, shared] for group in groups]
+    return [_numbers(_group(place, "PlanePositionSequence"), "ImagePositionPatient", 3) for place in places]
+
+
+def slices_named(images: Iterable[pydicom.Dataset], where: Where) -> set[int]:
+    """Slices that references to ``images`` (PS3.3 10.3) name; none where they leave open which of several frames.
+
+    Raises:
+        Quarantine: an image has no such frame.
+    """
+    out = set()
+    for image in images:
+        frames = where.get(str(image.get("ReferencedSOPInstanceUID")).strip(), ())
+        numbers = image.get("ReferencedFrameNumber")
+        if numbers is None and len(frames) > 1:
+            return set()
+        for number in np.atleast_1d(1 if numbers is None else numbers).astype(int).tolist() if frames else ():
+            if not 1 <= number <= len(frames):
+                raise Quarantine("label of a frame that its image does not have")
+            out.add(frames[number - 1])
+    return out
 
 
 def _frames(dataset: pydicom.Dataset) -> Iterator[Slice]:

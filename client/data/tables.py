@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from medfl.client.data.admission import may_show_text
 from medfl.client.data.case import Example, Findings, Quarantine
-from medfl.client.data.layouts import NiftiCase
+from medfl.client.data.names import Meaning, class_named, class_of_number
+from medfl.client.data.nifti_case import NiftiCase
 from medfl.client.data.pictures import read_mask, read_picture
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import TableSettings
-from medfl.shared.data_spec import DataSpec
+from medfl.shared.data_spec import DataSpec, plain
 from medfl.shared.errors import DataError
 
 Task = Literal["segmentation", "classification"]
+Row = Mapping[str, str | None]
+
+_SURPLUS = "\0"  # column of the cells that stand beyond the last column
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,13 @@ class PictureCase:
     image: Path = field(repr=False)
     mask: Path | None = field(default=None, repr=False)
     label: frozenset[int] | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
     attributes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The picture."""
+        return (self.image,)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -38,14 +51,15 @@ class PictureCase:
 
     @property
     def fingerprint(self) -> str:
-        """The classes."""
-        return repr(self.label and sorted(self.label))
+        """The classes and the aliases."""
+        return repr((self.label and sorted(self.label), sorted(self.aliases.items())))
 
     def read(self) -> Example:
         """Decode picture and mask (see :func:`read_picture`, :func:`read_mask`)."""
         image = read_picture(self.image, self.spec)
-        mask = read_mask(self.mask, self.spec, image.shape[1:]) if self.mask is not None else None
-        return Example(image=image, spacing_mm=None, mask=mask, label=self.label)
+        meaning = Meaning(self.spec, self.aliases, white=True)
+        mask = read_mask(self.mask, meaning, image.shape[1:]) if self.mask is not None else None
+        return Example(image, None, mask, self.label, may_show_text(self.spec.modality))
 
 
 def find_pictures(
@@ -73,7 +87,7 @@ def find_pictures(
         if not rows:
             raise DataError(f"{settings.file}: no row has {settings.site!r} in column 'site' (data.site)")
     root = (settings.folder or settings.file.parent).resolve()
-    cases = []
+    cases: list[PictureCase | NiftiCase] = []
     for row in rows:
         findings.series += 1
         try:
@@ -81,11 +95,27 @@ def find_pictures(
         except Quarantine as reason:
             findings.quarantined[str(reason)] += 1
     findings.studies = len(rows)
-    return cases
+    return _each_once(cases, findings)
+
+
+def _each_once(cases: Sequence[PictureCase | NiftiCase], findings: Findings) -> list[PictureCase | NiftiCase]:
+    """``cases`` without rows that are there again, and without images of which two rows say different things."""
+    rows: dict[Path, list[PictureCase | NiftiCase]] = defaultdict(list)
+    for case in cases:
+        rows[case.images[0]].append(case)
+    out = []
+    for same in rows.values():
+        if any(case != same[0] for case in same):
+            findings.quarantined["one image with two patients or labels"] += len(same)
+            continue
+        out.append(same[0])
+        if len(same) > 1:
+            findings.quarantined["copy of another row"] += len(same) - 1
+    return out
 
 
 def _case(
-    row: Mapping[str, str | None],
+    row: Row,
     root: Path,
     wanted: str,
     spec: DataSpec,
@@ -94,6 +124,8 @@ def _case(
     findings: Findings,
     opted_out: Callable[[str], bool],
 ) -> PictureCase | NiftiCase:
+    if not is_whole(row):
+        raise Quarantine("row with more cells than columns")
     columns = spec.series or ("image",)
     patient, label = ((row.get(column) or "").strip() for column in ("patient", wanted))
     if not patient:
@@ -106,11 +138,11 @@ def _case(
     images = tuple(_inside(root, (row.get(column) or "").strip()) for column in columns)
     mask = _inside(root, label) if wanted == "mask" else None
     classes = classes_of(label, spec, settings.aliases) if mask is None else None
-    if all(path.name.endswith((".nii", ".nii.gz")) for path in images):
-        return NiftiCase(key.pseudonym(patient), spec, images, mask, classes)
+    if all(path.name.lower().endswith((".nii", ".nii.gz")) for path in images):
+        return NiftiCase(key.pseudonym(patient), spec, images, mask, classes, settings.aliases)
     if len(images) > 1 or spec.dimensions == 3:
         raise Quarantine("picture where the study needs a volume")
-    return PictureCase(key.pseudonym(patient), spec, images[0], mask, classes)
+    return PictureCase(key.pseudonym(patient), spec, images[0], mask, classes, settings.aliases)
 
 
 def classes_of(text: str, spec: DataSpec, aliases: Mapping[str, str]) -> frozenset[int]:
@@ -124,9 +156,9 @@ def classes_of(text: str, spec: DataSpec, aliases: Mapping[str, str]) -> frozens
     found = set()
     for part in text.split("|") if spec.multi_label else [text]:
         name = part.strip()
-        index = spec.class_of(aliases.get(name, name))
-        if index is None and name.isascii() and name.isdigit() and int(name) < len(spec.classes):
-            index = int(name)
+        index = class_named(name, spec, aliases)
+        if index is None and re.fullmatch(r"-?[0-9]+", plain(name)):
+            index = class_of_number(int(plain(name)), spec, aliases)
         if index is None:
             raise Quarantine("label that is no class of the study")
         found.add(index)
@@ -135,7 +167,7 @@ def classes_of(text: str, spec: DataSpec, aliases: Mapping[str, str]) -> frozens
 
 def _inside(root: Path, name: str) -> Path:
     """File ``name`` under ``root``; a table must not lead out of the site's folder."""
-    path = (root / name).resolve()
+    path = (root / name.replace("\\", "/")).resolve()
     if not name or not path.is_relative_to(root):
         raise Quarantine("file name leads out of the folder")
     if not path.is_file():
@@ -143,8 +175,13 @@ def _inside(root: Path, name: str) -> Path:
     return path
 
 
+def is_whole(row: Row) -> bool:
+    """Whether no cell stands beyond the last column: a comma inside of one shifts all that follow."""
+    return not any(row.get(_SURPLUS) or ())
+
+
 def read_rows(path: Path) -> tuple[list[dict[str, str | None]], list[str]]:
-    """Rows and column names of a CSV file (commas or semicolons, UTF-8 with or without a byte order mark).
+    """Rows and column names of a CSV file (commas, semicolons or tabs, UTF-8 with or without a byte order mark).
 
     Raises:
         DataError: it cannot be read, or has no rows.
@@ -156,7 +193,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, str | None]], list[str]]:
     except UnicodeDecodeError:
         raise DataError(f"{path}: the table is not UTF-8 text: save it as 'CSV UTF-8'") from None
     first = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text), delimiter=";" if first.count(";") > first.count(",") else ",")
+    # Strict: else a quote that does not close swallows all rows that follow.
+    reader = csv.DictReader(io.StringIO(text), restkey=_SURPLUS, delimiter=max(",;\t", key=first.count), strict=True)
     try:
         reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
         rows = list(reader)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.guard import reading
-from medfl.client.data.slices import Slice, slices_of
+from medfl.client.data.slices import Slice, positions_of, slices_of
 from medfl.client.data.uptake import suv_factor
 from medfl.shared.data_spec import Modality
 
@@ -60,13 +60,13 @@ def read_volume(datasets: Sequence[pydicom.Dataset], modality: Modality) -> hd.V
         return hd.Volume(array, affine, coordinate_system="PATIENT", frame_of_reference_uid=frame)
 
 
-def slice_of_each(datasets: Sequence[pydicom.Dataset], volume: hd.Volume) -> dict[str, int]:
-    """Index along ``volume`` of each SOP instance it was read from; -1 for one file that is the whole volume."""
-    if len(datasets) == 1:
-        return {str(datasets[0].SOPInstanceUID): -1}
-    positions = np.array([[float(v) for v in dataset.ImagePositionPatient] for dataset in datasets])
-    indices = volume.map_reference_to_indices(positions, round_output=True)[:, 0]
-    return {str(d.SOPInstanceUID): int(index) for d, index in zip(datasets, indices, strict=True)}
+def slices_of_each(datasets: Sequence[pydicom.Dataset], volume: hd.Volume) -> dict[str, tuple[int, ...]]:
+    """Index along ``volume`` of each frame of each SOP instance that it was read from."""
+    positions = [positions_of(dataset) for dataset in datasets]
+    indices = volume.map_reference_to_indices(np.concatenate(positions), round_output=True)[:, 0].astype(int)
+    ends = np.cumsum([len(found) for found in positions])[:-1]
+    parts = np.split(indices, ends)
+    return {str(d.SOPInstanceUID): tuple(part.tolist()) for d, part in zip(datasets, parts, strict=True)}
 
 
 def _one_scan(datasets: Sequence[pydicom.Dataset]) -> None:
@@ -178,12 +178,21 @@ def _stack(slices: Sequence[Slice], modality: Modality) -> NDArray[np.float32]:
     if modality is Modality.CT:
         for number, where in padded:
             array[number][where] = AIR_HU
-        if array.max() > _BEYOND_HU:
-            raise Quarantine("CT values beyond any scanner's scale")
-        return np.maximum(array, np.float32(AIR_HU), out=array)
+        return in_hounsfield(array)
     if padded:
         _fill(array, padded)
     return array
+
+
+def in_hounsfield(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``array`` itself, changed: what is less than air is air.
+
+    Raises:
+        Quarantine: no scanner gives such values.
+    """
+    if array.max() > _BEYOND_HU:
+        raise Quarantine("CT values beyond any scanner's scale")
+    return np.maximum(array, np.float32(AIR_HU), out=array)
 
 
 def _ends(found: Slice) -> np.float32:

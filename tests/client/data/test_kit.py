@@ -17,7 +17,7 @@ from medfl.client.data.labels import label_volume
 from medfl.client.data.pixels import decode, open_dataset
 from medfl.client.data.planar import read_planar
 from medfl.client.data.settings import DicomSettings
-from medfl.client.data.volumes import AIR_HU, read_volume, slice_of_each
+from medfl.client.data.volumes import AIR_HU, read_volume, slices_of_each
 from medfl.shared.data_spec import Modality
 
 KIT = DATA / "dicom"
@@ -63,7 +63,7 @@ def test_a_real_compressed_ct_is_a_regular_volume_in_hounsfield_units() -> None:
 def test_real_segments_lie_on_their_real_ct() -> None:
     slices = series("series/ct_ge_3slice")
     volume = read_volume(slices, Modality.CT)  # type: ignore[arg-type]
-    instances = slice_of_each(slices, volume)  # type: ignore[arg-type]
+    instances = slices_of_each(slices, volume)  # type: ignore[arg-type]
     names = ("GREEN", "ORANGE", "PURPLE", "LIGHT_BLUE", "DARK_BLUE")
     study = spec(classes=("background", *names))
     mask, unmatched = label_volume([KIT / "seg" / "partial_overlaps.dcm"], [], volume, instances, study, {})
@@ -76,7 +76,7 @@ def test_real_segments_lie_on_their_real_ct() -> None:
 def test_contours_that_name_other_images_are_refused_and_good_ones_land() -> None:
     slices = [open_dataset(KIT / "rt" / f"ct_{n}.dcm") for n in (1, 2)]
     volume = read_volume(slices, Modality.CT)
-    instances = slice_of_each(slices, volume)
+    instances = slices_of_each(slices, volume)
     study = spec(classes=("background", "ROI-1"))
     good, _ = read_contours(KIT / "rt" / "rt.dcm", volume, instances, study, {})
     # a square of 24 mm with a hole of 15 mm on pixels of 0.488281 mm: 1474 of them, less or more along the edges

@@ -9,6 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_lab import COLUMN_MM, ROW_MM, SLICES, ct, lesion, save, seg, spec, structure_set
+from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from numpy.typing import NDArray
 from pydicom.uid import generate_uid
 from skimage.draw import polygon2mask
@@ -16,7 +17,7 @@ from skimage.draw import polygon2mask
 from medfl.client.data.case import Quarantine
 from medfl.client.data.contours import read_contours
 from medfl.client.data.labels import combine, label_volume
-from medfl.client.data.volumes import read_volume, slice_of_each
+from medfl.client.data.volumes import read_volume, slices_of_each
 from medfl.shared.data_spec import DataSpec, Modality
 
 
@@ -24,7 +25,7 @@ def upright(slices: list[pydicom.FileDataset], path: Path, study: DataSpec | Non
     """The mask of one label file, slices from feet to head."""
     volume = read_volume(slices, Modality.CT)
     paths = ([path], []) if pydicom.dcmread(path).Modality == "SEG" else ([], [path])
-    instances = slice_of_each(slices, volume)
+    instances = slices_of_each(slices, volume)
     mask, _ = label_volume(*paths, volume, instances, study or spec(), {})
     return np.asarray(volume.with_array(mask).to_patient_orientation("HPL").array)
 
@@ -74,7 +75,7 @@ def test_names_go_through_the_sites_aliases_and_the_studys_map(tmp_path: Path) -
     (path,) = save([seg(slices, {"Tumeur 1": lesion(), "Foie": lesion()})], tmp_path)
     volume = read_volume(slices, Modality.CT)
     study = spec(label_map={"GTV": "lesion"})
-    mask, unmatched = label_volume([path], [], volume, slice_of_each(slices, volume), study, {"Tumeur 1": "gtv"})
+    mask, unmatched = label_volume([path], [], volume, slices_of_each(slices, volume), study, {"Tumeur 1": "gtv"})
     assert mask.sum() == lesion().sum()
     assert unmatched == ("Foie",)
 
@@ -135,7 +136,7 @@ def test_a_segmentation_that_reaches_outside_the_volume_is_refused(tmp_path: Pat
     (path,) = save([seg(slices)], tmp_path)
     volume = read_volume(slices[3:], Modality.CT)
     with pytest.raises(Quarantine, match="outside the image"):
-        label_volume([path], [], volume, {d.SOPInstanceUID: -1 for d in slices}, spec(), {})
+        label_volume([path], [], volume, {d.SOPInstanceUID: () for d in slices}, spec(), {})
 
 
 def test_a_series_that_lost_its_last_slice_is_noticed_by_its_label(tmp_path: Path) -> None:
@@ -318,6 +319,60 @@ def test_a_segmentation_whose_frame_lies_in_another_slice_than_it_names_is_refus
     (path,) = save([label], tmp_path)
     with pytest.raises(Quarantine, match="another slice than it names"):
         upright(slices, path)
+
+
+def in_one_file(slices: list[pydicom.FileDataset]) -> pydicom.FileDataset:
+    """The series as one multi-frame image. highdicom puts its frames from head to feet."""
+    for dataset in slices:
+        dataset.AcquisitionNumber, dataset.SeriesDate, dataset.SeriesTime = 1, "20200101", "120000"
+    return LegacyConvertedEnhancedCTImage(slices, generate_uid(), 2, generate_uid(), 1)
+
+
+def heights(image: pydicom.Dataset) -> list[float]:
+    groups = image.PerFrameFunctionalGroupsSequence
+    return [float(group.PlanePositionSequence[0].ImagePositionPatient[2]) for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [(None, None), (2, "label that lies in another slice than it names"), (7, "label of a frame that its image does")],
+)
+def test_a_segmentation_of_one_file_lies_in_the_frames_that_it_names(
+    frame: int | None, reason: str | None, tmp_path: Path
+) -> None:
+    image = in_one_file(ct())
+    label = seg([image], {"Lesion": lesion()[np.argsort(np.argsort(heights(image)))]})
+    named = label.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence[0].SourceImageSequence[0]
+    at = float(label.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence[0].ImagePositionPatient[2])
+    assert heights(image)[named.ReferencedFrameNumber - 1] == at  # so the original is checked, and is right
+    assert heights(image)[1] != at
+    if frame is not None:
+        named.ReferencedFrameNumber = frame
+    (path,) = save([label], tmp_path)
+    if reason is None:
+        assert np.array_equal(upright([image], path), lesion())
+    else:
+        with pytest.raises(Quarantine, match=reason):
+            upright([image], path)
+
+
+def test_contours_of_one_file_lie_in_the_frames_that_they_name(tmp_path: Path) -> None:
+    slices = ct()
+    outline = circle(slices, 2, 5.03)
+    image = in_one_file(slices)
+    right = heights(image).index(outline[0, 2]) + 1
+    for frame in (right, right % 6 + 1):
+        drawing = structure_set([image], {"Lesion": [outline]})
+        item = pydicom.Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
+        item.ReferencedFrameNumber = frame
+        drawing.ROIContourSequence[0].ContourSequence[0].ContourImageSequence = [item]
+        (path,) = save([drawing], tmp_path / str(frame))
+        if frame == right:
+            assert np.array_equal(upright([image], path)[2], disc(5.03))
+        else:
+            with pytest.raises(Quarantine, match="another slice than it names"):
+                upright([image], path)
 
 
 def test_contours_follow_an_oblique_volume(tmp_path: Path) -> None:

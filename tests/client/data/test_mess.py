@@ -412,7 +412,8 @@ def test_classes_by_file_belong_to_exactly_that_file(tmp_path: Path) -> None:
         rows.append(f"in\\{number}.dcm,{number % 2}" if number else f"0.dcm,{number % 2}")  # the first is not there
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     data = load(tmp_path, {"kind": "table", "file": tmp_path / "labels.csv", "key": "file"})
-    assert data.report.quarantined == {"no label": 1, "not a DICOM file": 1}
+    assert data.report.quarantined == {"no label": 1, "label without image": 1, "not a DICOM file": 1}
+    assert data.report.labels == 5
     for part in data.splits.values():
         hundreds = (part.images.flatten(1)[:, 0] / 100).round().long()
         assert (hundreds % 2 == part.labels).all()

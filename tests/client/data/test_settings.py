@@ -41,6 +41,7 @@ def test_the_page_shows_every_source() -> None:
         ("data: {source: dicom, folder: x, alias: {}}", "did you mean 'aliases'"),
         ("data: {source: dicom, folder: x, series: {t1: '('}}", "not a regular expression"),
         ("data: {source: nnunet, folder: x, patient: 'P.*'}", "group in parentheses"),
+        ("data: {source: dicom, folder: x, aliases: {GTV-1: a, gtv 1: b}}", "leads to two names"),
         ("data: {source: dicom, folder: x, split: {min_patients: 1}}", "min_patients"),
     ],
 )
