@@ -19,7 +19,7 @@ from medfl.client.privacy.clipped import UnitData
 from medfl.client.workbench import Bench, make_bench
 from medfl.shared.errors import ConfigError
 from medfl.shared.losses import LossFunction, build_loss
-from medfl.shared.privacy.settings import NoPrivacy
+from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.study import Study
 from medfl.simulations.audit import real_step
 from medfl.simulations.config import CuriousServer
@@ -48,7 +48,8 @@ def reconstruct(
 
     In clear the coordinator sees that site's gradient. Under secure aggregation it sees one sum over as many sites as
     the study needs at least, and searches for all their images at once. Under differential privacy gradients go through
-    the product's own clipping and noise, of ``noise_multiplier`` (as a site planned it).
+    the product's own clipping and noise: of ``noise_multiplier`` (as a site planned it), at the client level of what
+    the study puts on the sum of all sites.
 
     Raises:
         ConfigError: no site that trains has the victim's name.
@@ -61,6 +62,8 @@ def reconstruct(
     others = [name for name in names if name != victim]
     together = study.rounds.minimum_sites if study.secure_aggregation.mode != "none" else 1
     units = [_first(sites[name]) for name in (victim, *others)[:together]]
+    if isinstance(study.privacy, ClientLevel):  # a site's plan has what a patient is charged, which is half of it
+        noise_multiplier = study.privacy.noise_multiplier
     seen = _seen(study, bench, loss_of, units, noise_multiplier)
     generator = torch.Generator(device).manual_seed(study.seed)
     guess = _search(bench, loss_of, units, seen, how.steps, generator)

@@ -140,6 +140,13 @@ class SecureSite:
         state = advertise_keys(announcement, held, enrolment, history)
         self._journal.begin(announcement, weight=held.weight, epoch=epoch)
         self._open[key] = (state.context, state)
+        missed = announcement.round - history.last_seen[0] - 1
+        if missed > 0 and history.last_consumed >= 0 and held.scalars:  # numbers go with it, exact in their sum
+            log.warning(
+                "%d sums over other sites may have been formed since this site's last one: the coordinator can tell "
+                "what this site adds to counts and scores from sums with and without it",
+                missed,
+            )
         return PhaseReply(state.advert.to_bytes())
 
     def _share_keys(self, request: KeyList) -> PhaseReply:

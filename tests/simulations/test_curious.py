@@ -13,6 +13,8 @@ from consortium import write_pictures
 from tiny import classes_study, masks_study, site_data
 
 from medfl.shared.study import Study
+from medfl.simulations import curious
+from medfl.simulations.audit import real_step
 from medfl.simulations.cli import main
 from medfl.simulations.config import CuriousServer
 from medfl.simulations.curious import Reconstruction, reconstruct
@@ -42,6 +44,22 @@ def test_the_private_step_hides_the_picture_and_clipping_alone_does_not() -> Non
     private = classes_study(privacy=PRIVATE)
     assert attack(private, noise_multiplier=1e-6).found > RECOGNISABLE_DB
     assert attack(private, noise_multiplier=1.0).found < RECOGNISABLE_DB - 10
+
+
+def test_at_the_client_level_the_coordinator_sees_the_sum_of_all_sites_and_the_noise_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def watched(*what: Any, **how: Any) -> Any:
+        step = real_step(*what, **how)
+        return lambda units, noise: (seen.append((len(units), noise)), step(units, noise))[1]
+
+    monkeypatch.setattr(curious, "real_step", watched)
+    privacy = {"mode": "client-level", "epsilon": 8, "delta": 1e-3, "noise_multiplier": 6.0}
+    study = classes_study(privacy=privacy, secure_aggregation={"mode": "msa1"}, rounds={"minimum_sites": 5})
+    assert attack(study, noise_multiplier=3.0).found < RECOGNISABLE_DB - 10  # 3: what a site's patient is charged
+    assert seen == [(5, 6.0)]
 
 
 def test_what_stays_at_a_site_is_not_seen() -> None:

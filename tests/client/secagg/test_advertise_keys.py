@@ -142,6 +142,28 @@ def test_another_model_is_summed_in_the_next_round() -> None:
     Stage(world, Phase.UNMASK, round=2, model=b"n" * 32)
 
 
+@pytest.mark.parametrize(
+    ("changes", "round_number", "told"),
+    [
+        ({}, 2, False),
+        ({}, 4, True),
+        ({"scalars": {}, "encoding": replace(Consortium(5).encoding, scalars=())}, 4, False),
+    ],
+    ids=["no sum was missed", "two were", "two were, and no number goes with them"],
+)
+def test_a_site_that_missed_sums_reads_in_its_log_what_they_tell_of_it(
+    changes: dict[str, object], round_number: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = Consortium(5)
+    world.encoding = changes.get("encoding", world.encoding)  # type: ignore[assignment]
+    world.hold(**changes)
+    Stage(world, Phase.UNMASK)
+    assert "with and without it" not in caplog.text
+    world.hold(model=b"n" * 32)
+    world.ask(1, ADVERTISE, world.announcement(round=round_number, model=b"n" * 32))
+    assert ("2 sums over other sites" in caplog.text) is told
+
+
 def test_the_very_same_sum_may_be_repeated_under_a_new_round() -> None:
     world = Consortium(5)
     Stage(world, Phase.CONFIRM_SURVIVORS)
