@@ -15,7 +15,7 @@ from medfl.client.runtime import build_participant, load_data, local_day, node_s
 from medfl.client.site import ceilings_of
 from medfl.client.trust import approvals_of, chosen_study, coordinator_address, site_rosters
 from medfl.shared.certificates import WARN_DAYS, SiteFiles, check_certificate, common_name, load_certificate
-from medfl.shared.errors import ConfigError, PolicyRefusal
+from medfl.shared.errors import ConfigError, DataError, PolicyRefusal
 from medfl.shared.keys import load_node_key, read_private
 from medfl.shared.loading import LoadingBar
 from medfl.shared.study import Study
@@ -69,13 +69,20 @@ def _check_roster(settings: SiteSettings, console: Console) -> None:
 def _check_study(settings: SiteSettings, study: Study, console: Console) -> None:
     console.print(f"study {study.name}, digest")
     console.print(f"  {study.digest}", highlight=False)
-    with LoadingBar(console) as loading:
-        data = load_data(settings, study, site_device(settings), loading)
+    try:
+        with LoadingBar(console) as loading:
+            data = load_data(settings, study, site_device(settings), loading)
+    except DataError as error:
+        if names := getattr(error, "__notes__", None):
+            console.print("segments here that are no class of the study (see data.aliases):")
+            console.print("\n".join(names), markup=False, highlight=False)
+        raise
     for line in data.report.lines():
         console.print(line, highlight=False)
     sheet = settings.state / "contact-sheet.html"
     write_contact_sheet(data, study.data, sheet)
-    console.print(f"look at the images and outlines in {sheet} (only this account can read it)", soft_wrap=True)
+    console.print("look at the images and outlines (only this account can read them):")
+    console.print(f"  {sheet}", soft_wrap=True, markup=False, highlight=False)
     approvals_of(settings).permit(study, today=local_day(settings))
     console.print("the policy permits this study")
     if settings.policy.hours:

@@ -15,8 +15,13 @@ from numpy.typing import NDArray
 
 class Quarantine(Exception):
     """A case cannot be read safely and is left out. ``str`` is a short stable reason that is counted and shown;
-    it never holds a name, an identifier or a value from the file.
+    it never holds a name, an identifier or a value from the file. ``unmatched`` are the names of its segments where
+    none is a class of the study: for this site's own people only.
     """
+
+    def __init__(self, reason: str, unmatched: tuple[str, ...] = ()) -> None:
+        super().__init__(reason)
+        self.unmatched = unmatched
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,14 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Why a case gives no block (see :class:`Quarantine`)."""
+
+    reason: str
+    unmatched: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One case to be made into a block."""
 
@@ -49,7 +57,7 @@ class Job:
     spec: DataSpec
     held_out: bool
 
-    def run(self) -> Block | str:
+    def run(self) -> Block | LeftOut:
         """The block, or the reason why there is none."""
         try:
             with reading("unreadable case"):  # headers are parsed as they are looked at: anything may raise
@@ -57,7 +65,7 @@ class Job:
             with reading("case that cannot be preprocessed"):
                 images, masks = preprocess(example, self.spec, held_out=self.held_out)
         except Quarantine as reason:
-            return str(reason)
+            return LeftOut(str(reason), reason.unmatched)
         return Block(
             _alone(narrowest(images)),
             None if masks is None else _alone(masks),
@@ -93,7 +101,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def blocks(
     jobs: Sequence[Job], workers: int = 1, cache: EncryptedCache | None = None, memo: FileMemo | None = None
-) -> Iterator[Block | str]:
+) -> Iterator[Block | LeftOut]:
     """The block of each job, or why there is none, in the order of ``jobs``.
 
     At most one case for each worker, and as many blocks, are in memory besides what the caller keeps.
@@ -110,12 +118,12 @@ def blocks(
 class _Pending:
     """A block that is known, or on its way."""
 
-    known: Block | str | None
-    future: Future[Block | str] | None
+    known: Block | LeftOut | None
+    future: Future[Block | LeftOut] | None
     address: str | None
     cache: EncryptedCache | None
 
-    def result(self) -> Block | str:
+    def result(self) -> Block | LeftOut:
         if self.future is None:
             assert self.known is not None  # noqa: S101 - one of the two
             return self.known
@@ -142,12 +150,12 @@ def _one(job: Job, pool: Executor | None, cache: EncryptedCache | None, memo: Fi
         try:
             address = job.address(memo)
         except Quarantine as reason:
-            return _Pending(str(reason), None, None, None)
+            return _Pending(LeftOut(str(reason)), None, None, None)
         content = cache.get(address)
         block = unpack(content) if content is not None else None
         if block is not None:
             return _Pending(block, None, None, None)
-    future: Future[Block | str]
+    future: Future[Block | LeftOut]
     if pool is not None:
         future = pool.submit(job.run)
     else:
@@ -156,10 +164,10 @@ def _one(job: Job, pool: Executor | None, cache: EncryptedCache | None, memo: Fi
     return _Pending(None, future, address, cache)
 
 
-def pack(block: Block | str) -> bytes:
+def pack(block: Block | LeftOut) -> bytes:
     """A block, or a reason, as bytes (safetensors with its facts as metadata)."""
-    if isinstance(block, str):
-        return save_tensors({}, {"facts": json.dumps({"left out": block})})
+    if isinstance(block, LeftOut):
+        return save_tensors({}, {"facts": json.dumps({"left out": block.reason, "unmatched": block.unmatched})})
     facts = {
         "label": None if block.label is None else sorted(block.label),
         "spacing_mm": block.spacing_mm,
@@ -173,14 +181,14 @@ def pack(block: Block | str) -> bytes:
     return save_tensors(tensors, {"facts": json.dumps(facts)})
 
 
-def unpack(content: bytes) -> Block | str | None:
+def unpack(content: bytes) -> Block | LeftOut | None:
     """The inverse of :func:`pack`; None where the content is of another kind."""
     try:
         tensors = load_tensors(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         facts: dict[str, Any] = json.loads(header["__metadata__"]["facts"])
         if "left out" in facts:
-            return str(facts["left out"])
+            return LeftOut(str(facts["left out"]), tuple(facts["unmatched"]))
         label, spacing = facts["label"], facts["spacing_mm"]
         return Block(
             tensors["images"],

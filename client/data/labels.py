@@ -81,5 +81,5 @@ def combine(objects: Iterable[OneObject], shape: tuple[int, ...]) -> tuple[NDArr
             np.maximum(mask, voxels.view(np.uint8) * np.uint8(label), out=mask)
         seen |= set(classes)
     if not seen:
-        raise Quarantine("no segment is a class of the study")
+        raise Quarantine("no segment is a class of the study", tuple(unmatched))
     return mask, tuple(unmatched)

@@ -19,7 +19,7 @@ from medfl.client.data.cache import EncryptedCache
 from medfl.client.data.case import Case, Findings
 from medfl.client.data.decoder import end_decoder
 from medfl.client.data.headers import HEADER_FIELDS, Progress
-from medfl.client.data.ingest import Block, Job, blocks
+from medfl.client.data.ingest import Block, Job, LeftOut, blocks
 from medfl.client.data.memo import FileMemo
 from medfl.client.data.report import DataReport, Range
 from medfl.client.data.secret import SiteKey
@@ -67,16 +67,17 @@ def load_site_data(
     cache, memo = _open_cache(settings, cache_key or key, cache_dir)
     cases = find_cases(settings, spec, task, key, findings, progress, memo)
     if not cases:
-        raise DataError(f"no case has an image and a label that can be used{_because(findings)}")
+        raise _nothing("no case has an image and a label that can be used", findings)
     read = partial(_Reading.of, spec=spec, settings=settings, key=key, cache=cache, memo=memo, progress=progress)
     try:
         found = read(cases)
         if any(not found.kept[part] for part in _wanted(settings)) and found.lost:
             # The few patients of a small site's held-out part cannot be read: others take their place.
             findings.quarantined += found.of_the_lost
+            findings.unmatched += found.names_of_the_lost
             found = read([case for case in cases if case.patient not in found.lost])
     except DataError as error:
-        raise DataError(f"{error}{_because(findings)}") from None
+        raise _nothing(str(error), findings) from None
     end_decoder()
     if cache is not None and memo is not None:
         memo.save()
@@ -89,7 +90,7 @@ def load_site_data(
     splits = _held(found, spec, task, torch.device(device), room)
     for part in _wanted(settings):
         if not len(splits[part]):
-            raise DataError(f"no case is left for the {part.value} part{_because(findings)}")
+            raise _nothing(f"no case is left for the {part.value} part", findings)
     report = DataReport(
         patients=len(statistics.patients),
         studies=findings.studies,
@@ -241,9 +242,13 @@ def _wanted(settings: DataSettings) -> list[Split]:
     return [part for part, share in shares.items() if share > 0]
 
 
-def _because(findings: Findings) -> str:
+def _nothing(text: str, findings: Findings) -> DataError:
+    """``text`` and the commonest reasons. Names of segments are a note: what is typed in by hand stays out of logs."""
     reasons = ", ".join(f"{reason} ({count})" for reason, count in findings.quarantined.most_common(5))
-    return f": left out: {reasons}" if reasons else ""
+    error = DataError(f"{text}: left out: {reasons}" if reasons else text)
+    for name, count in findings.unmatched.most_common(20):
+        error.add_note(f"{count:6d}  {name!r}")
+    return error
 
 
 @dataclass(slots=True)
@@ -258,6 +263,7 @@ class _Reading:
     review: Counter[str] = field(default_factory=Counter)
     lost: set[str] = field(default_factory=set)  # patients without any case that can be read
     of_the_lost: Counter[str] = field(default_factory=Counter)  # why
+    names_of_the_lost: Counter[str] = field(default_factory=Counter)  # of their segments that are no class
 
     @classmethod
     def of(
@@ -280,12 +286,13 @@ class _Reading:
         out = cls(tuple(sorted(parts)), _Statistics(len(spec.classes)))
         numbers = {patient: number for number, patient in enumerate(out.pseudonyms)}
         jobs = [Job(case, spec, parts[case.patient] is not Split.TRAIN) for case in cases]
-        reasons: list[tuple[str, str]] = []
+        left_out: list[tuple[str, LeftOut]] = []
         for done, (case, block) in enumerate(zip(cases, blocks(jobs, settings.workers, cache, memo), strict=True)):
             if progress:
                 progress("reading images", done, len(cases))
-            if isinstance(block, str):
-                reasons.append((case.patient, block))
+            if isinstance(block, LeftOut):
+                left_out.append((case.patient, block))
+                out.unmatched.update(block.unmatched)
                 continue
             labels = block.masks if block.masks is not None else _class_labels(block.label, spec, len(block.images))
             out.kept[parts[case.patient]].append((block.images, labels, numbers[case.patient]))
@@ -294,9 +301,11 @@ class _Reading:
             out.review.update(block.review)
         if progress:
             progress("reading images", len(cases), len(cases))
-        out.quarantined.update(reason for _, reason in reasons)
+        out.quarantined.update(why.reason for _, why in left_out)
         out.lost = set(parts) - out.statistics.patients
-        out.of_the_lost.update(reason for patient, reason in reasons if patient in out.lost)
+        for why in (why for patient, why in left_out if patient in out.lost):
+            out.of_the_lost[why.reason] += 1
+            out.names_of_the_lost.update(why.unmatched)
         return out
 
 

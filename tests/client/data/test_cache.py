@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from medfl.client.data import ingest
 from medfl.client.data.cache import EncryptedCache
 from medfl.client.data.dicom_cases import SeriesCase
-from medfl.client.data.ingest import Block, pack, unpack
+from medfl.client.data.ingest import Block, LeftOut, pack, unpack
 from medfl.client.data.load import load_site_data, without_opted_out
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import DicomSettings
@@ -127,7 +127,8 @@ def test_a_block_packs_and_unpacks(masks: torch.Tensor | None) -> None:
     assert torch.equal(again.images, block.images)
     assert (again.label, again.spacing_mm, again.intensity) == (block.label, block.spacing_mm, block.intensity)
     assert (again.review, again.unmatched) == (block.review, block.unmatched)
-    assert unpack(pack("missing slices")) == "missing slices"
+    for why in (LeftOut("missing slices"), LeftOut("no segment is a class of the study", ("Leber",))):
+        assert unpack(pack(why)) == why
     assert unpack(b"nonsense" * 9) is None
 
 

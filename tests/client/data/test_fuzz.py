@@ -39,7 +39,7 @@ from real_data import DATA
 
 from medfl.client.data.case import Example, Findings
 from medfl.client.data.dicom import find_dicom
-from medfl.client.data.ingest import Job
+from medfl.client.data.ingest import Job, LeftOut
 from medfl.client.data.settings import DicomSettings
 from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import DataError
@@ -168,8 +168,8 @@ def read(folder: Path, study: DataSpec) -> tuple[list[tuple[str, Example]], Coun
     for case in cases:
         seen: list[Example] = []
         block = Job(_Spy(case, seen), study, held_out=False).run()  # type: ignore[arg-type]
-        if isinstance(block, str):
-            findings.quarantined[block] += 1
+        if isinstance(block, LeftOut):
+            findings.quarantined[block.reason] += 1
         else:
             out.append((case.patient, seen[0]))
     assert out or findings.quarantined
@@ -319,7 +319,7 @@ def fuzz_kit(count: int, folder: Path, seed: int) -> Outcome:
             cases = []
         for case in cases:
             block = Job(case, study, held_out=False).run()
-            findings.quarantined[block if isinstance(block, str) else "read"] += 1
+            findings.quarantined[block.reason if isinstance(block, LeftOut) else "read"] += 1
         outcome.reasons += findings.quarantined
     return outcome
 

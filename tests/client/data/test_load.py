@@ -123,6 +123,17 @@ def test_every_kind_of_mess_is_left_out_and_counted_and_the_rest_is_used(tmp_pat
     assert sum(data.report.cases.values()) == 10
 
 
+def test_where_no_segment_is_a_class_their_names_are_told_beside_the_error(tmp_path: Path) -> None:
+    for number in range(10):
+        source = ct(hounsfield(number), name=f"P{number:02d}")
+        save([*source, seg(source, {"Tumeur foie": lesion()})], tmp_path / str(number))
+    with pytest.raises(DataError) as caught:
+        load(tmp_path)
+    assert str(caught.value).endswith("left out: no segment is a class of the study (10)")
+    assert caught.value.__notes__ == ["    10  'Tumeur foie'"]
+    assert load(tmp_path, aliases={"tumeur-foie": "Lesion"}).report.quarantined == {}
+
+
 def test_two_series_in_one_folder_are_two_cases(tmp_path: Path) -> None:
     hospital(tmp_path)
     for number in range(2):
