@@ -16,9 +16,9 @@ help:  ## Show what there is
 demo: $(VENV)/.installed  ## Install, then run a whole federation of four phantom hospitals
 	$(BIN)/medfl-sim demo --output runs/demo
 
-# Tests of real processes and clocks may fail on a machine that is busy: such a one is tried once more, and named.
+# Tests of real processes and clocks that fail are tried once more and named, no others: see tests/conftest.py.
 test: $(VENV)/.installed-dev  ## Install with the development extras, then run the whole test suite
-	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 --reruns 1
+	$(BIN)/python -m pytest -n 2 --maxschedchunk 1
 
 lint: $(VENV)/.installed-dev  ## Style
 	$(BIN)/ruff check .

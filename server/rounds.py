@@ -216,7 +216,11 @@ class Rounds:
         if collected.trained < self._quorum or not collected.replies:
             collected.replies = []
             failed = ", ".join(f"{name}: {why}" for name, why in collected.outcomes.items() if why != TRAINED)
-            log.warning("round %d is void: %d of %d sites trained (%s)", number, collected.trained, len(cohort), failed)
+            if self._stop.is_set():
+                log.info("round %d is given up: the study is being stopped", number)
+            else:
+                trained = collected.trained
+                log.warning("round %d is void: %d of %d sites trained (%s)", number, trained, len(cohort), failed)
             return collected
         self._weights = self._aggregate(number, collected)
         self._round = number

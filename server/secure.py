@@ -67,7 +67,7 @@ class SecureCollector:
         try:
             reference, counted = self._sum_of_weights(number, cohort)
         except SumVoid as void:
-            log.warning("the sum of the sites' weights did not come about: %s", void)
+            self._stages.void("the sum of the sites' weights did not come about: %s", void)
             collected.outcomes |= self._words(void, cohort)
             return collected
         encoding = self._train_encoding(reference)
@@ -82,7 +82,7 @@ class SecureCollector:
         try:
             total = self._summed(self._plan(Purpose.TRAIN, encoding, weights, ready), ready)
         except SumVoid as void:
-            log.warning("round %d: %s", number, void)
+            self._stages.void("round %d: %s", number, void)
             collected.outcomes |= self._words(void, ready)
             return collected
         collected.weight_of_all = reference
@@ -114,7 +114,7 @@ class SecureCollector:
             plan = self._plan(Purpose.EVALUATE, encoding, weights, ready)
             total = self._summed(plan, ready)
         except SumVoid as void:
-            log.warning("scores of round %d were not summed: %s", number, void)
+            self._stages.void("scores of round %d were not summed: %s", number, void)
             return Evaluated({}, by_site)
         return Evaluated(dict(total.scalars), by_site)
 
@@ -138,7 +138,7 @@ class SecureCollector:
         try:
             total = finish(pending, roster=self._roster, exchange=self._exchange(cohort))
         except SumVoid as void:
-            log.warning("the masked sum from before the restart could not be finished: %s", void)
+            self._stages.void("the masked sum from before the restart could not be finished: %s", void)
             return None
         self._take(total, collected, weights, cohort)
         return collected

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from flwr.app import Message
 
+from medfl.server.secagg.outcome import SumVoid
 from medfl.server.stage import Stages
 from medfl.shared.errors import ProtocolError
 from medfl.shared.messages import Failure, Kind, SecureReply, SecureRequest, outcome
@@ -31,7 +32,11 @@ class GridExchange:
     def __call__(
         self, phase: Phase, requests: Mapping[int, PhaseRequest], /
     ) -> Iterator[tuple[int, PhaseReply | SiteRefusal]]:
-        """Send ``requests`` (by site id) and yield the answers until the deadline; see the protocol's Exchange."""
+        """Send ``requests`` (by site id) and yield the answers until the deadline; see the protocol's Exchange.
+
+        Raises:
+            SumVoid: the study is being stopped; sites that have not answered are not at fault.
+        """
         waiting = [site for site in requests if site in self._nodes]
         large = phase is Phase.MASKED_INPUT
         at_once = self._uploads if large else len(waiting)
@@ -61,6 +66,8 @@ class GridExchange:
             asked = {identity: (site, ends) for identity, (site, ends) in asked.items() if now < ends}
             if asked and idle:
                 stop.wait(0.02)
+        if waiting or asked:
+            raise SumVoid("the study is being stopped", confirmed=False)
 
 
 def _read(reply: Message) -> PhaseReply | SiteRefusal:

@@ -73,6 +73,10 @@ class Stages:
             if cohort.get(node) not in done:
                 self.admission.forget(node)
 
+    def void(self, what: str, *why: object) -> None:
+        """Log that something did not come about: as a warning, unless the study is being stopped."""
+        log.log(logging.INFO if self.stop.is_set() else logging.WARNING, what, *why)
+
     def sort(self, node: int, site: str, reply: Message, take: Callable[[str, Message], str]) -> tuple[str, bool, bool]:
         """The word about ``reply``, whether it is the site's last, and whether ``take`` has taken it."""
         if reply.has_error():

@@ -105,7 +105,7 @@ class WeightSum:
             try:
                 self._sum(number, cohort)
             except SumVoid as void:
-                log.warning("the sites' weights are those of the last sum, as a new one did not come about: %s", void)
+                self._stages.void("the weights are those of the last sum, as a new one did not come about: %s", void)
         if waiting := sorted(names - self._sites):
             log.info("%s: weight not yet summed, as a site of the last sum is away", ", ".join(waiting))
         return self._weight, {node: site for node, site in cohort.items() if site in self._sites}

@@ -55,7 +55,7 @@ def inspected(path: Path) -> Inspection:
 
 
 def verified(path: Path, *, head: str | None = None) -> list[str]:
-    """What to tell of an unbroken log, line by line.
+    """What to tell of an unbroken log, a sentence or a hash each.
 
     Raises:
         PolicyRefusal: a row was changed, removed or inserted, or none has the hash ``head`` from an earlier report.
@@ -68,8 +68,10 @@ def verified(path: Path, *, head: str | None = None) -> list[str]:
             reason="audit log damaged",
         )
     lines = [
-        f"{len(found.rows)} rows from {found.rows[0]['time']} to {found.rows[-1]['time']} are as they were written",
-        f"hash of the last row: {found.head.digest}",
+        f"{len(found.rows)} rows are as they were written",
+        f"  first of {found.rows[0]['time']}",
+        f"  last  of {found.rows[-1]['time']}, with the hash",
+        f"  {found.head.digest}",
     ]
     if head is None:
         return [*lines, "keep that hash elsewhere: audit verify --head HASH then finds a log that was written anew"]

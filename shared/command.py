@@ -9,8 +9,9 @@ import logging
 import os
 import signal
 import sys
+import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 INTERRUPTED = 130
+WIDTH = 80
+"""Columns of a terminal."""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=80)
+        super().__init__(prog, max_help_position=30, width=WIDTH)
 
 
 def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -66,6 +69,12 @@ def add_group(commands: Commands, name: str, summary: str) -> Commands:
 def _usage(made: argparse.ArgumentParser) -> int:
     made.print_help()
     return 2
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print each of ``lines``, folded at the width of a terminal; hashes and file names stay whole."""
+    for line in lines:
+        print(textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
 def account() -> str:

@@ -7,7 +7,7 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medfl.shared.command import add_command, add_group
+from medfl.shared.command import add_command, add_group, say
 
 if TYPE_CHECKING:
     from medfl.shared.command import Commands
@@ -35,8 +35,8 @@ def _verify(options: argparse.Namespace) -> int:
 
     settings = load_site(options.site)
     path = audit_file(settings.state)
-    print("\n".join(verified(path, head=options.head)))
-    print(check_receipt(path, inspected(path), reader_of(settings.keys)))
+    say(verified(path, head=options.head))
+    say([check_receipt(path, inspected(path), reader_of(settings.keys))])
     return 0
 
 

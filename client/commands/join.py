@@ -35,11 +35,11 @@ def _join(options: argparse.Namespace) -> int:
     print(f"invitation to {membership.consortium}, whose coordinator is at {membership.coordinator}")
     given = options.fingerprint
     if given is None:
-        print("Call the coordinator on a number that you did not get from this file, and have its")
-        print("fingerprint read out; its first 16 characters are enough.")
+        print("Call the coordinator on a number that you did not get from this file, and have")
+        print("its fingerprint read out; its first 16 characters are enough.")
         given = input("fingerprint of the consortium: ").strip()
     join(invitation, membership, settings, fingerprint=given)
-    print(f"joined: {membership.consortium} is pinned here, {invitation.fingerprint}")
+    print(f"joined: {membership.consortium} is pinned here, with the fingerprint\n  {invitation.fingerprint}")
     status = confirm(settings, site_rosters(settings), fingerprint=options.roster)
     print(checklist(STEPS, done=4))
     return status

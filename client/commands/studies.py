@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, TypeVar
 
-from medfl.shared.command import add_command
+from medfl.shared.command import add_command, say
 
 if TYPE_CHECKING:
     from medfl.client.config import SiteSettings
@@ -84,7 +84,7 @@ def _show(settings: SiteSettings, given: str) -> int:
     remains = remains_of(settings.state, study.digest)
     if remains.rounds:
         print()
-        _say(remains.lines())
+        say(remains.lines())
     print()
     print(next_step(study, approvals.standing(study.digest)))
     return 0
@@ -139,7 +139,7 @@ def _approve(options: argparse.Namespace) -> int:
         try:
             approvals_of(settings).permit(known[digest], today=local_day(settings))
         except PolicyRefusal as refusal:
-            _say([f"but this site's policy still forbids it: {refusal}"])
+            say([f"but this site's policy still forbids it: {refusal}"])
             return refusal.exit_status
     return 0
 
@@ -153,10 +153,10 @@ def _withdraw(options: argparse.Namespace) -> int:
     digest, name = _which(settings, options.study)
     running = withdraw(settings, _checked(Withdrawal, study=digest, by=options.by))
     stopped = "a training of it has ended, nothing more leaves" if running else "nothing of it runs here"
-    _say([f"study {name} is withdrawn: {stopped}; its cached images cannot be opened any more."])
-    _say(remains_of(settings.state, digest).lines())
+    say([f"study {name} is withdrawn: {stopped}; its cached images cannot be opened any more."])
+    say(remains_of(settings.state, digest).lines())
     if digest in settings.policy.studies:
-        _say(["Its digest still stands in policy.studies; the withdrawal counts more. Take it out all the same."])
+        say(["Its digest still stands in policy.studies; the withdrawal counts more. Take it out all the same."])
     return 0
 
 
@@ -182,10 +182,3 @@ def _checked(kind: type[T], **values: str) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise ConfigError(f"--{first['loc'][-1]}: {first['msg'].removeprefix('Value error, ')}") from None
-
-
-def _say(lines: list[str]) -> None:
-    import textwrap
-
-    for line in lines:
-        print(textwrap.fill(line, 80))

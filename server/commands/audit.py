@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medfl.shared.command import add_command, add_group
+from medfl.shared.command import add_command, add_group, say
 
 if TYPE_CHECKING:
     from medfl.shared.command import Commands
@@ -34,12 +34,12 @@ def _verify(options: argparse.Namespace) -> int:
 
     path = audit_file(load_consortium(options.config).state)
     if options.site is None:
-        print("\n".join(verified(path, head=options.head)))
+        say(verified(path, head=options.head))
         return 0
     if options.head is None:
         raise ConfigError("--site needs --head HASH: the hash of the last row of that site's log, or of an earlier one")
-    print("\n".join(verified(path)))
-    print(seen_head(inspected(path), site=options.site, digest=options.head))
+    say(verified(path))
+    say([seen_head(inspected(path), site=options.site, digest=options.head)])
     return 0
 
 

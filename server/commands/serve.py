@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from medfl.server.config import ConsortiumSettings
+    from medfl.shared.study import Study
 
 
 def add(made: argparse.ArgumentParser) -> None:
     """Declare the options of the main command."""
-    made.add_argument("--check", action="store_true", help="validate everything, print the studies' digests, exit")
+    made.add_argument("--check", action="store_true", help="validate everything, print fingerprints and digests, exit")
     made.set_defaults(work=work)
 
 
@@ -29,7 +35,7 @@ def work(options: argparse.Namespace) -> int:
     from medfl.server.rosters import RosterFolder
     from medfl.server.studies import State, StudyStore
     from medfl.server.submission import listed_studies
-    from medfl.shared.certificates import WARN_DAYS, check_certificate
+    from medfl.shared.certificates import check_certificate
     from medfl.shared.command import on_termination
     from medfl.shared.errors import ConfigError
     from medfl.shared.keys import read_private
@@ -41,14 +47,9 @@ def work(options: argparse.Namespace) -> int:
     studies = listed_studies(settings)
     days = check_certificate(settings.tls.certificate, authority=settings.tls.authority)
     read_private(settings.tls.key)
-    membership = RosterFolder.of(settings).newest()
+    RosterFolder.of(settings).newest()  # raises where no roster is in force
     if options.check:
-        print(f"consortium {settings.consortium}: roster epoch {membership.epoch}, {len(membership.sites)} sites")
-        print(f"certificate valid for {days:.0f} days")
-        if days < WARN_DAYS:
-            print("the certificate expires soon: medfl-server renew")
-        for study in studies:
-            print(f"study {study.name}: {study.digest}")
+        _tell(settings, studies, days)
         return 0
     if settings.when_done == "exit" and not studies and StudyStore(settings.state).next() is None:
         raise ConfigError(f"{file}: no study waits: submit one, name one under studies:, or set when_done: stay")
@@ -70,3 +71,20 @@ def work(options: argparse.Namespace) -> int:
             reporter = Several(reporter, gauges)
         records = coordinate(settings, reporter=reporter, stop=stop)
     return 0 if all(record.state is not State.ENDED or record.reason in FINISHED for record in records) else 1
+
+
+def _tell(settings: ConsortiumSettings, studies: Sequence[Study], days: float) -> None:
+    from medfl.server.enrolling import Registrar
+    from medfl.shared.certificates import WARN_DAYS
+
+    registrar = Registrar(settings)
+    roster = registrar.rosters.newest()
+    print(f"consortium {settings.consortium}; a site that joins compares\n  {registrar.fingerprint}")
+    print(f"roster epoch {roster.epoch}, {len(roster.sites)} sites; the same at every hospital\n  {roster.fingerprint}")
+    for site in roster.sites:
+        print(f"  {site.name:20} {site.fingerprint}")
+    print(f"certificate valid for {days:.0f} days")
+    if days < WARN_DAYS:
+        print("the certificate expires soon: medfl-server renew")
+    for study in studies:
+        print(f"study {study.name}: {study.digest}")

@@ -21,7 +21,7 @@ from medfl.server.audited_grid import AuditedGrid
 from medfl.server.cli import main
 from medfl.server.config import load_consortium
 from medfl.shared import chain as chains
-from medfl.shared.audit_log import audit_file
+from medfl.shared.audit_log import audit_file, inspected
 from medfl.shared.chain import Head, inspect
 from medfl.shared.errors import Code, ConfigError, PolicyRefusal
 from medfl.shared.messages import Failure, Kind, ModelRequest, SecureReply, SecureRequest, TrainReply
@@ -188,7 +188,10 @@ def test_the_commands_verify_the_log_find_a_sites_head_and_write_every_row(
     log = audit_file(load_consortium(Path(config)).state)
     head_seen(log)
     assert main(["--config", config, "audit", "verify"]) == 0
-    assert "3 rows from" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("3 rows are as they were written\n")
+    assert f"\n  {inspected(log).head.digest}\n" in out
+    assert max(map(len, out.splitlines())) <= 80
     assert main(["--config", config, "audit", "verify", "--site", "north"]) == 2
     assert main(["--config", config, "audit", "verify", "--site", "north", "--head", "ab" * 32]) == 0
     assert main(["--config", config, "audit", "verify", "--site", "north", "--head", "cd" * 32]) == 3

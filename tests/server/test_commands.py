@@ -70,10 +70,22 @@ def test_what_cannot_name_or_reach_a_consortium_is_refused_before_anything_is_ma
     assert not (tmp_path / folder).exists()
 
 
-def test_check_tells_the_digest_that_sites_approve(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_tells_the_digest_that_sites_approve_and_every_fingerprint_that_is_read_over_the_telephone(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = classes_study()
-    assert main(["--config", str(with_study(root, study)), "--check"]) == 0
+    path = with_study(root, study)
+    assert main(["--config", str(path), "--check"]) == 0
     out = capsys.readouterr().out
+    registrar = Registrar(load_settings(path, ConsortiumSettings))
+    newest = registrar.rosters.newest()
+    assert [line.split()[-1] for line in out.splitlines() if "SHA256:" in line] == [
+        registrar.fingerprint,
+        newest.fingerprint,
+        *(site.fingerprint for site in newest.sites),
+    ]
+    assert [line.split()[0] for line in out.splitlines() if "SHA256:" in line][2:] == list(SITES)
+    assert max(map(len, out.splitlines())) <= 80
     assert f"study tiny: {study.digest}" in out
     assert "roster epoch 2, 3 sites" in out
     assert "certificate valid for" in out

@@ -350,13 +350,16 @@ def test_stop_ends_between_rounds() -> None:
     assert (result.ending, result.round) == (Ending.STOPPED, 1)
 
 
-def test_stop_ends_a_stage_that_waits_for_a_silent_site_and_keeps_the_model() -> None:
+def test_stop_ends_a_stage_that_waits_for_a_silent_site_keeps_the_model_and_warns_of_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     study, stop = classes_study(rounds={"deadline_s": 60}), Event()
     silent = Broken(lambda r: None)
     Thread(target=lambda: (time.sleep(0.3), stop.set()), daemon=True).start()
     began = time.monotonic()
     result = run(study, ScriptedGrid({"a": ScriptedSite(1.0), "b": silent}), stop=stop)
     assert time.monotonic() - began < 30  # of a deadline of 60
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
     assert (result.ending, result.round) == (Ending.STOPPED, 0)
     assert np.array_equal(result.weights, start_of(study))
 

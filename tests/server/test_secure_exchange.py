@@ -15,6 +15,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 # isort: split
 from flwr.app import Error, Message
 
+from medfl.server.secagg.outcome import SumVoid
 from medfl.server.secure_exchange import GridExchange
 from medfl.shared.errors import Code
 from medfl.shared.messages import Failure, SecureReply
@@ -96,13 +97,23 @@ def test_an_answer_after_the_deadline_is_never_seen() -> None:
     assert dict(exchange(grid, deadline_s=0.1)(Phase.UNMASK, asked(1))) == {}
 
 
-def test_a_stop_ends_the_phase_at_once() -> None:
-    grid = ScriptedGrid({"a": Answering([])})
-    carried = exchange(grid, deadline_s=60)
-    carried._stages.stop.set()
-    began = time.monotonic()
-    assert dict(carried(Phase.UNMASK, asked(1))) == {}
+def test_a_stop_ends_the_phase_at_once_as_a_stop_and_blames_no_site() -> None:
+    carried = exchange(ScriptedGrid({"a": Answering(), "b": Answering([])}), deadline_s=60)
+    began, heard = time.monotonic(), []
+    with pytest.raises(SumVoid, match="the study is being stopped") as void:  # noqa: PT012 - what came before counts
+        for site, _ in carried(Phase.UNMASK, asked(2)):
+            heard.append(site)
+            carried._stages.stop.set()
     assert time.monotonic() - began < 10
+    assert heard == [1]
+    assert (void.value.confirmed, void.value.refusals) == (False, {})
+
+
+def test_a_stop_after_the_last_answer_changes_nothing() -> None:
+    carried = exchange(ScriptedGrid({"a": Answering()}), deadline_s=60)
+    for site, _ in carried(Phase.UNMASK, asked(1)):
+        assert site == 1
+        carried._stages.stop.set()
 
 
 def test_a_refusal_keeps_its_code_and_reason_and_what_is_no_answer_is_told_apart() -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from medfl.shared.command import run
+from medfl.shared.command import run, say
 from medfl.shared.errors import (
     Code,
     ConfigError,
@@ -52,6 +52,13 @@ def test_each_error_has_its_exit_status_and_one_line(
 def test_an_error_of_several_problems_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     failing(ConfigError("a\nb"))
     assert capsys.readouterr().err == "medfl-x: a\nmedfl-x: b\n"
+
+
+def test_what_is_said_fits_a_terminal_and_hashes_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    say(["letters " * 20, "  " + "0f" * 32, "the hash is " + "0f" * 64])
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(line) for line in lines] == [79, 79, 66, 11, 128]  # twice 10 words and 9 spaces; two hashes
+    assert lines[2:] == ["  " + "0f" * 32, "the hash is", "0f" * 64]
 
 
 def test_a_file_name_in_an_error_of_the_system_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
