@@ -24,12 +24,12 @@ USER 49900
 VOLUME /state
 
 # docker run --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
-#   -v /etc/medfl:/etc/medfl:ro -v /data:/data:ro -v medfl-north:/state medfl-site
+#   -v /etc/medfl:/etc/medfl:ro -v /data:/data:ro -v medfl-north:/state medfl-site    (keys: and state: below /state)
 FROM base AS site
 ENTRYPOINT ["medfl-client", "--site", "/etc/medfl/site.yaml"]
 
 # docker run --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges -p 9443:9443 \
-#   -v /etc/medfl:/etc/medfl:ro -v medfl-server:/state medfl-coordinator
+#   -v medfl-server:/state medfl-coordinator    (medfl-server init /state/consortium makes what is there)
 FROM base AS coordinator
 EXPOSE 9443
-ENTRYPOINT ["medfl-server", "--config", "/etc/medfl/consortium.yaml"]
+ENTRYPOINT ["medfl-server", "--config", "/state/consortium/consortium.yaml"]

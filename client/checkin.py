@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from math import inf
@@ -32,6 +33,9 @@ from medfl.shared.signing import Signed
 
 log = logging.getLogger("medfl.site")
 
+CANNOT_RENEW = (
+    "keys: this account cannot write there, so that a renewed certificate would be lost: let it, or move them"
+)
 REMIND_S = 3600.0  # what a person has to do is said again in this time
 CLOCK_TOLERANCE_S = 60.0
 
@@ -101,6 +105,8 @@ class CheckIns:
     def _question(self, now: float, working_on: str) -> bytes:
         newest = self._rosters.newest()
         days = days_left(load_certificate(self._files.certificate))
+        if not os.access(self._files.folder, os.W_OK):
+            self._say("keys", logging.WARNING, CANNOT_RENEW)
         if days < WARN_DAYS:
             text = f"this site's certificate expires in {days:.0f} days; a new one is asked for"
             self._say("certificate", logging.WARNING, text)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 from rich.console import Console
 
+from medfl.client.checkin import CANNOT_RENEW
 from medfl.client.config import SiteSettings
 from medfl.client.data.contact_sheet import write_contact_sheet
 from medfl.client.node import check as check_reach
@@ -37,6 +40,8 @@ def check_site(settings: SiteSettings, *, study: str | None, console: Console) -
     console.print(f"site {settings.site}: keys are there, the certificate is valid for {days:.0f} days")
     if days < WARN_DAYS:
         console.print("[yellow]the certificate expires soon: ask the coordinator for a new one[/yellow]")
+    if not os.access(settings.keys, os.W_OK):
+        console.print(f"[yellow]{CANNOT_RENEW}[/yellow]")
     console.print(f"device: {site_device(settings)}")
     _check_roster(settings, console)
     console.print(f"approved studies: {len(approvals_of(settings).approved())}")

@@ -1,9 +1,10 @@
 """The site's end of the wire: Flower's fleet protocol, spoken with Flower's own client, signature and serialisation.
 
-The only client file that touches Flower's private modules (flwr is pinned exactly; tests/client/test_fleet_contract.py
-says what is relied on): ``flwr.supernode.fleet_http_client``, ``flwr.supernode.node_auth_http_interceptor``,
-``flwr.supercore.protobuf.client`` (its ``_client``), ``flwr.supercore.inflatable``, ``flwr.common.serde``,
-``flwr.app.message.remove_content_from_message`` and ``_message_id`` of message metadata, ``flwr.proto``.
+It and :mod:`medfl.client.line` are the only client files that touch Flower's private modules (flwr is pinned exactly;
+tests/client/test_fleet_contract.py says what is relied on): ``flwr.supernode.fleet_http_client``,
+``flwr.supernode.node_auth_http_interceptor``, ``flwr.supercore.protobuf.client`` (its ``_client``),
+``flwr.supercore.inflatable``, ``flwr.common.serde``, ``flwr.app.message.remove_content_from_message`` and
+``_message_id`` of message metadata, ``flwr.proto``.
 
 Every method is one step of the protocol. What a coordinator sends is bounded and checked before it is used.
 """
@@ -11,19 +12,14 @@ Every method is one step of the protocol. What a coordinator sends is bounded an
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import TypeVar
 
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
-import httpx
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
@@ -46,34 +42,14 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from medfl.client.transport import (
-    Kind,
-    LinkTrouble,
-    Patience,
-    TransportSettings,
-    certificate_on_disk,
-    confine,
-    show_certificate,
-    tls_context,
-    trouble_of,
-)
+from medfl.client.line import Line
+from medfl.client.transport import Kind, LinkTrouble, Patience, TransportSettings
 from medfl.shared.checkin import PATH
-from medfl.shared.errors import Code, ConfigError, ProtocolError
-from medfl.shared.keys import fingerprint, load_node_key, node_public_key, public_line
+from medfl.shared.errors import Code, ProtocolError
 
 HEARTBEAT_S = 10  # the least Flower accepts; a node is gone after two
-PARALLEL = 4  # objects on the way at a time: on a slow line, latency is what costs
-_TELLING_BYTES = 2**20
-_WIDE_BYTES_PER_S = PARALLEL * 5 * 2**20 / 30  # so many pieces of 5 MiB are through in half a minute: 5.6 Mbit/s
 MAX_SESSIONS = 5  # a reply is offered this often before it is given up
-
-log = logging.getLogger("medfl.node")
-
-Q = TypeVar("Q")
-A = TypeVar("A")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,67 +98,26 @@ class Fleet:
     """
 
     def __init__(self, settings: FleetSettings) -> None:
-        key = load_node_key(settings.node_key)
         self.settings = settings
-        self.fingerprint = fingerprint(key.public_key())
-        self._public_key = node_public_key(public_line(key.public_key()))
-        self._answered = False
-        self._narrow = False
-        transport = settings.transport
-        self._tls = tls_context(transport)
-        self._shown = certificate_on_disk(transport)
-        self._client = FleetHttpClient(
-            f"https://{transport.coordinator}",
-            interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
-            verify=self._tls,
-            timeout=transport.timeout_s,
-        )
-        confine(self._client._client, transport.max_answer_bytes)
-        self._client._client.headers["prefer"] = f"wait={settings.wait_s}"
-        self._workers = ThreadPoolExecutor(PARALLEL, thread_name_prefix="transfer")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
-        logging.getLogger("flwr").setLevel(logging.ERROR)
-        logging.getLogger("flwr").handlers.clear()
+        self._line = Line(settings.transport, settings.node_key, wait_s=settings.wait_s)
 
     def close(self) -> None:
         """Close connections; running transfers fail."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
+        self._line.close()
 
     def check_in(self, question: bytes) -> bytes | None:
         """Ask what :mod:`medfl.shared.checkin` describes; None from a coordinator that does not know check-ins."""
-        try:
-            url = f"https://{self.settings.transport.coordinator}{PATH}"
-            response = self._client._client.post(url, content=question)
-        except httpx.HTTPError as error:
-            raise trouble_of(error, self.settings.transport.coordinator, answered=self._answered) from None
-        except RuntimeError:  # this connection is being closed: the node ends, or dials another address
-            raise LinkTrouble(Kind.BUSY, "the connection was closed before a check-in") from None
-        match response.status_code:
+        coordinator = self.settings.transport.coordinator
+        status, answer = self._line.post(PATH, question)
+        match status:
             case HTTPStatus.OK:
-                return response.content
+                return answer
             case HTTPStatus.NOT_FOUND:
                 return None
             case HTTPStatus.FORBIDDEN:
-                raise LinkTrouble(
-                    Kind.NOT_ENROLLED,
-                    f"{self.settings.transport.coordinator} does not know this site under its site key",
-                )
-            case status:
-                raise LinkTrouble(Kind.BUSY, f"{self.settings.transport.coordinator}: HTTP {status} to a check-in")
-
-    def reload_certificate(self) -> None:
-        """Take up a certificate that was renewed on the disk; connections from now on show it."""
-        found = certificate_on_disk(self.settings.transport)
-        if found == self._shown:
-            return
-        try:
-            show_certificate(self._tls, self.settings.transport)
-        except ConfigError as error:  # half of it may have been copied by now
-            log.warning("the new certificate is not used: %s", error)
-            return
-        self._shown = found
-        log.info("this site's certificate on the disk is a new one: it is shown from now on")
+                raise LinkTrouble(Kind.NOT_ENROLLED, f"{coordinator} does not know this site under its site key")
+            case _:
+                raise LinkTrouble(Kind.BUSY, f"{coordinator}: HTTP {status} to a check-in")
 
     def check(self) -> None:
         """One connection, one authenticated request, no change at the coordinator.
@@ -191,9 +126,9 @@ class Fleet:
             LinkTrouble: unreachable, not who we expect, or we are not whom it expects.
         """
         # An interval of 0 is never accepted, and Flower looks at it only after it has found our key.
-        self._answered = False
+        self._line.begin()
         try:
-            self._call(self._client.ActivateNode, ActivateNodeRequest(public_key=self._public_key))
+            self._line.call(self._line.client.ActivateNode, ActivateNodeRequest(public_key=self._line.public_key))
         except LinkTrouble as trouble:
             match trouble.kind, trouble.status:
                 case Kind.REFUSED, 400:
@@ -213,17 +148,17 @@ class Fleet:
         Raises:
             LinkTrouble: above all NOT_ENROLLED, and BUSY while another node uses our key.
         """
-        self._answered = False
-        self.reload_certificate()
+        self._line.begin()
+        self._line.reload_certificate()
         if former_id is not None:
             try:
-                self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=former_id))
+                self._line.call(self._line.client.DeactivateNode, DeactivateNodeRequest(node_id=former_id))
             except LinkTrouble as trouble:
                 if trouble.kind not in (Kind.REFUSED, Kind.NOT_ENROLLED):  # not online, or under another id now
                     raise
-        request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_S)
+        request = ActivateNodeRequest(public_key=self._line.public_key, heartbeat_interval=HEARTBEAT_S)
         try:
-            return self._call(self._client.ActivateNode, request).node_id
+            return self._line.call(self._line.client.ActivateNode, request).node_id
         except LinkTrouble as trouble:
             if (trouble.kind, trouble.status) != (Kind.REFUSED, 412):
                 raise
@@ -236,12 +171,12 @@ class Fleet:
 
     def leave(self, node_id: int) -> None:
         """Go offline."""
-        self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=node_id))
+        self._line.call(self._line.client.DeactivateNode, DeactivateNodeRequest(node_id=node_id))
 
     def beat(self, node_id: int) -> None:
         """Say that we are alive; due every HEARTBEAT_S seconds."""
         request = SendNodeHeartbeatRequest(node=NodeProto(node_id=node_id), heartbeat_interval=HEARTBEAT_S)
-        if not self._call(self._client.SendNodeHeartbeat, request).success:
+        if not self._line.call(self._line.client.SendNodeHeartbeat, request).success:
             raise self._not_enrolled()
 
     def next_order(self, node_id: int) -> Order | None:
@@ -249,7 +184,7 @@ class Fleet:
 
         Not repeated here: an answer that gets lost on the way takes its instruction with it. Join again after trouble.
         """
-        answer = self._call(self._client.PullMessages, PullMessagesRequest(node=NodeProto(node_id=node_id)))
+        answer = self._line.call(self._line.client.PullMessages, PullMessagesRequest(node=NodeProto(node_id=node_id)))
         if not answer.messages_list:
             return None
         if len(answer.messages_list) != 1 or len(answer.message_object_trees) != 1:
@@ -264,7 +199,7 @@ class Fleet:
         """What the run of ``order`` says about itself."""
         head = order.head.metadata
         request = GetRunRequest(node=NodeProto(node_id=head.dst_node_id), run_id=head.run_id)
-        run = self._call(self._client.GetRun, request, patience).run
+        run = self._line.call(self._line.client.GetRun, request, patience).run
         return Run(run.run_id, run.series_id, run.fab_id.removeprefix("medfl/"), run.fab_hash)
 
     def fetch(self, order: Order, patience: Patience) -> Message:
@@ -281,7 +216,7 @@ class Fleet:
 
         def pull(object_id: str) -> bytes:
             request = PullObjectRequest(node=node, run_id=head.run_id, object_id=object_id)
-            while not (answer := self._call(self._client.PullObject, request, patience)).object_available:
+            while not (answer := self._line.call(self._line.client.PullObject, request, patience)).object_available:
                 if not answer.object_found or not patience.pause():
                     raise ProtocolError("a part of the message is missing at the coordinator")
             if len(answer.object_content) > settings.max_object_bytes:
@@ -292,12 +227,12 @@ class Fleet:
 
         contents: dict[str, bytes] = {}
         left, began = settings.max_message_bytes, time.monotonic()
-        for object_id, content in zip(ids, self._each(pull, ids), strict=True):
+        for object_id, content in zip(ids, self._line.each(pull, ids), strict=True):
             contents[object_id] = content
             left -= len(content)
             if left < 0:
                 raise ProtocolError(f"the message exceeds this site's cap of {settings.max_message_bytes} bytes")
-        self._note_speed(settings.max_message_bytes - left, time.monotonic() - began)
+        self._line.note_speed(settings.max_message_bytes - left, time.monotonic() - began)
         try:
             message = inflate_object_from_contents(head.message_id, contents)
         except Exception:  # whatever foreign bytes make Flower's parsers raise
@@ -307,7 +242,7 @@ class Fleet:
         message.metadata.__dict__["_message_id"] = head.message_id
         # Frees the coordinator's memory; it forgets the message with the reply at the latest, so nobody waits for this.
         request = ConfirmMessageReceivedRequest(node=node, run_id=head.run_id, message_object_id=head.message_id)
-        self._workers.submit(self._call, self._client.ConfirmMessageReceived, request)
+        self._line.soon(self._line.client.ConfirmMessageReceived, request)
         return message
 
     def send(self, reply: Message, patience: Patience, *, work_s: float = 0.0) -> int:
@@ -340,49 +275,23 @@ class Fleet:
                 object_content=content,
                 session_id=answer.session_id,
             )
-            return len(content), self._call(self._client.PushObject, piece, patience).stored
+            return len(content), self._line.call(self._line.client.PushObject, piece, patience).stored
 
         sent = 0
         for _ in range(MAX_SESSIONS):
-            answer = self._call(self._client.PushMessages, request, patience)
+            answer = self._line.call(self._line.client.PushMessages, request, patience)
             pieces = [part for part in answer.objects_to_push if part in parts]
-            results = list(self._each(push, pieces))
+            results = list(self._line.each(push, pieces))
             sent += sum(size for size, _ in results)
             if all(stored for _, stored in results):
                 return sent
             # The upload paused for too long, or another site's equal part came first: ask what is still missing.
         raise ProtocolError("the coordinator does not keep this site's reply")
 
-    def _each(self, transfer: Callable[[str], A], ids: list[str]) -> Iterator[A]:
-        """Side by side, or on a narrow line one by one: a connection that breaks then costs one piece and not four."""
-        return map(transfer, ids) if self._narrow else self._workers.map(transfer, ids)
-
-    def _note_speed(self, size: int, seconds: float) -> None:
-        """Whether the line is too narrow for pieces side by side, which would all arrive late; large messages tell."""
-        if size >= _TELLING_BYTES:
-            self._narrow = size < _WIDE_BYTES_PER_S * seconds
-
-    def _call(self, method: Callable[[Q], A], request: Q, patience: Patience | None = None) -> A:
-        """One request, repeated with ``patience`` while the trouble passes."""
-        while True:
-            try:
-                answer = method(request)
-            except httpx.HTTPError as error:
-                trouble = trouble_of(error, self.settings.transport.coordinator, answered=self._answered)
-                if isinstance(error, httpx.HTTPStatusError):
-                    self._answered = True
-                if patience is None or not trouble.passes or not patience.pause():
-                    raise trouble from None
-            except (ValueError, RuntimeError):  # unreadable protobuf; a client that is being closed
-                raise LinkTrouble(Kind.BUSY, "the coordinator's answer cannot be read") from None
-            else:
-                self._answered = True
-                return answer
-
     def _not_enrolled(self) -> LinkTrouble:
         return LinkTrouble(
             Kind.NOT_ENROLLED,
-            f"{self.settings.transport.coordinator} does not know this site's node key ({self.fingerprint}): "
+            f"{self.settings.transport.coordinator} does not know this site's node key ({self._line.fingerprint}): "
             "have the coordinator add it to its roster",
         )
 

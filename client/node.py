@@ -218,7 +218,8 @@ class Node:
                 log.warning("%s took %.0f s and came after its deadline: the answer is dropped", kind, work_s)
                 return
             sent = self._send(order, run, reply, patience, work_s)
-            log.info("%s answered in %.1f s, %d bytes sent", kind, time.monotonic() - started_at, sent)
+            level = logging.DEBUG if kind.startswith("query") else logging.INFO  # a secure sum is a dozen of them
+            log.log(level, "%s answered in %.1f s, %d bytes sent", kind, time.monotonic() - started_at, sent)
         except LinkTrouble as trouble:
             if trouble.kind is not Kind.RUN_CLOSED:
                 raise

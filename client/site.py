@@ -9,31 +9,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from medfl.client.approvals import Approvals, signed_offer
 from medfl.client.audit import Price
 from medfl.client.data.splits import Split
-from medfl.client.data.tensors import SiteData, TensorSet
+from medfl.client.data.tensors import SiteData
 from medfl.client.images import Images, LoadData
-from medfl.client.notes import note_scores, note_spent
+from medfl.client.notes import note_scores
 from medfl.client.participant import Participant
 from medfl.client.policy import Policy
-from medfl.client.privacy.ledger import Ceilings, Ledger
+from medfl.client.privacy.ledger import Ceilings
 from medfl.client.records import Records
 from medfl.client.releases import told
-from medfl.client.training.charged import fix_plan, train_charged
-from medfl.client.training.client_level import fix_client_level_plan, train_client_level
+from medfl.client.trainer import Trainer
 from medfl.client.training.evaluate import evaluate
 from medfl.client.training.local import Given, TrainLocally, train_local
-from medfl.client.training.plain import round_generator
-from medfl.client.training.private import require_private_training
 from medfl.client.work import Work
 from medfl.client.workbench import Bench, Workbench
 from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.chain import Head
 from medfl.shared.errors import PolicyRefusal, ProtocolError
-from medfl.shared.files import private_folder
 from medfl.shared.initial_weights import digest_of
 from medfl.shared.messages import (
     NO_INITIAL_WEIGHTS,
@@ -51,7 +45,7 @@ from medfl.shared.messages import (
     TrainReply,
     WeightRequest,
 )
-from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy, Unit
+from medfl.shared.privacy.settings import NoPrivacy, Unit
 from medfl.shared.secagg.exchange import PhaseRequest
 from medfl.shared.signing import Signed
 from medfl.shared.study import Study
@@ -107,13 +101,18 @@ class Site:
         self._images = Images(load_data, current)
         self._workbench = workbench
         self._records = records
-        self._ledger_path = ledger
         self._participant = participant
         self._now = now
         self._device_free = device_free  # raises PolicyRefusal while no training may begin
         self._progress = progress  # called between batches; may take its time
-        self._train_local = train_locally
-        self._open_ledger: Ledger | None = None
+        self._trainer = Trainer(
+            name,
+            records,
+            ledger,
+            ceilings=ceilings_of(policy),
+            smallest_sum=lambda: self._require_participant().smallest_sum,
+            train_locally=train_locally,
+        )
         self.work: Work | None = None  # the training in progress, for other threads
 
     def consider(self, offer: StudyOffer) -> OfferAccepted:
@@ -131,18 +130,7 @@ class Site:
         self._take_initial(study, offer)
         bench = self._bench(study)
         data = self._images.split(study, Split.TRAIN)
-        if isinstance(study.privacy, DpSgd):
-            require_private_training(bench.network, data, study, study.privacy)
-            fix_plan(self._ledger(), study, study.privacy, data)
-        if isinstance(study.privacy, ClientLevel):
-            fix_client_level_plan(
-                self._ledger(),
-                study,
-                study.privacy,
-                patients=int(torch.unique(data.patients).numel()),
-                survivors=self._require_participant().smallest_sum,
-                values=bench.layout.length,
-            )
+        self._trainer.plan(study, bench, data)
         self._records.remember(study)
         if log.isEnabledFor(logging.INFO):
             log.info("study %s accepted; what leaves: %s", study.name, told(study, self._policy))
@@ -170,7 +158,9 @@ class Site:
             data = self._images.split(study, Split.TRAIN)
             self.work = Work(study.digest)
             try:
-                result, kept = self._train(study, bench, data, request, given, self._between_batches(study, self.work))
+                result, kept = self._trainer.train(
+                    study, bench, data, request, given, self._between_batches(study, self.work)
+                )
             finally:
                 self.work = None
             if kept is not None:
@@ -180,62 +170,6 @@ class Site:
         if study.secure_aggregation.mode != "none":
             return self._require_participant().hold_update(study, replace(request, weights=weights), result)
         return result if self._releases(study) else replace(result, tally={})
-
-    def _train(
-        self,
-        study: Study,
-        bench: Bench,
-        data: TensorSet,
-        request: ModelRequest,
-        given: Given,
-        progress: Callable[[int, int], None],
-    ) -> tuple[TrainReply, Flat | None]:
-        """The result of a round, and what the site keeps of it."""
-        started = time.monotonic()
-        match study.privacy:
-            case DpSgd() as privacy:
-                private = train_charged(
-                    self._ledger(),
-                    bench,
-                    study,
-                    privacy,
-                    data,
-                    round_number=request.round,
-                    weights=given.weights,
-                    progress=progress,
-                )
-                note_spent(self._records, study, request, private, time.monotonic() - started)
-                # Equal weights and no tally: an exact count or loss would be a release of its own.
-                kept = bench.personal_weights() if bench.personal.tensors else None
-                return TrainReply(private.update, examples=1), kept
-            case ClientLevel() as privacy:
-                private, kept = train_client_level(
-                    self._ledger(),
-                    bench,
-                    study,
-                    privacy,
-                    data,
-                    given,
-                    round_number=request.round,
-                    survivors=self._require_participant().smallest_sum,
-                    encoding=request.encoding,
-                    progress=progress,
-                )
-                note_spent(self._records, study, request, private, time.monotonic() - started)
-                return TrainReply(private.update, examples=1, tally=private.noised), kept
-            case NoPrivacy():
-                generator = round_generator(study, self.name, request.round, data.labels.device)
-                local = self._train_local(
-                    bench,
-                    data,
-                    study,
-                    given,
-                    generator=generator,
-                    round_number=request.round,
-                    progress=progress,
-                )
-                note_scores(self._records, study, request, "train", local.tally, time.monotonic() - started)
-                return TrainReply(local.update, examples=len(data.labels), tally=local.tally), local.kept
 
     def _between_batches(self, study: Study, work: Work) -> Callable[[int, int], None]:
         """Ends a training whose study was withdrawn meanwhile (PolicyRefusal), or is over for the coordinator
@@ -276,7 +210,7 @@ class Site:
         study = self._approved(request.study)
         heads: dict[Log, Head] = {}
         if not isinstance(study.privacy, NoPrivacy):
-            ledger = self._ledger()
+            ledger = self._trainer.ledger
             if (recorded := request.recorded.get(Log.LEDGER)) is not None:
                 ledger.countersign(recorded)
             heads[Log.LEDGER] = ledger.head
@@ -311,7 +245,7 @@ class Site:
         study = self._records.study(digest)
         if study is None or isinstance(study.privacy, NoPrivacy):
             return None
-        spent = self._ledger().spent(digest)
+        spent = self._trainer.ledger.spent(digest)
         return Price(spent.study, spent.total)
 
     def secure_phase(self, request: SecureRequest) -> SecureReply:
@@ -373,7 +307,7 @@ class Site:
         """The policy once more, now that the update is about to leave: hours pass, and rules change. PolicyRefusal."""
         self._permit(study)
         if not isinstance(study.privacy, NoPrivacy):
-            self._ledger().permit_release(study.digest)
+            self._trainer.ledger.permit_release(study.digest)
 
     def _open(self, request: ModelRequest) -> tuple[Study, Bench]:
         study = self._approved(request.study)
@@ -409,24 +343,14 @@ class Site:
             return None
         return self._records.personal(study.digest, asked=asked, counted=counted)
 
-    def _ledger(self) -> Ledger:
-        """The site's ledger, opened at the first private round and then held against other processes."""
-        if self._open_ledger is None:
-            private_folder(self._ledger_path.parent)
-            self._open_ledger = Ledger(self._ledger_path, cohort=self.name, ceilings=ceilings_of(self._policy))
-        return self._open_ledger
-
     def check_ledger(self) -> None:
         """Open the ledger, where this site has one: damage is to be known at the start, not when a round begins.
 
         Raises:
             PolicyRefusal: it is damaged, older than what was countersigned, or another process has it.
         """
-        if any(self._ledger_path.parent.glob(self._ledger_path.name + "*")):  # a lost file is a damage too
-            self._ledger()
+        self._trainer.check_ledger()
 
     def close(self) -> None:
         """Let go of the ledger."""
-        if self._open_ledger is not None:
-            self._open_ledger.close()
-            self._open_ledger = None
+        self._trainer.close()

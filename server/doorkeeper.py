@@ -200,7 +200,7 @@ class Doorkeeper:
         try:
             authority = read_authority(self._settings.tls.authority, self._settings.trust.authority_key)
             certificate = Registrar(self._settings).certify(request, authority)
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:  # no key, or a disk that is full or read-only
             text = f"the certificate of {claim.site} expires soon and cannot be renewed here: {error}"
             self._say(f"renew {claim.site}", logging.WARNING, text)
             return b""

@@ -27,6 +27,7 @@ from medfl.server.collector import TRAINED, Collected, Collector, Evaluated
 from medfl.server.convergence import Convergence
 from medfl.server.ending import Ending, Result
 from medfl.server.gathering import Gathering
+from medfl.server.handed_out import HandedOut
 from medfl.server.heads import HeadKeeping, Heads
 from medfl.server.pace import Pace
 from medfl.server.reporter import Reporter, RoundReport
@@ -96,8 +97,7 @@ class Rounds:
         self._answers = Answers()
         self._gathering = Gathering(study, self._admission, directory, reporter, stop)
         self._watch = Watch(study.safeguards)
-        self._best: Flat | None = None  # the model with the best score, where there is no disk for it
-        self._average: Flat | None = None  # of rounds' models, where the study asks for it
+        self._handed_out = HandedOut(study, checkpoints)
         stages = Stages(grid, reporter, stop, Pace(study.rounds.deadline_s), self._admission)
         self._convergence = Convergence(study.rounds.converged)
         self._metrics = Metrics()  # of the last complete round
@@ -120,10 +120,7 @@ class Rounds:
         """The model that is handed out and its round: where the study watches its score, the one with the best."""
         converged, best = self._study.rounds.converged, self._convergence.best
         if ending in (Ending.DONE, Ending.CONVERGED) and converged and converged.keep == "best" and best:
-            kept = self._best
-            if self._checkpoints is not None:
-                kept = self._checkpoints.load_best(self._study.digest, best.round)
-            if kept is not None:
+            if (kept := self._handed_out.best(best.round)) is not None:
                 return best.round, kept
             log.warning("the model of round %d, the best, cannot be read: that of the last round stands", best.round)
         return self._round, self._model
@@ -178,8 +175,8 @@ class Rounds:
         if self._checkpoints is None or (checkpoint := self._checkpoints.load(self._study)) is None:
             return True
         self._layout.check(checkpoint.weights)
-        self._weights, self._round, self._average = checkpoint.weights, checkpoint.round, checkpoint.average
-        self._metrics = checkpoint.metrics
+        self._weights, self._round, self._metrics = checkpoint.weights, checkpoint.round, checkpoint.metrics
+        self._handed_out.average = checkpoint.average
         trained = {site for site, word in checkpoint.metrics.outcomes.items() if word == TRAINED}
         self._gathering.expect(trained & set(self._directory.enrolled()))
         restore(self._strategy, checkpoint.strategy)
@@ -225,7 +222,7 @@ class Rounds:
         self._weights = self._aggregate(number, collected)
         self._round = number
         self._answers.note(number, collected)
-        self._average = self._next_average(number)
+        self._handed_out.follow(number, self._weights)
         self._metrics = Metrics(
             collected.outcomes, dict(collected.tally), collected.received_bytes, self._convergence.best
         )
@@ -243,7 +240,7 @@ class Rounds:
             weights=self._weights,
             strategy=capture(self._strategy),
             series=self._series,
-            average=self._average,
+            average=self._handed_out.average,
             answers=self._answers.state(),
             epoch=self._epoch,
             metrics=self._metrics,
@@ -306,26 +303,7 @@ class Rounds:
 
     @property
     def _model(self) -> Flat:
-        """What is scored and handed out: the mean of rounds' models once all are there, else the newest."""
-        complete = self._round == self._study.rounds.count
-        return self._average if complete and self._average is not None else self._weights
-
-    def _next_average(self, number: int) -> Flat | None:
-        """Mean of the models since the first that counts. Post-processing of what was released: free in privacy.
-
-        Tail averaging: Polyak & Juditsky 1992, https://doi.org/10.1137/0330046. The moving average begins with the
-        first round's model and not with the start: Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, section 3.
-        """
-        rounds = self._study.rounds
-        if (decay := rounds.average_decay) is not None:
-            share = (1 - decay) / (1 - decay**number)
-        elif rounds.average_last > 1 and (place := number - (rounds.count - rounds.average_last)) >= 1:
-            share = 1 / place
-        else:
-            return None
-        if share == 1 or self._average is None:
-            return self._weights
-        return self._average + (self._weights - self._average) * np.float32(share)
+        return self._handed_out.model(self._round, self._weights)
 
     def _report(self, started: float, cohort: dict[int, str]) -> RoundReport:
         """Let the cohort score the newest round, and tell."""
@@ -340,10 +318,7 @@ class Rounds:
             evaluated = self._collector.evaluate(number, self._model, cohort, configure)
         scores = read(evaluated.tally)
         if self._convergence.better(number, scores) is not None:
-            if self._checkpoints is None:
-                self._best = self._model
-            else:
-                self._checkpoints.save_best(self._study.digest, number, self._model)
+            self._handed_out.keep_best(number, self._model)
         report = RoundReport(
             round=number,
             seconds=time.monotonic() - started,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -56,5 +57,20 @@ def test_on_a_full_disk_a_check_in_is_told_and_does_not_end_the_heartbeat_that_m
     assert line.reloaded == 0
 
     check_in(line)  # there is room again
+    assert "cannot write there" not in caplog.text
     assert line.reloaded == 1
     assert days_left(load_certificate(files.certificate)) > 490
+
+
+def test_keys_that_this_account_cannot_write_are_told_while_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found_consortium_folder(tmp_path)
+    site = site_settings(tmp_path, "north")
+    files = SiteFiles(site.keys)
+    check_in = CheckIns("north", files, load_site_key(files.site_key), site_rosters(site))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != files.folder)  # root may write everywhere
+    with caplog.at_level(logging.WARNING, "medfl"):
+        check_in(Answered(b""))
+        check_in(Answered(b""))
+    assert caplog.text.count("cannot write there") == 1

@@ -66,7 +66,7 @@ def test_an_update_whose_training_ends_outside_the_hours_stays_and_leaves_when_t
         patch.setattr(plain, "build_loss", slow)
         refused(train(site, study), OUTSIDE_HOURS)
     clock.now = NOON + 20 * HOUR
-    monkeypatch.setattr("medfl.client.site.train_local", None)  # it need not be trained again
+    monkeypatch.setattr(site._trainer, "_train_local", None)  # it need not be trained again
     assert np.abs(TrainReply.parse(train(site, study)).update).max() > 0
 
 

@@ -276,7 +276,7 @@ def test_the_same_request_again_gets_the_same_answer_without_training(
     site = make_site(study, tmp_path, policy=policy, records=FolderRecords(tmp_path))
     offer(site, study)
     first = TrainReply.parse(train(site, study))
-    monkeypatch.setattr("medfl.client.site.train_local", None)  # calling it would fail
+    monkeypatch.setattr(site._trainer, "_train_local", None)  # calling it would fail
     again = TrainReply.parse(train(site, study))
     assert again.update.tobytes() == first.update.tobytes()
     assert (again.examples, again.tally) == (first.examples, first.tally)

@@ -117,7 +117,7 @@ def test_what_the_machine_refuses_is_answered_as_a_code_with_a_reason(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(site, "_train_local", fail)
+    monkeypatch.setattr(site._trainer, "_train_local", fail)
     assert Failure.parse(train(site, study)) == Failure(code, reason)
     monkeypatch.undo()
     assert TrainReply.parse(train(site, study)).examples == 8  # it passes, and the site goes on
@@ -147,7 +147,7 @@ def test_a_lost_device_is_told_to_the_node_which_ends(tmp_path: Path, monkeypatc
     def gone(*_: object, **__: object) -> None:
         raise DEVICE("CUDA error: the GPU has fallen off the bus")
 
-    monkeypatch.setattr(site, "_train_local", gone)
+    monkeypatch.setattr(site._trainer, "_train_local", gone)
     monkeypatch.setattr(
         "sites.build_client_app", lambda site_of: build_client_app(site_of, on_device_lost=lambda: told.append("lost"))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import socket
@@ -245,6 +246,25 @@ def test_a_certificate_that_expires_soon_is_renewed_over_the_open_connection(
         assert files.certificate.read_bytes() == good
 
 
+def test_a_coordinator_that_cannot_write_a_renewed_certificate_says_so_and_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = SiteFiles(world.site("north").keys)
+    request, authority = make_request(files, "north"), load_authority(world.root / "fl")
+    files.certificate.write_bytes(issue_client_certificate(authority, "north", request.tls_key, days=20))
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Registrar, "certify", read_only)
+    fleet = world.fleet("north")
+    with caplog.at_level(logging.WARNING, "medfl"):
+        world.check_ins("north")(fleet)
+    assert "the certificate of north expires soon and cannot be renewed here" in caplog.text
+    assert "Read-only file system" in caplog.text
+    fleet.check()
+
+
 def test_the_coordinators_certificate_is_renewed_without_dropping_a_site(world: World) -> None:
     fleet = world.fleet("north")
     fleet.check()
@@ -382,7 +402,7 @@ def test_the_desk_answers_sites_only_and_survives_whatever_is_posted(world: Worl
         with pytest.raises(LinkTrouble) as caught:
             fleet.check_in(body)
         assert caught.value.kind is Kind.NOT_ENROLLED
-    assert fleet._client._client.get(f"https://127.0.0.1:{world.link.port}{checkin.PATH}").status_code == 404
+    assert fleet._line.client._client.get(f"https://127.0.0.1:{world.link.port}{checkin.PATH}").status_code == 404
     fleet.check()
     fleet.close()  # a heartbeat may be on its way when the node ends
     with pytest.raises(LinkTrouble, match="closed"):

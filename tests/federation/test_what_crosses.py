@@ -103,14 +103,14 @@ def crossed(lab: Lab, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
             policy=policy_for(study, release_site_metrics=request.param == "none"),
         )
         site._participant = participants.get(name)
-        train = site._train
+        train = site._trainer.train
 
         def kept(*args: Any, train: Any = train) -> Any:
             result = train(*args)
             what.updates.append(result[0])
             return result
 
-        monkeypatch.setattr(site, "_train", kept)
+        monkeypatch.setattr(site._trainer, "train", kept)
         lab.node(name, link.port, build_client_app(lambda _, site=site: site))
     until(lambda: link.online() == set(ids.values()))
     with link.run(None, name="study", digest=study.digest) as run:
