@@ -1,7 +1,7 @@
 """The site's end of the wire: Flower's fleet protocol, spoken with Flower's own client, signature and serialisation.
 
-It and :mod:`medfl.client.line` are the only client files that touch Flower's private modules (flwr is pinned exactly;
-tests/client/test_fleet_contract.py says what is relied on): ``flwr.supernode.fleet_http_client``,
+It and :mod:`medfl.client.connection` are the only client files that touch Flower's private modules (flwr is pinned
+exactly; tests/client/test_fleet_contract.py says what is relied on): ``flwr.supernode.fleet_http_client``,
 ``flwr.supernode.node_auth_http_interceptor``, ``flwr.supercore.protobuf.client`` (its ``_client``),
 ``flwr.supercore.inflatable``, ``flwr.common.serde``, ``flwr.app.message.remove_content_from_message`` and
 ``_message_id`` of message metadata, ``flwr.proto``.
@@ -43,7 +43,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from medfl.client.line import Line
+from medfl.client.connection import Connection
 from medfl.client.transport import Kind, LinkTrouble, Patience, TransportSettings
 from medfl.shared.checkin import PATH
 from medfl.shared.errors import Code, ProtocolError
@@ -99,16 +99,16 @@ class Fleet:
 
     def __init__(self, settings: FleetSettings) -> None:
         self.settings = settings
-        self._line = Line(settings.transport, settings.node_key, wait_s=settings.wait_s)
+        self._connection = Connection(settings.transport, settings.node_key, wait_s=settings.wait_s)
 
     def close(self) -> None:
         """Close connections; running transfers fail."""
-        self._line.close()
+        self._connection.close()
 
     def check_in(self, question: bytes) -> bytes | None:
         """Ask what :mod:`medfl.shared.checkin` describes; None from a coordinator that does not know check-ins."""
         coordinator = self.settings.transport.coordinator
-        status, answer = self._line.post(PATH, question)
+        status, answer = self._connection.post(PATH, question)
         match status:
             case HTTPStatus.OK:
                 return answer
@@ -119,6 +119,10 @@ class Fleet:
             case _:
                 raise LinkTrouble(Kind.BUSY, f"{coordinator}: HTTP {status} to a check-in")
 
+    def reload_certificate(self) -> None:
+        """Take up a certificate that was renewed on the disk; connections from now on show it."""
+        self._connection.reload_certificate()
+
     def check(self) -> None:
         """One connection, one authenticated request, no change at the coordinator.
 
@@ -126,9 +130,11 @@ class Fleet:
             LinkTrouble: unreachable, not who we expect, or we are not whom it expects.
         """
         # An interval of 0 is never accepted, and Flower looks at it only after it has found our key.
-        self._line.begin()
+        self._connection.begin()
         try:
-            self._line.call(self._line.client.ActivateNode, ActivateNodeRequest(public_key=self._line.public_key))
+            self._connection.call(
+                self._connection.client.ActivateNode, ActivateNodeRequest(public_key=self._connection.public_key)
+            )
         except LinkTrouble as trouble:
             match trouble.kind, trouble.status:
                 case Kind.REFUSED, 400:
@@ -148,17 +154,17 @@ class Fleet:
         Raises:
             LinkTrouble: above all NOT_ENROLLED, and BUSY while another node uses our key.
         """
-        self._line.begin()
-        self._line.reload_certificate()
+        self._connection.begin()
+        self.reload_certificate()
         if former_id is not None:
             try:
-                self._line.call(self._line.client.DeactivateNode, DeactivateNodeRequest(node_id=former_id))
+                self._connection.call(self._connection.client.DeactivateNode, DeactivateNodeRequest(node_id=former_id))
             except LinkTrouble as trouble:
                 if trouble.kind not in (Kind.REFUSED, Kind.NOT_ENROLLED):  # not online, or under another id now
                     raise
-        request = ActivateNodeRequest(public_key=self._line.public_key, heartbeat_interval=HEARTBEAT_S)
+        request = ActivateNodeRequest(public_key=self._connection.public_key, heartbeat_interval=HEARTBEAT_S)
         try:
-            return self._line.call(self._line.client.ActivateNode, request).node_id
+            return self._connection.call(self._connection.client.ActivateNode, request).node_id
         except LinkTrouble as trouble:
             if (trouble.kind, trouble.status) != (Kind.REFUSED, 412):
                 raise
@@ -171,12 +177,12 @@ class Fleet:
 
     def leave(self, node_id: int) -> None:
         """Go offline."""
-        self._line.call(self._line.client.DeactivateNode, DeactivateNodeRequest(node_id=node_id))
+        self._connection.call(self._connection.client.DeactivateNode, DeactivateNodeRequest(node_id=node_id))
 
     def beat(self, node_id: int) -> None:
         """Say that we are alive; due every HEARTBEAT_S seconds."""
         request = SendNodeHeartbeatRequest(node=NodeProto(node_id=node_id), heartbeat_interval=HEARTBEAT_S)
-        if not self._line.call(self._line.client.SendNodeHeartbeat, request).success:
+        if not self._connection.call(self._connection.client.SendNodeHeartbeat, request).success:
             raise self._not_enrolled()
 
     def next_order(self, node_id: int) -> Order | None:
@@ -184,7 +190,9 @@ class Fleet:
 
         Not repeated here: an answer that gets lost on the way takes its instruction with it. Join again after trouble.
         """
-        answer = self._line.call(self._line.client.PullMessages, PullMessagesRequest(node=NodeProto(node_id=node_id)))
+        answer = self._connection.call(
+            self._connection.client.PullMessages, PullMessagesRequest(node=NodeProto(node_id=node_id))
+        )
         if not answer.messages_list:
             return None
         if len(answer.messages_list) != 1 or len(answer.message_object_trees) != 1:
@@ -199,7 +207,7 @@ class Fleet:
         """What the run of ``order`` says about itself."""
         head = order.head.metadata
         request = GetRunRequest(node=NodeProto(node_id=head.dst_node_id), run_id=head.run_id)
-        run = self._line.call(self._line.client.GetRun, request, patience).run
+        run = self._connection.call(self._connection.client.GetRun, request, patience).run
         return Run(run.run_id, run.series_id, run.fab_id.removeprefix("medfl/"), run.fab_hash)
 
     def fetch(self, order: Order, patience: Patience) -> Message:
@@ -216,7 +224,9 @@ class Fleet:
 
         def pull(object_id: str) -> bytes:
             request = PullObjectRequest(node=node, run_id=head.run_id, object_id=object_id)
-            while not (answer := self._line.call(self._line.client.PullObject, request, patience)).object_available:
+            while not (
+                answer := self._connection.call(self._connection.client.PullObject, request, patience)
+            ).object_available:
                 if not answer.object_found or not patience.pause():
                     raise ProtocolError("a part of the message is missing at the coordinator")
             if len(answer.object_content) > settings.max_object_bytes:
@@ -227,12 +237,12 @@ class Fleet:
 
         contents: dict[str, bytes] = {}
         left, began = settings.max_message_bytes, time.monotonic()
-        for object_id, content in zip(ids, self._line.each(pull, ids), strict=True):
+        for object_id, content in zip(ids, self._connection.each(pull, ids), strict=True):
             contents[object_id] = content
             left -= len(content)
             if left < 0:
                 raise ProtocolError(f"the message exceeds this site's cap of {settings.max_message_bytes} bytes")
-        self._line.note_speed(settings.max_message_bytes - left, time.monotonic() - began)
+        self._connection.note_speed(settings.max_message_bytes - left, time.monotonic() - began)
         try:
             message = inflate_object_from_contents(head.message_id, contents)
         except Exception:  # whatever foreign bytes make Flower's parsers raise
@@ -242,7 +252,7 @@ class Fleet:
         message.metadata.__dict__["_message_id"] = head.message_id
         # Frees the coordinator's memory; it forgets the message with the reply at the latest, so nobody waits for this.
         request = ConfirmMessageReceivedRequest(node=node, run_id=head.run_id, message_object_id=head.message_id)
-        self._line.soon(self._line.client.ConfirmMessageReceived, request)
+        self._connection.soon(self._connection.client.ConfirmMessageReceived, request)
         return message
 
     def send(self, reply: Message, patience: Patience, *, work_s: float = 0.0) -> int:
@@ -275,13 +285,13 @@ class Fleet:
                 object_content=content,
                 session_id=answer.session_id,
             )
-            return len(content), self._line.call(self._line.client.PushObject, piece, patience).stored
+            return len(content), self._connection.call(self._connection.client.PushObject, piece, patience).stored
 
         sent = 0
         for _ in range(MAX_SESSIONS):
-            answer = self._line.call(self._line.client.PushMessages, request, patience)
+            answer = self._connection.call(self._connection.client.PushMessages, request, patience)
             pieces = [part for part in answer.objects_to_push if part in parts]
-            results = list(self._line.each(push, pieces))
+            results = list(self._connection.each(push, pieces))
             sent += sum(size for size, _ in results)
             if all(stored for _, stored in results):
                 return sent
@@ -289,11 +299,9 @@ class Fleet:
         raise ProtocolError("the coordinator does not keep this site's reply")
 
     def _not_enrolled(self) -> LinkTrouble:
-        return LinkTrouble(
-            Kind.NOT_ENROLLED,
-            f"{self.settings.transport.coordinator} does not know this site's node key ({self._line.fingerprint}): "
-            "have the coordinator add it to its roster",
-        )
+        coordinator, key = self.settings.transport.coordinator, self._connection.fingerprint
+        text = f"{coordinator} does not know this site's node key ({key}): have the coordinator add it to its roster"
+        return LinkTrouble(Kind.NOT_ENROLLED, text)
 
 
 def refusal(order: Order, reason: str) -> Message:

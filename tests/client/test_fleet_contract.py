@@ -35,7 +35,7 @@ def test_our_client_is_confined_to_the_coordinator(tmp_path: Path) -> None:
     files = create_consortium(tmp_path, sites=["north"], hosts=["localhost"]).sites["north"]
     transport = TransportSettings("localhost:1", files.authority, files.certificate, files.key)
     fleet = Fleet(FleetSettings(transport, files.node_key))
-    client = fleet._line.client._client
+    client = fleet._connection.client._client
     assert not client.follow_redirects
     assert client.event_hooks["response"]
     assert client.headers["prefer"] == "wait=2"

@@ -65,7 +65,7 @@ def test_pieces_of_an_answer_go_one_by_one_over_a_narrow_line_and_side_by_side_o
     link, on_the_way, most = lab.link(sites=1), [0], [0]
     with FaultyNetwork(link.port, Faults(bytes_per_s=bytes_per_s)) as network:
         node, running = over(lab, network, link)
-        client = running.node._fleet._line.client
+        client = running.node._fleet._connection.client
         push_object = client.PushObject
 
         def counted(piece: object) -> object:

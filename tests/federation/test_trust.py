@@ -402,7 +402,7 @@ def test_the_desk_answers_sites_only_and_survives_whatever_is_posted(world: Worl
         with pytest.raises(LinkTrouble) as caught:
             fleet.check_in(body)
         assert caught.value.kind is Kind.NOT_ENROLLED
-    assert fleet._line.client._client.get(f"https://127.0.0.1:{world.link.port}{checkin.PATH}").status_code == 404
+    assert fleet._connection.client._client.get(f"https://127.0.0.1:{world.link.port}{checkin.PATH}").status_code == 404
     fleet.check()
     fleet.close()  # a heartbeat may be on its way when the node ends
     with pytest.raises(LinkTrouble, match="closed"):

@@ -187,4 +187,4 @@ def test_only_the_adapters_import_flowers_private_modules() -> None:
     files = [path for folder in folders for path in (root / folder).rglob("*.py")]
     found = {str(path.relative_to(root)) for path in files if private.search(path.read_text())}
     ours = ("link", "link_grid", "link_inflate", "link_state")
-    assert found == {"client/fleet.py", "client/line.py", *(f"server/{name}.py" for name in ours)}
+    assert found == {"client/fleet.py", "client/connection.py", *(f"server/{name}.py" for name in ours)}

@@ -1,4 +1,4 @@
-"""One site's authenticated line to its coordinator: Flower's own client, confined to that one host.
+"""One site's authenticated connection to its coordinator: Flower's own client, confined to that one host.
 
 Touches Flower's private modules as :mod:`medfl.client.fleet` does, and lists them there.
 """
@@ -42,7 +42,7 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 
-class Line:
+class Connection:
     """TLS with the site's certificate, each request signed with its node key.
 
     Methods raise LinkTrouble (see :mod:`medfl.client.transport`).
