@@ -48,6 +48,19 @@ def test_a_unit_does_not_restart_what_only_a_person_can_mend(name: str) -> None:
     assert "5" not in statuses.split()
 
 
+def test_the_consortium_lies_where_its_coordinator_may_write() -> None:
+    # It renews certificates and takes up rosters there, and everything else is read-only for it.
+    text = (ROOT / "configs" / "medfl-server.service").read_text("utf-8")
+    (state,) = re.findall(r"^StateDirectory=(.*)$", text, re.MULTILINE)
+    (config,) = re.findall(r"^ExecStart=.* --config (\S+)", text, re.MULTILINE)
+    assert Path(config).is_relative_to(Path("/var/lib") / state)
+    assert "\nProtectSystem=strict\n" in text
+    image = (ROOT / "Dockerfile").read_text("utf-8")
+    (volume,) = re.findall(r"^VOLUME (.*)$", image, re.MULTILINE)
+    (config,) = re.findall(r"^ENTRYPOINT .*\"--config\", \"(.*)\"]$", image, re.MULTILINE)
+    assert Path(config).is_relative_to(volume)
+
+
 def test_the_linter_accepts_the_dockerfile() -> None:
     linter = Path(sys.executable).parent / "hadolint"
     program = str(linter) if linter.exists() else shutil.which("hadolint")
