@@ -47,6 +47,19 @@ upload that will not come: a site that has left and a deadline that is over are 
 in_memory_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS = UPLOAD_S  # type: ignore[attr-defined]
 
 
+class PayloadStore(InMemoryObjectStore):
+    """Flower's store of payloads, in which a message is registered whole or not at all.
+
+    Flower lets go of the lock between a message's parts. Where two messages share a part, as one request to several
+    sites does, the one that was done with took the part away from under the other, and the study failed.
+    """
+
+    def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
+        """As Flower's, with the lock held from the first part to the last."""
+        with self.lock_store:
+            return super().preregister(run_id, object_tree)
+
+
 class FleetState(SqlLinkState):
     """Flower's link state in a SQLite file, payloads in memory, without the bookkeeping that nobody reads here.
 
@@ -55,7 +68,7 @@ class FleetState(SqlLinkState):
     """
 
     def __init__(self, database: Path) -> None:
-        super().__init__(str(database), NoOpFederationManager(), InMemoryObjectStore())
+        super().__init__(str(database), NoOpFederationManager(), PayloadStore())
         self.open_run: int | None = None  # the run that Link.run keeps open
         self._node_ids: dict[bytes, int] = {}
         self._object_push_sessions: dict[str, ObjectPushSession] = {}

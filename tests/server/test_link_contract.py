@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import in_memory_object_store
 from flwr.supercore.state.schema.linkstate_models import MessageRes, Node
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink import main as superlink
@@ -132,6 +134,29 @@ def test_the_lock_of_uploads_is_never_waited_for_inside_a_transaction(
     state._object_push_sessions[session].expires_at -= timedelta(seconds=UPLOAD_S + 1)
     assert not state.store_object(3, session, "a" * 64, b"too late")  # which removes its message, too
     assert order.taken[-3:] == ["lock", "transaction", "transaction"]
+
+
+def test_a_part_that_two_messages_share_is_not_taken_away_while_the_second_is_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FleetState(tmp_path / "fleet.db").object_store
+    shared = ObjectTree(object_id="c" * 64)
+    first, second = (ObjectTree(object_id=letter * 64, children=[shared]) for letter in "ab")
+    store.preregister(3, first)
+    done_with = threading.Thread(target=store.delete, args=[first.object_id])
+
+    def slowly(tree: ObjectTree) -> Iterator[ObjectTree]:
+        for number, node in enumerate(iterate_object_tree(tree)):
+            if number == 1:  # the shared part was found, and the message that needs it comes next
+                done_with.start()
+                done_with.join(0.2)
+            yield node
+
+    monkeypatch.setattr(in_memory_object_store, "iterate_object_tree", slowly)
+    assert store.preregister(3, second) == [shared.object_id, second.object_id]
+    done_with.join()
+    assert first.object_id not in store
+    assert store.get_object_tree(second.object_id) == second
 
 
 def a_message() -> Message:
