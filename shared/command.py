@@ -33,7 +33,10 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
     """An argument parser with ``--version``, the log options and examples after the options."""
     made = argparse.ArgumentParser(
-        prog=prog, description=description, epilog=f"examples:\n{examples}\n\n{EXIT_CODES}", formatter_class=_Formatter
+        prog=prog,
+        description=textwrap.fill(description, WIDTH),
+        epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+        formatter_class=_Formatter,
     )
     version = importlib.metadata.version("medfl")
     made.add_argument("--version", action="version", version=f"{prog} {version}")

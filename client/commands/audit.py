@@ -47,5 +47,5 @@ def _report(options: argparse.Namespace) -> int:
 
     settings = load_site(options.site)
     report = Report(settings.site, inspected(audit_file(settings.state)), options.since, options.until)
-    print("\n".join(write_report(report, options.out)))
+    say(write_report(report, options.out))
     return 0 if report.inspection.problem is None else 3

@@ -216,7 +216,8 @@ def audit(home: Path, *options: str) -> int:
 def test_verify_tells_the_rows_and_the_last_hash(home: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert audit(home, "verify") == 0
     out = capsys.readouterr().out
-    assert "7 rows from 2027-01-01" in out
+    assert out.startswith("7 rows are as they were written\n  first of 2027-01-01")
+    assert max(map(len, out.splitlines())) <= 80
     assert inspected(path).head.digest in out
     assert audit(home, "verify", "--head", "0" * 64) == 3
     edit(path)
@@ -230,7 +231,9 @@ def test_report_prints_totals_or_writes_a_file_for_the_owner_only(
     assert audit(home, "report", "--from", "2027-01-02", "--to", "2027-01-04") == 0
     out = capsys.readouterr().out
     assert "2027-01-02 to 2027-01-04" in out
-    assert f"study lungs {LUNGS[:16]}: received 1 messages of 2,000 bytes; sent 2 of 40,000 bytes" in out
+    assert max(map(len, out.splitlines())) <= 80
+    words = " ".join(out.split())
+    assert f"study lungs {LUNGS[:16]}: received 1 messages of 2,000 bytes; sent 2 of 40,000 bytes" in words
     for name in ("left.html", "left.csv"):
         assert audit(home, "report", "--out", str(home / name)) == 0
         assert (home / name).stat().st_mode & 0o777 == 0o600
