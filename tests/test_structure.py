@@ -63,6 +63,7 @@ FLOWER_PRIVATE = (
     "server/link_grid.py",
     "server/link_inflate.py",
     "server/link_state.py",
+    "client/connection.py",
     "client/fleet.py",
     "simulations/grid.py",
     "simulations/ray_engine.py",  # flwr.simulation
