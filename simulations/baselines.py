@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from medfl.shared.study import SecureAggregation, Study
 from medfl.shared.weights import Flat
 from medfl.shared.zoo import ModelTask
 from medfl.simulations.federation import federate
+
+log = logging.getLogger("medfl.simulations")
 
 _CANDIDATES = 64
 
@@ -67,7 +70,8 @@ def alone_and_ensemble(
     https://arxiv.org/abs/1902.11175).
     """
     by_itself, scores, models = one_place(study), {}, {}
-    for name, data in sites.items():
+    for number, (name, data) in enumerate(sites.items(), 1):
+        log.info("alone, site %d of %d: %s", number, len(sites), name)
         federation = federate(by_itself, {name: data}, device=device, reporter=reporter)
         scores[name] = headline_or_nan(federation.site_scores.get(name, {}))
         models[name] = federation.result.weights
@@ -117,6 +121,7 @@ def cyclic(
     plain = one_place(study)
     bench = make_bench(plain, device)
     for number in range(1, study.rounds.count + 1):
+        log.info("cyclic, time around %d of %d", number, study.rounds.count)
         for name, data in sites.items():
             seed = int.from_bytes(hashlib.sha256(f"cyclic/{study.seed}/{name}/{number}".encode()).digest()[:7], "big")
             generator = torch.Generator(device).manual_seed(seed)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from medfl.client.data.settings import DataSettings, SplitSettings
+from medfl.shared.algorithms.settings import FedAvgSettings
 from medfl.shared.config import LocalPath, Settings
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.secagg.exchange import Phase
@@ -118,6 +119,7 @@ class CuriousServer(Settings):
 class Baselines(Settings):
     """What stands beside the federation, each with the same number of optimizer steps."""
 
+    fedavg: StrictBool = True  # the plain mean, where nothing that is compared is it
     alone: StrictBool = True  # each site by itself
     pooled: StrictBool = True  # all images in one place
     ensemble: StrictBool = True  # the mean prediction of all that were trained alone (needs alone)
@@ -189,7 +191,9 @@ class SimulationSettings(Settings):
             away = {site.name for site in self.sites if site.held_out}
             if self.curious_server.site not in set(names) - away:
                 raise ValueError(f"curious_server.site {self.curious_server.site}: no site of that name trains")
-        reserved = {"pooled", "alone", "ensemble", "cyclic", "unprotected", "best threshold", "mean mask"}
+        reserved = {"pooled", "alone", "ensemble", "cyclic", "unprotected", "trivial"}
+        if not any(isinstance(study.strategy, FedAvgSettings) for study in self.studies().values()):
+            reserved.add("fedavg")
         if taken := sorted(reserved & set(self.variants)):
             raise ValueError(f"variants: {taken[0]} is the name of a baseline: choose another")
         for name, study in self.studies().items():

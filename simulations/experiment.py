@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from medfl.client.workbench import make_bench
 from medfl.server.checkpoint import save_model
 from medfl.server.ending import Ending
 from medfl.server.reporter import MetricsFile, Reporter, Several
+from medfl.shared.algorithms.settings import FedAvgSettings
 from medfl.shared.errors import DataError, TrainingError
 from medfl.shared.files import write_whole
 from medfl.shared.initial_weights import read_initial, shelve
@@ -50,6 +52,11 @@ from medfl.simulations.results import Cell, Experiment, Row
 from medfl.simulations.sites import load_sites
 
 __all__ = ["Cell", "Experiment", "Row", "choose_device", "load_sites", "run_experiment"]
+
+log = logging.getLogger("medfl.simulations")
+
+Work = Callable[[Study], list[Cell]]
+"""Runs one method, or several that share their training."""
 
 
 def run_experiment(
@@ -120,24 +127,26 @@ class _Seed:
     def run(self, *, sweep: bool) -> list[Cell]:
         """Federated methods, then what they have to beat."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        base = self._seeded(self.settings.study)
-        studies = self.settings.studies() if sweep else {base.strategy.name: base}
-        cells = []
-        for name, study in studies.items():
-            place = self.folder / name if sweep else self.folder
-            cells += self._cells(name, self._seeded(study), _Federated(self, name, place))
-        asked = self.settings.baselines
-        if not sweep and not isinstance(base.privacy, NoPrivacy) and asked.unprotected:
-            cells += self._cells("unprotected", unprotected(base), _Federated(self, "unprotected", None))
-        if asked.pooled:
-            cells += self._cells("pooled", base, self._pooled)
-        if asked.alone:
-            cells += self._cells("alone", base, self._alone)
-        if asked.cyclic:
-            cells += self._cells("cyclic", base, self._cyclic)
-        if asked.trivial:
-            cells += self._cells("trivial", base, self._trivial)
+        cells, jobs = [], self._jobs(sweep=sweep)
+        for number, (name, (study, work)) in enumerate(jobs.items(), 1):
+            log.info("seed %d, method %d of %d: %s", self.seed, number, len(jobs), name)
+            cells += self._cells(name, study, work)
         return cells
+
+    def _jobs(self, *, sweep: bool) -> dict[str, tuple[Study, Work]]:
+        """What is to be run, by name, in its order."""
+        base, asked = self._seeded(self.settings.study), self.settings.baselines
+        studies = self.settings.studies() if sweep else {base.strategy.name: base}
+        jobs: dict[str, tuple[Study, Work]] = {
+            name: (self._seeded(study), _Federated(self, name, self.folder / name if sweep else self.folder))
+            for name, study in studies.items()
+        }
+        if asked.fedavg and not any(isinstance(study.strategy, FedAvgSettings) for study in studies.values()):
+            jobs["fedavg"] = (base.model_copy(update={"strategy": FedAvgSettings()}), _Federated(self, "fedavg", None))
+        if not sweep and not isinstance(base.privacy, NoPrivacy) and asked.unprotected:
+            jobs["unprotected"] = (unprotected(base), _Federated(self, "unprotected", None))
+        baselines = {"pooled": self._pooled, "alone": self._alone, "cyclic": self._cyclic, "trivial": self._trivial}
+        return jobs | {name: (base, work) for name, work in baselines.items() if getattr(asked, name)}
 
     @property
     def training(self) -> dict[str, SiteData]:
@@ -173,7 +182,7 @@ class _Seed:
     def _seeded(self, study: Study) -> Study:
         return study.model_copy(update={"seed": self.seed})
 
-    def _cells(self, name: str, study: Study, work: Callable[[Study], list[Cell]]) -> list[Cell]:
+    def _cells(self, name: str, study: Study, work: Work) -> list[Cell]:
         """What ``work`` gives; from the folder where an earlier run of the same settings has left it."""
         digest, index = self._digest(name, study), self.folder / "cells" / f"{name}.json"
         if self.resume and (kept := self._kept(index, digest)) is not None:

@@ -34,7 +34,11 @@ def partition(data: SiteData, how: Partition, *, seed: int) -> dict[str, SiteDat
             )
     for split in (Split.TRAIN, Split.VALIDATION):
         if any(len(part[split]) == 0 for part in parts):
-            raise DataError(f"partition: a site would have no {split.value} patient: ask for fewer sites")
+            patients = len(torch.unique(data.splits[split].patients))
+            raise DataError(
+                f"partition: {patients} {split.value} patients are too few for {how.sites} sites: ask for fewer sites, "
+                "or change data.split of the site they come from"
+            )
     width = len(str(how.sites))
     return {f"site-{number:0{width}d}": SiteData(part, data.report) for number, part in enumerate(parts, 1)}
 

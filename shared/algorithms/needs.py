@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
@@ -74,10 +75,10 @@ class Demands:
     takes_updates: bool = False  # the server half works on updates, not on weights
     asynchronous: bool = False  # takes answers from older models
     losses: bool = False  # needs each site's training loss
-    sites: int = 1  # fewer make no model
+    sites: int = 1  # of a round; fewer make no model, or do not give what the algorithm is there for
 
 
-def demands_of(strategy: StrategySettings) -> Demands:
+def demands_of(strategy: StrategySettings) -> Demands:  # noqa: PLR0912 - one branch an algorithm
     """What ``strategy`` asks for."""
     match strategy:
         case FedAvgSettings() | FedProxSettings() | FedAvgMSettings() | AdaptiveSettings():
@@ -106,8 +107,13 @@ def demands_of(strategy: StrategySettings) -> Demands:
             return Demands(takes_updates=True, asynchronous=True)
         case QFedAvgSettings():
             return Demands(sees=Needs.SINGLE_UPDATES, takes_updates=True, losses=True)
-        case TrimmedMeanSettings() | MedianSettings() | GeometricMedianSettings() | KrumSettings():
+        case MedianSettings() | GeometricMedianSettings():
             return Demands(sees=Needs.SINGLE_UPDATES, takes_updates=True)
+        case TrimmedMeanSettings(trim=trim):  # of fewer it would cut none: a mean in disguise
+            return Demands(sees=Needs.SINGLE_UPDATES, takes_updates=True, sites=math.ceil(1 / trim))
+        case KrumSettings(malicious=malicious, keep=keep):  # the paper's condition; without liars there is none
+            sites = malicious + 2 + max(malicious + 1, keep) if malicious else 1
+            return Demands(sees=Needs.SINGLE_UPDATES, takes_updates=True, sites=sites)
         case BulyanSettings(malicious=malicious):
             return Demands(sees=Needs.SINGLE_UPDATES, takes_updates=True, sites=4 * malicious + 3)
         case _ as never:

@@ -220,27 +220,27 @@ def test_robust_rules_survive_sites_that_flip_their_updates_and_the_mean_does_no
     assert loss({"name": "fedavg"}, attackers) > honest + 0.4
 
 
-@pytest.mark.parametrize(
-    "strategy", [*ROBUST[2:4], {"name": "median"}, {"name": "trimmed-mean", "trim": 0.4}], ids=lambda s: s["name"]
-)
+@pytest.mark.parametrize("strategy", ROBUST, ids=lambda s: s["name"])
 def test_robust_rules_survive_sites_that_flip_their_labels_and_the_mean_does_not(strategy: dict[str, Any]) -> None:
-    # two of five sites teach the opposite of what is right
-    sites = {f"s{n}": skewed(0.5, 40, seed=4 * n) for n in range(5)}
-    flipped = {n: with_flipped_labels(d, 2) if n in ("s0", "s1") else d for n, d in sites.items()}
+    # two of seven sites, or the one that bulyan withstands, teach the opposite of what is right
+    sites = {f"s{n}": skewed(0.5, 40, seed=4 * n) for n in range(7)}
+    cheats = ("s0",) if strategy["name"] == "bulyan" else ("s0", "s1")
+    flipped = {n: with_flipped_labels(d, 2) if n in cheats else d for n, d in sites.items()}
 
     def loss(settings: dict[str, Any], data: dict[str, SiteData]) -> float:
         made = classes_study(
             strategy=settings,
             training={"learning_rate": 0.3, "steps": 5, "weight_decay": 0.05},
-            rounds={"count": 15, "evaluate_every": 15, "minimum_sites": 5},
+            rounds={"count": 15, "evaluate_every": 15, "minimum_sites": 7},
         )
         scores = federate(made, data).site_scores
-        return sum(scores[site]["loss"] for site in ("s2", "s3", "s4")) / 3
+        honest = [scores[site]["loss"] for site in sites if site not in cheats]
+        return sum(honest) / len(honest)
 
     honest = loss({"name": "fedavg"}, sites)
     broken = loss({"name": "fedavg"}, flipped)
-    assert broken > honest + 0.2
-    assert loss(strategy, flipped) < honest + 0.6 * (broken - honest)
+    assert broken > 2 * honest
+    assert loss(strategy, flipped) < honest + 0.1 * (broken - honest)
 
 
 @pytest.mark.parametrize("name", ["scaffold", "fednova", "feddyn", "feddc", "ditto"])
@@ -315,6 +315,19 @@ def test_what_a_site_keeps_survives_a_restart_and_is_not_counted_twice(name: str
         ({"strategy": {"name": "scaffold"}, "training": {"momentum": 0.9}}, "without training.momentum"),
         ({"strategy": {"name": "fednova"}, "training": {"optimizer": "adam"}}, "fedprox or feddyn"),
         ({"strategy": {"name": "bulyan", "malicious": 1}}, "minimum_sites of at least 7, or strategy median"),
+        # of 4 sites a fifth is none: the plain mean; two liars in 6 may look like a neighbourhood of their own
+        (
+            {"strategy": {"name": "trimmed-mean"}, "rounds": {"minimum_sites": 4}},
+            "minimum_sites of at least 5, or strategy median",
+        ),
+        (
+            {"strategy": {"name": "krum", "malicious": 2}, "rounds": {"minimum_sites": 6}},
+            "minimum_sites of at least 7, or strategy median",
+        ),
+        (
+            {"strategy": {"name": "krum", "malicious": 1, "keep": 4}, "rounds": {"minimum_sites": 6}},
+            "minimum_sites of at least 7, or strategy median",
+        ),
         (
             {
                 "strategy": {"name": "ditto"},

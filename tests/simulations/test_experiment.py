@@ -162,6 +162,7 @@ def test_a_baseline_that_diverges_has_no_score_and_does_not_stop_the_rest() -> N
             "x: Value error, strategy scaffold is defined for",
         ),
         ({"variants": {"alone": {}}}, 2, "alone is the name of a baseline"),
+        ({"variants": {"trivial": {}}}, 2, "trivial is the name of a baseline"),
         ({"partition": {"sites": 3}}, 2, "partition divides the data of one site"),
         ({"seedz": [1]}, 2, "(did you mean 'seeds'?)"),
         ({"device": "cuda"}, 4, "device: cuda was asked for"),

@@ -70,7 +70,7 @@ def test_quantity_skew_gives_unequal_sizes_of_the_same_mixture() -> None:
 
 
 def test_what_cannot_be_divided_is_told() -> None:
-    with pytest.raises(DataError, match="ask for fewer sites"):
+    with pytest.raises(DataError, match="3 train patients are too few for 5 sites: ask for fewer sites"):
         partition(whole(3), Partition(sites=5), seed=0)
     with pytest.raises(DataError, match="use quantity"):
         partition(site_data(masks_study()), Partition(sites=2, by="labels"), seed=0)

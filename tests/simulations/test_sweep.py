@@ -13,6 +13,7 @@ import pytest
 import yaml
 from small_simulation import example, simulation
 
+from medfl.shared.errors import ConfigError
 from medfl.simulations import Experiment, load_simulation, run_experiment
 from medfl.simulations import experiment as module
 from medfl.simulations.findings import findings
@@ -65,6 +66,35 @@ def test_a_sweep_goes_on_where_it_stopped_and_does_only_what_is_new(
     path.write_text(yaml.safe_dump(content))
     run_experiment(load_simulation(path), sweep=True)
     assert len(done) == 6
+
+
+def test_fedavg_stands_beside_whatever_is_compared_and_once_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = {"alone": False, "pooled": False, "trivial": False}
+    path = simulation(tmp_path, seeds=[0], variants={"near": {"strategy": {"name": "fedprox"}}}, baselines=few)
+    done = count_federations(monkeypatch)
+    with caplog.at_level("INFO", "medfl.simulations"):
+        experiment = run_experiment(load_simulation(path), sweep=True)
+    assert done == ["fedprox/0", "fedavg/0"]
+    assert (experiment.methods_of("federated"), experiment.methods_of("baseline")) == (["near"], ["fedavg"])
+    assert references(experiment) == ["fedavg"]
+    assert [r.getMessage() for r in caplog.records if r.name == "medfl.simulations"] == [
+        "seed 0, method 1 of 2: near",
+        "seed 0, method 2 of 2: fedavg",
+    ]
+    assert not list(experiment.folder.rglob("fedavg/model.safetensors"))
+
+    done.clear()
+    content = yaml.safe_load(path.read_text())
+    content["variants"]["plain"] = {}  # which is FedAvg
+    path.write_text(yaml.safe_dump(content))
+    assert run_experiment(load_simulation(path), sweep=True).methods == ["near", "plain"]
+
+    content["variants"] = {"fedavg": {"strategy": {"name": "fedprox"}}}  # two methods of one name
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match="variants: fedavg is the name of a baseline"):
+        load_simulation(path)
 
 
 def test_the_example_runs_and_its_report_stands_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ SUMS = ["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fed
 def study_with(strategy: dict[str, Any], **changes: Any) -> Study:
     if strategy["name"] == "fedbn":
         return masks_study(strategy=strategy, model={"name": "unet", "channels": [4, 8], "norm": "group"}, **changes)
-    return classes_study(strategy=strategy, **changes)
+    return classes_study(strategy=strategy, rounds={"minimum_sites": 5}, **changes)
 
 
 def one_round(
