@@ -77,7 +77,12 @@ def dimse(settings: DimseSettings) -> Iterator[DimseArchive]:
             f"(data.called_ae_title) and knows {settings.ae_title!r} (data.ae_title)"
             if rejected
             else "the PACS cannot be reached over DIMSE: check data.host and data.pacs_port"
-            + (", and that it and data.tls trust each other's certificates" if settings.tls else "")
+            + (
+                ", that it and data.tls trust each other's certificates, and that its own is for "
+                "data.tls.server_name or data.host"
+                if settings.tls
+                else ""
+            )
         )
     archive.association = association
     try:

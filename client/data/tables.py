@@ -167,10 +167,14 @@ def classes_of(text: str, spec: DataSpec, aliases: Mapping[str, str]) -> frozens
 
 def _inside(root: Path, name: str) -> Path:
     """File ``name`` under ``root``; a table must not lead out of the site's folder."""
-    path = (root / name.replace("\\", "/")).resolve()
-    if not name or not path.is_relative_to(root):
+    try:
+        path = (root / name.replace("\\", "/")).resolve()
+        inside, there = path.is_relative_to(root), path.is_file()
+    except (OSError, ValueError):  # too long, or with a character that no name can have
+        raise Quarantine("file is missing") from None
+    if not name or not inside:
         raise Quarantine("file name leads out of the folder")
-    if not path.is_file():
+    if not there:
         raise Quarantine("file is missing")
     return path
 

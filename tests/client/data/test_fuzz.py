@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from damage import damage
 from dicom_lab import COLUMN_MM, KEY, ROW_MM, SLICE_MM, ct, hounsfield, lesion, save, seg, spec, structure_set
 from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from numpy.typing import NDArray
@@ -50,29 +51,6 @@ SYNTAXES = [
     None, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, RLELossless, JPEG2000Lossless, JPEGLSLossless,
 ]  # fmt: skip
 STUDY = spec(classes=("background", "lesion", "vessel"))
-
-
-def damage(content: bytes, rng: random.Random) -> bytes:
-    """Truncated, flipped, swapped, zeroed or repeated somewhere; as often in the header as in the pixels."""
-    spoilt = bytearray(content)
-    end = len(spoilt) if rng.random() < 0.5 else min(len(spoilt), 4096)
-    at, length = rng.randrange(end), rng.randrange(1, 64)
-    match rng.randrange(6):
-        case 0:
-            del spoilt[at:]
-        case 1:
-            for _ in range(rng.randrange(1, 8)):
-                spoilt[rng.randrange(end)] ^= 1 << rng.randrange(8)
-        case 2:
-            to = rng.randrange(end)
-            spoilt[at : at + length], spoilt[to : to + length] = spoilt[to : to + length], spoilt[at : at + length]
-        case 3:
-            spoilt[at : at + length] = bytes(len(spoilt[at : at + length]))
-        case 4:
-            spoilt[at : at + 2] = spoilt[at : at + 2][::-1]
-        case _:
-            spoilt[at:at] = spoilt[at : at + length]
-    return bytes(spoilt)
 
 
 def in_syntax(slices: Slices, syntax: UID | None) -> Slices:

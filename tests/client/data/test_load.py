@@ -337,6 +337,8 @@ def test_several_classes_at_once_are_rows_of_zero_and_one(tmp_path: Path) -> Non
         ("here,p9,../outside.png,m9.png,0", "file name leads out of the folder"),
         ("here,p9,/etc/hostname,m9.png,0", "file name leads out of the folder"),
         ("here,p9,gone.png,m9.png,0", "file is missing"),
+        (f"here,p9,{'x' * 300}.png,m9.png,0", "file is missing"),
+        ("here,p9,i\09.png,m9.png,0", "file is missing"),
         ("here,,i9.png,m9.png,0", "no patient identifier"),
         ("here,p9,i9.png,,0", "no label"),
         ("here,p9,broken.png,m9.png,0", "unreadable picture"),
