@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from medfl.simulations.grid import VirtualGrid
 
 
-def counting_grid() -> tuple[VirtualGrid, list[str]]:
+def counting_grid(*, moment_s: float = 0) -> tuple[VirtualGrid, list[str]]:
     app, worked = ClientApp(), []
 
     @app.query()
@@ -20,7 +20,7 @@ def counting_grid() -> tuple[VirtualGrid, list[str]]:
         context.state["times"] = ConfigRecord({"n": int(times["n"]) + 1})  # type: ignore[arg-type, call-overload, index]
         return Message(RecordDict({"c": ConfigRecord({"site": site, **context.state["times"]})}), reply_to=message)  # type: ignore[dict-item]
 
-    return VirtualGrid(app, ["north", "south"]), worked
+    return VirtualGrid(app, ["north", "south"], moment_s=moment_s), worked
 
 
 def ask(node: int) -> Message:
@@ -44,6 +44,14 @@ def test_a_site_works_only_when_its_reply_is_pulled_and_one_at_a_time() -> None:
     second = list(grid.pull_messages(identities))
     assert [reply.metadata.src_node_id for reply in second] == nodes[1:]
     assert list(grid.pull_messages(identities)) == []
+
+
+def test_sites_that_are_done_in_a_moment_answer_together_in_their_order() -> None:
+    grid, worked = counting_grid(moment_s=600)
+    identities = list(grid.push_messages([ask(node) for node in grid.get_node_ids()]))
+    replies = list(grid.pull_messages(identities))
+    assert worked == ["north", "south"]
+    assert [reply.metadata.reply_to_message_id for reply in replies] == identities
 
 
 def test_a_message_nobody_pulls_is_never_worked_on() -> None:
