@@ -59,6 +59,8 @@ def read_mask(path: Path, meaning: Meaning, shape: tuple[int, ...]) -> NDArray[n
 def _pixels(path: Path, *, labels: bool) -> NDArray[Any]:
     """(row, column) or (row, column, 3) as stored; a palette's colours, or with ``labels`` its indices."""
     with reading("unreadable picture"), Image.open(path) as picture:
+        picture.verify()  # checksums of PNG, which decoding does not look at; nothing else can be done with it then
+    with reading("unreadable picture"), Image.open(path) as picture:
         _refuse_what_pillow_changes(picture)  # first: to look for EXIF may load the pixels, and forget their form
         if getattr(picture, "n_frames", 1) != 1:
             raise Quarantine("picture of several pages")

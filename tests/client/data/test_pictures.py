@@ -128,16 +128,31 @@ def test_white_that_is_zero_is_turned_round_or_refused(tmp_path: Path) -> None:
     assert np.array_equal(read_picture(upright, GREY)[0].ravel(), ramp)
 
 
-def test_colours_of_sixteen_bits_are_not_cut_to_eight(tmp_path: Path) -> None:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+def png(depth: int, kind: int, rows: bytes, checksum_of: bytes | None = None) -> bytes:
+    """8 x 8 pixels as PNG by hand; the pixels' checksum may be another's."""
 
-    rows = b"".join(b"\0" + bytes(6 * 8) for _ in range(8))
-    head = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
-    content = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    (tmp_path / "p.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    def chunk(name: bytes, content: bytes, summed: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + summed))
+
+    head, packed = struct.pack(">IIBBBBB", 8, 8, depth, kind, 0, 0, 0), zlib.compress(rows)
+    summed = packed if checksum_of is None else zlib.compress(checksum_of)
+    parts = chunk(b"IHDR", head, head) + chunk(b"IDAT", packed, summed) + chunk(b"IEND", b"", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def test_colours_of_sixteen_bits_are_not_cut_to_eight(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(png(16, 2, (b"\0" + bytes(6 * 8)) * 8))
     with pytest.raises(Quarantine, match="colour picture of more than 8 bits"):
         read_picture(tmp_path / "p.png", COLOUR)
+
+
+def test_pixels_that_are_not_those_of_their_checksum_are_noticed(tmp_path: Path) -> None:
+    black, white = (b"\0" + bytes(8)) * 8, (b"\0" + b"\xff" * 8) * 8
+    (tmp_path / "p.png").write_bytes(png(8, 0, white))
+    assert (read_picture(tmp_path / "p.png", BYTES) == 255).all()
+    (tmp_path / "p.png").write_bytes(png(8, 0, white, checksum_of=black))
+    with pytest.raises(Quarantine, match="unreadable picture"):
+        read_picture(tmp_path / "p.png", BYTES)
 
 
 @pytest.mark.parametrize("at", [60, 100, -30, -18])
