@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,11 +84,13 @@ def run_experiment(
         shelve(read_initial(settings.initial_weights))
     cells: list[Cell] = []
     patients: dict[str, int] = {}
+    scored: dict[str, int] = {}
     earlier = 0.0  # seconds that earlier runs took for what is done
     for seed in settings.seeds:
         work = _Seed(settings, seed, device, folder / f"seed-{seed}", reporter, loading, resume=sweep)
         cells += work.run(sweep=sweep)
         patients = patients or work.patients()
+        scored = scored or work.patients(scored=True)
         earlier += work.earlier
     experiment = Experiment(
         _metric(settings.study),
@@ -96,6 +99,7 @@ def run_experiment(
         earlier + time.monotonic() - started,
         patients,
         held_out_of(settings, list(patients)),
+        scored,
     )
     experiment.save(study=settings.study.digest)
     return experiment
@@ -122,7 +126,7 @@ class _Seed:
     resume: bool
     earlier: float = 0.0  # seconds that the cells took which were taken from an earlier run
     _data: dict[str, SiteData] | None = None
-    _patients: dict[str, int] | None = None
+    _counts: dict[str, dict[str, int]] | None = None
 
     def run(self, *, sweep: bool) -> list[Cell]:
         """Federated methods, then what they have to beat."""
@@ -164,20 +168,23 @@ class _Seed:
         """All sites' data."""
         if self._data is None:
             self._data = load_sites(self.settings, self._seeded(self.settings.study), self.device, self.loading)
-            self._patients = {name: patients_of(data) for name, data in self._data.items()}
-            write_whole(self.folder / "patients.json", json.dumps(self._patients).encode(), mode=0o644)
+            self._counts = {
+                "all": {name: patients_of(data) for name, data in self._data.items()},
+                "scored": {name: patients_of(data, Split.VALIDATION) for name, data in self._data.items()},
+            }
+            write_whole(self.folder / "patients.json", json.dumps(self._counts).encode(), mode=0o644)
         return self._data
 
-    def patients(self) -> dict[str, int]:
-        """Patients by site, read again where this run had no need of the data."""
-        if self._patients is None:
-            try:
-                self._patients = {
-                    str(k): int(v) for k, v in json.loads((self.folder / "patients.json").read_bytes()).items()
-                }
-            except (OSError, ValueError):
-                self._patients = {name: patients_of(data) for name, data in self.sites.items()}
-        return self._patients
+    def patients(self, *, scored: bool = False) -> dict[str, int]:
+        """Patients by site, all or those scores rest on; read again where this run had no need of the data."""
+        if self._counts is None:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                found = json.loads((self.folder / "patients.json").read_bytes())
+                self._counts = {kind: {str(k): int(v) for k, v in found[kind].items()} for kind in ("all", "scored")}
+        if self._counts is None:
+            _ = self.sites  # which counts them
+        assert self._counts is not None  # noqa: S101 - they are counted by now
+        return self._counts["scored" if scored else "all"]
 
     def _seeded(self, study: Study) -> Study:
         return study.model_copy(update={"seed": self.seed})
@@ -357,9 +364,9 @@ class _Federated:
         return sum(known) / len(known) if known else None
 
 
-def patients_of(data: SiteData) -> int:
-    """Patients of all splits together."""
-    return sum(int(torch.unique(part.patients).numel()) for part in data.splits.values())
+def patients_of(data: SiteData, *splits: Split) -> int:
+    """Patients of ``splits`` (none: of all) together."""
+    return sum(int(torch.unique(data.splits[split].patients).numel()) for split in splits or data.splits)
 
 
 def _metric(study: Study) -> str:

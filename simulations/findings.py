@@ -9,6 +9,9 @@ import numpy as np
 from medfl.simulations.inversion import RECOGNISABLE_DB
 from medfl.simulations.results import Experiment
 
+_FEW = 5
+"""Scores of fewer held-out patients are told to rest on few."""
+
 
 def findings(experiment: Experiment) -> list[str]:
     """What the table says in words, favourable or not."""
@@ -22,6 +25,10 @@ def findings(experiment: Experiment) -> list[str]:
         below = [s for s in experiment.sites if any(experiment.mean(method, s) <= experiment.mean(f, s) for f in floor)]
         if below:
             said.append(f"{method} does not beat a predictor without any training at: {', '.join(below)}.")
+    if few := [f"{site} ({n})" for site, n in experiment.scored.items() if n < _FEW]:
+        said.append(
+            f"Few patients are held out at {', '.join(few)}: a difference there may be the difference of one patient."
+        )
     return [*said, *promises(experiment), *reconstructions(experiment)]
 
 

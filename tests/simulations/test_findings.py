@@ -36,6 +36,13 @@ def test_nothing_is_promised_where_nothing_is_protected() -> None:
     assert promises(experiment(Cell("fedavg", 0, SCORES))) == []
 
 
+def test_scores_that_rest_on_few_patients_are_said_to() -> None:
+    few = Experiment("dice", (Cell("fedavg", 0, SCORES),), Path("nowhere"), 1.0, scored={"north": 2, "south": 5})
+    said = "Few patients are held out at north (2): a difference there may be the difference of one patient."
+    assert said in findings(few)
+    assert not any("Few patients" in sentence for sentence in findings(experiment(Cell("fedavg", 0, SCORES))))
+
+
 def test_a_table_of_many_sites_reads_at_80_columns(tmp_path: Path) -> None:
     sites = {f"hospital-{number}": 0.1 + number / 100 for number in range(9)}
     cells = (Cell("geometric-median", 0, sites), Cell("alone", 0, dict.fromkeys(sites, 0.5), "baseline"))
