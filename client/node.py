@@ -39,6 +39,7 @@ POLL_S = (0.05, 1.0)  # shortest and longest pause where a coordinator does not 
 REJOIN_S = 2.5  # longest pause between attempts to join
 TURN_S = 300.0  # no pause and no time-out of a connection is longer
 GRACE_S = 60.0  # a message that takes so much longer than its deadline hangs
+GOODBYE_S = 2.0  # no longer is a heartbeat waited for at the end
 REMIND_S = 60.0  # the same trouble is logged once in this time
 
 
@@ -305,6 +306,8 @@ class Node:
             yield
         finally:
             done.set()
+            if self._stop.is_set():
+                thread.join(GOODBYE_S)  # or its question would be cut off, which the log would call trouble
 
     @property
     def _id_file(self) -> Path:

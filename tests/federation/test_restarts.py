@@ -6,6 +6,8 @@ import datetime
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from federation import Lab, question, text_of, until
 from flwr.supercore.state.schema.corestate_models import Task as TaskModel
 from sqlalchemy import update
 
+import medfl.client.node
 from medfl.server.link import Link, OpenRun
 from medfl.shared.errors import ConfigError
 from medfl.simulations.demo import free_port
@@ -117,6 +120,23 @@ def test_a_run_outlives_an_hour_in_which_the_machine_was_asleep(lab: Lab) -> Non
         link._state.open_run = None  # what the database says, and not what the link remembers
         assert link._state.get_run_status({run.run_id})[run.run_id].status == "running"
         assert ask(run, ids["north"], "after") == "after"
+
+
+def test_a_node_that_is_stopped_lets_its_heartbeat_end_first(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(medfl.client.node, "HEARTBEAT_S", 0.2)
+    began, ended = threading.Event(), threading.Event()
+
+    def slow(fleet: object) -> None:
+        if threading.current_thread().name == "heartbeat":
+            began.set()
+            time.sleep(0.3)
+            ended.set()
+
+    running = lab.node("north", lab.link(sites=1).port)
+    running.node._check_in = slow
+    assert began.wait(60)
+    running.stop()
+    assert ended.is_set()
 
 
 def test_a_state_folder_is_used_by_one_process_at_a_time(lab: Lab) -> None:
