@@ -45,7 +45,7 @@ WITHDRAW = Verb("withdraw", Withdrawal, Nothing)
 class Decisions:
     """What both do, in whichever process holds the site's state.
 
-    ``forget`` lets go of what was kept for a study; ``changed`` is told after an approval.
+    ``forget`` lets go of what was kept for a study; ``take_up`` undoes that after an approval, and ``changed`` is told.
     """
 
     def __init__(
@@ -54,9 +54,11 @@ class Decisions:
         audit: Audit,
         *,
         forget: Callable[[str], None],
+        take_up: Callable[[str], None] = lambda digest: None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._approvals, self._audit, self._forget, self._changed = approvals, audit, forget, changed
+        self._approvals, self._audit, self._changed = approvals, audit, changed
+        self._forget, self._take_up = forget, take_up
 
     def serve(self, admin: AdminSocket) -> None:
         """Do it when asked through ``admin``."""
@@ -67,6 +69,7 @@ class Decisions:
         """Write it to the audit log, then to the disk; it counts when both are done. Raises PolicyRefusal."""
         self._audit.decided(asked.study, approved=True, by=asked.by, ethics=asked.ethics)
         self._approvals.decide(asked.study, _decision(approved=True, by=asked.by, ethics=asked.ethics))
+        self._take_up(asked.study)
         self._changed()
         return Nothing()
 

@@ -37,6 +37,10 @@ class Records(Protocol):
         """Delete what was made of patients for a withdrawn study, and keep no more of it. The site's rows stay."""
         ...
 
+    def take_up(self, digest: str) -> None:
+        """Keep again what is made for a study that was withdrawn, now that it is approved."""
+        ...
+
     def keep_initial(self, digest: str, content: bytes) -> None:
         """Keep the file of the weights a study begins with."""
         ...
@@ -98,6 +102,9 @@ class MemoryRecords:
         """Let the personal tensors go."""
         self._personal.pop(digest, None)
 
+    def take_up(self, digest: str) -> None:
+        """Nothing: what is made is kept in any case."""
+
     def keep_initial(self, digest: str, content: bytes) -> None:
         """Keep the file of the weights a study begins with."""
         self._initial[digest] = content
@@ -141,7 +148,6 @@ class FolderRecords:
         """Keep ``study`` durably."""
         write_whole(private_folder(self._of(study.digest)) / "study.json", study.canonical())
         self._studies[study.digest] = study
-        self._forgotten.discard(study.digest)
 
     def forget(self, digest: str) -> None:
         """Delete personal tensors, the last result, and the key of the study's cache, which no longer opens then."""
@@ -151,6 +157,11 @@ class FolderRecords:
                 (self._of(digest) / name).unlink(missing_ok=True)
             if self._of(digest).is_dir():
                 sync_folder(self._of(digest))
+
+    def take_up(self, digest: str) -> None:
+        """Keep again what is made for a study that was withdrawn, under another key."""
+        with self._writing:
+            self._forgotten.discard(digest)
 
     def cache_key(self, digest: str) -> SiteKey:
         """The key of the study's cache, made where there is none yet.

@@ -190,6 +190,10 @@ class Site:
         self._records.forget(digest)
         self._images.forget()
 
+    def take_up(self, digest: str) -> None:
+        """A withdrawn study is approved again; from any thread. Its images are read anew."""
+        self._records.take_up(digest)
+
     def hold_weight(self, request: WeightRequest) -> Ready:
         """Hold this site's weight, the number of its training images, for the secure sum of all weights.
 

@@ -124,7 +124,8 @@ def _node(options: argparse.Namespace) -> int:  # noqa: PLR0915 - many of them i
             over=lost.is_set,
         )
         admin = AdminSocket(settings.state)
-        Decisions(approvals, audit, forget=site.forget, changed=node.rejoin).serve(admin)  # before it listens
+        decisions = Decisions(approvals, audit, forget=site.forget, take_up=site.take_up, changed=node.rejoin)
+        decisions.serve(admin)  # before it listens
         stack.enter_context(admin)
         systemd = stack.enter_context(Supervision(node.alive))
         watchers.append(lambda phase, text: systemd.status(text))

@@ -14,6 +14,7 @@ from tiny import classes_study, site_data
 
 from medfl.client.approvals import Approvals, Decision
 from medfl.client.audit import Audit
+from medfl.client.data.tensors import SiteData
 from medfl.client.decisions import Approval, Decisions, Withdrawal
 from medfl.client.policy import Policy
 from medfl.client.records import CACHE_KEY, FolderRecords
@@ -24,6 +25,7 @@ from medfl.shared.audit_log import audit_file
 from medfl.shared.chain import inspect
 from medfl.shared.errors import Code, PolicyRefusal
 from medfl.shared.messages import Failure, Kind, OfferAccepted, StudyOffer, TrainReply
+from medfl.shared.study import Study
 from medfl.shared.weights import weights_digest
 
 STUDY = classes_study(training={"steps": 40}, rounds={"count": 3})
@@ -43,7 +45,9 @@ class World:
         )
         self.rejoined = 0
         self.audit = Audit(audit_file(folder))
-        self.decisions = Decisions(self.approvals, self.audit, forget=self.site.forget, changed=self._rejoin)
+        self.decisions = Decisions(
+            self.approvals, self.audit, forget=self.site.forget, take_up=self.site.take_up, changed=self._rejoin
+        )
 
     def _rejoin(self) -> None:
         self.rejoined += 1
@@ -180,6 +184,25 @@ def test_a_withdrawal_deletes_what_was_made_of_patients_and_the_caches_key(world
     world.approve()
     OfferAccepted.parse(offer(world.site, STUDY))
     assert world.records.cache_key(STUDY.digest) != key  # what was cached before stays unreadable
+
+
+def test_a_study_that_is_approved_again_reads_its_images_anew_in_the_running_node(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = world.site._images._load
+
+    def cached(study: Study) -> SiteData:
+        world.records.cache_key(study.digest)  # as a node opens its cache
+        return load(study)
+
+    monkeypatch.setattr(world.site._images, "_load", cached)
+    world.approve()
+    OfferAccepted.parse(offer(world.site, STUDY))
+    world.withdraw()
+    assert reason(offer(world.site, STUDY)) == (Code.REFUSED, "study withdrawn")
+    world.approve()
+    OfferAccepted.parse(offer(world.site, STUDY))
+    TrainReply.parse(train(world.site, STUDY))
 
 
 def test_what_remains_is_told_by_round_and_model(world: World) -> None:
