@@ -183,6 +183,59 @@ def test_moon_on_a_network_whose_representation_no_weight_changes_is_fedavg() ->
     assert np.allclose(fed_avg().result.weights, moon, atol=1e-6)
 
 
+def scaled(seed: int) -> SiteData:
+    """The pixels that say the class are faint; others, which say nothing, are thirty times as bright."""
+    draw, labels = torch.Generator().manual_seed(seed), torch.arange(40) % 2
+    images = torch.randn((40, 1, 4, 4), generator=draw)
+    images[:, 0, 1] += 1.5 * (2 * labels[:, None] - 1)
+    part = TensorSet(images * torch.tensor([3.0, 0.1, 1.0, 1.0]).view(1, 1, 4, 1), labels, torch.arange(40))
+    splits = {Split.TRAIN: part, Split.VALIDATION: part, Split.TEST: part}
+    return SiteData(splits, report(splits))
+
+
+@cache
+def loss_on_scaled(name: str, *rate: float) -> float:
+    made = study(
+        {"name": name} | ({"learning_rate": rate[0]} if rate else {}), learning_rate=0.1, steps=2, weight_decay=0.0
+    )
+    made = made.model_copy(update={"rounds": made.rounds.model_copy(update={"count": 20, "evaluate_every": 20})})
+    return float(federate(made, {site: scaled(seed) for seed, site in enumerate("abc")}).rounds[-1].scores["loss"])
+
+
+@pytest.mark.parametrize(("name", "rate"), [("fedavgm", 1.0), ("fedadam", 0.5), ("fedyogi", 0.5), ("fedadagrad", 0.5)])
+def test_momentum_and_adaptive_steps_at_the_server_find_faint_pixels_sooner_than_fedavg(name: str, rate: float) -> None:
+    assert loss_on_scaled(name, rate) < 0.6 * loss_on_scaled("fedavg")
+
+
+def spots(made: Study, seed: int, *, negative: bool = False, inverse: bool = False) -> SiteData:
+    """Bright spots; from a camera whose pictures are negatives, or of readers who outline everything else."""
+    data, splits = site_data(made, seed=seed, patients=8), {}
+    for split, part in data.splits.items():
+        images, labels = 3 - part.images if negative else part.images, 1 - part.labels if inverse else part.labels
+        splits[split] = TensorSet(images, labels, part.patients)
+    return SiteData(splits, report(splits))
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "other"),
+    [("fedbn", "batch", {"negative": True}), ("personal-layers", "instance", {"inverse": True})],
+)
+def test_what_stays_home_helps_where_sites_differ_in_just_that(name: str, norm: str, other: dict[str, bool]) -> None:
+    def losses(strategy: str) -> dict[str, float]:
+        made = masks_study(
+            strategy={"name": strategy},
+            model={"name": "unet", "channels": [4, 8], "residual_units": 0, "norm": norm},
+            training={"learning_rate": 0.03, "batch_size": 8, "epochs": 2},
+            rounds={"count": 6, "evaluate_every": 6},
+            data={"preprocessing": {"normalise": "none", "size": [8, 8]}},
+        )
+        scores = federate(made, {"a": spots(made, 0), "b": spots(made, 1, **other)}).site_scores
+        return {site: found["loss"] for site, found in scores.items()}
+
+    common, personal = losses("fedavg"), losses(name)
+    assert all(personal[site] < 0.95 * common[site] for site in "ab")
+
+
 def test_qfedavg_evens_out_the_losses_of_the_sites() -> None:
     sites = {"few": skewed(0.9, 16, seed=0), "many": skewed(0.1, 128, seed=1)}
 
