@@ -21,12 +21,19 @@ from medfl.simulations.heterogeneity import as_scanned
 from medfl.simulations.misbehaviour import with_backdoor, with_flipped_labels
 from medfl.simulations.partition import partition
 from medfl.simulations.phantoms import write_hospital
+from medfl.strategies.build import needs_of
 
 
 def load_sites(
     settings: SimulationSettings, study: Study, device: torch.device, loading: Progress | None = None
 ) -> dict[str, SiteData]:
-    """Each virtual site's data as its scanner gives them, split by patient by a secret of the seed and its name."""
+    """Each virtual site's data as its scanner gives them, split by patient by a secret of the seed and its name.
+
+    Raises:
+        ConfigError: a study's strategy cannot run in it, before any image is read. DataError: data cannot be used.
+    """
+    for each in (study, *settings.studies().values()):
+        needs_of(each)
     sites = {}
     for site in settings.sites:
         secret = hashlib.sha256(f"simulation/{study.seed}/{site.name}".encode()).digest()

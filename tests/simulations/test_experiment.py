@@ -163,6 +163,11 @@ def test_a_baseline_that_diverges_has_no_score_and_does_not_stop_the_rest() -> N
         ),
         ({"variants": {"alone": {}}}, 2, "alone is the name of a baseline"),
         ({"variants": {"trivial": {}}}, 2, "trivial is the name of a baseline"),
+        (
+            {"variants": {"x": {"strategy": {"name": "median"}, "secure_aggregation": {"mode": "msa1"}}}},
+            2,
+            "strategy median compares single updates, which secure aggregation hides",
+        ),
         ({"partition": {"sites": 3}}, 2, "partition divides the data of one site"),
         ({"seedz": [1]}, 2, "(did you mean 'seeds'?)"),
         ({"device": "cuda"}, 4, "device: cuda was asked for"),
