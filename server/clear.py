@@ -18,6 +18,8 @@ from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.strategies.build import Needs
 
+_EVALUATED = "evaluated"
+
 
 class ClearCollector:
     """Sums updates as they arrive, or keeps each one where the strategy compares them."""
@@ -71,11 +73,12 @@ class ClearCollector:
             if tally := EvaluateReply.parse(reply.content).tally:
                 check_names(tally, tally_names(self._study.scoring, self._study.data.classes))
                 tallies[site] = tally
-            return "evaluated"
+            return _EVALUATED
 
+        outcomes: dict[str, str] = {}
         messages = configure(request_config(self._study.digest, number))
-        self._stages.run(number, Kind.EVALUATE.value, messages, cohort, {}, take=take)
-        return Evaluated(_summed(tallies), tallies)
+        self._stages.run(number, Kind.EVALUATE.value, messages, cohort, outcomes, take=take)
+        return Evaluated(_summed(tallies), tallies, missed=_EVALUATED not in outcomes.values())
 
     def unfinished(self, weights: Flat, cohort: Mapping[int, str]) -> Collected | None:
         """Nothing is kept: the round is run again, and sites repeat their answers without training."""

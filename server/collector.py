@@ -43,6 +43,8 @@ class Evaluated:
 
     tally: Mapping[str, float] = field(default_factory=dict)
     by_site: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    missed: bool = False
+    """Whether no scores came although sites may have some: too few answered, or their sum could not be opened."""
 
 
 class Collector(Protocol):

@@ -54,6 +54,7 @@ T = TypeVar("T")
 
 _VOID_ROUNDS = 5  # as many void rounds in a row, for what sites say and not for sites cut off, end the study
 _VOID_S = 1.0  # after a void round: who was cut off is about to be back
+_SCORINGS = 3  # a study whose final model nobody has scored tells little: sites may be back the next time
 _DISK_S = 5.0  # between attempts to write to a full disk
 
 
@@ -101,6 +102,7 @@ class Rounds:
         stages = Stages(grid, reporter, stop, Pace(study.rounds.deadline_s), self._admission)
         self._convergence = Convergence(study.rounds.converged)
         self._metrics = Metrics()  # of the last complete round
+        self._scorings = _SCORINGS
         self._rosters = None if secure is None else secure.rosters
         self._collector = _collector(study, stages, self._layout, secure)
         self._heads: Heads | None = None
@@ -133,7 +135,7 @@ class Rounds:
                 return Ending.STOPPED
             if not self._admission.may_still_be(self._quorum):
                 return Ending.BUDGET_SPENT
-            if not cohort:
+            if not cohort and self._round < rounds.count:
                 return Ending.NO_QUORUM
             if not evaluated:  # the last thing before a restart, or a full disk, was this round's checkpoint
                 evaluated = self._attempt(partial(self._report, time.monotonic(), cohort)) is not None
@@ -305,8 +307,8 @@ class Rounds:
     def _model(self) -> Flat:
         return self._handed_out.model(self._round, self._weights)
 
-    def _report(self, started: float, cohort: dict[int, str]) -> RoundReport:
-        """Let the cohort score the newest round, and tell."""
+    def _report(self, started: float, cohort: dict[int, str]) -> RoundReport | None:
+        """Let the cohort score the newest round, and tell; None where the last round's scores are to be tried again."""
         number, rounds = self._round, self._study.rounds
         view = CohortGrid(self._grid, cohort)
 
@@ -314,8 +316,12 @@ class Rounds:
             return list(self._strategy.configure_evaluate(number, pack(self._model), config, view))
 
         evaluated = Evaluated()
-        if number % rounds.evaluate_every == 0 or number == rounds.count:
+        if cohort and (number % rounds.evaluate_every == 0 or number == rounds.count):
             evaluated = self._collector.evaluate(number, self._model, cohort, configure)
+        if evaluated.missed and number == rounds.count and cohort and self._scorings > 1 and not self._stop.is_set():
+            self._scorings -= 1
+            log.info("the last round has no scores yet: they are asked for once more")
+            return None
         scores = read(evaluated.tally)
         if self._convergence.better(number, scores) is not None:
             self._handed_out.keep_best(number, self._model)

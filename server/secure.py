@@ -108,14 +108,16 @@ class SecureCollector:
         messages = [message for message in configure(config) if message.metadata.dst_node_id in cohort]
         self._stages.run(number, Kind.EVALUATE.value, messages, cohort, outcomes, take=take)
         ready = {node: site for node, site in cohort.items() if outcomes.get(site) == TRAINED}
-        if self._private or len(ready) < self._roster.minimum_cohort:
+        if self._private:
             return Evaluated({}, by_site)
+        if len(ready) < self._roster.minimum_cohort:
+            return Evaluated({}, by_site, missed=True)
         try:
             plan = self._plan(Purpose.EVALUATE, encoding, weights, ready)
             total = self._summed(plan, ready)
         except SumVoid as void:
             self._stages.void("scores of round %d were not summed: %s", number, void)
-            return Evaluated({}, by_site)
+            return Evaluated({}, by_site, missed=True)
         return Evaluated(dict(total.scalars), by_site)
 
     def _summed(self, plan: SumPlan, ready: Mapping[int, str]) -> SecureSum:

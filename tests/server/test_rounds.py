@@ -372,6 +372,50 @@ def test_scores_are_asked_for_every_few_rounds_and_after_the_last() -> None:
     assert [n for n, kind in enumerate(kinds) if kind == Kind.EVALUATE.value] == [2, 5, 7]  # after rounds 2, 4 and 5
 
 
+class Scoring(ScriptedSite):
+    """Cannot score the model at first, then with one right image."""
+
+    def __init__(self, *, fails: int) -> None:
+        super().__init__()
+        self.fails, self.scored = fails, 0
+
+    def evaluate(self, request: ModelRequest) -> Answer:
+        self.scored += 1
+        if self.scored <= self.fails:
+            return Failure(Code.TRAINING, "").record()
+        matrix = {f"confusion/{t}/{p}": float(t == p == "yes") for t in ("no", "yes") for p in ("no", "yes")}
+        return EvaluateReply({"loss": 1.0, "examples": 1.0, **matrix}).record()
+
+
+@pytest.mark.parametrize(("fails", "asked", "scored"), [(0, 2, True), (3, 4, True), (9, 4, False)])
+def test_scores_that_nobody_gave_are_asked_for_again_after_the_last_round_only(
+    fails: int, asked: int, scored: bool
+) -> None:
+    sites, heard = {"a": Scoring(fails=fails), "b": Scoring(fails=fails)}, Heard()
+    result = run(classes_study(rounds={"count": 2}), ScriptedGrid(sites), heard=heard)
+    assert (result.ending, [report.round for report in heard.reports]) == (Ending.DONE, [1, 2])
+    assert sites["a"].scored == asked  # once after the first round, at most three times after the last
+    assert ("accuracy" in heard.reports[-1].scores) is scored
+
+
+def test_a_site_that_keeps_its_scores_is_not_asked_again() -> None:
+    grid = ScriptedGrid({"a": ScriptedSite(), "b": ScriptedSite()})
+    run(classes_study(rounds={"count": 1}), grid)
+    assert grid.asked.count(("a", Kind.EVALUATE.value)) == 1
+
+
+def test_a_study_whose_sites_all_leave_before_its_last_scores_is_done() -> None:
+    class Leaving(Scoring):
+        def evaluate(self, request: ModelRequest) -> Answer:
+            grid.offline |= {"a", "b"}
+            return super().evaluate(request)
+
+    grid = ScriptedGrid({"a": Leaving(fails=9), "b": Leaving(fails=9)})
+    heard = Heard()
+    result = run(classes_study(rounds={"count": 1, "patience_s": 0.3}), grid, heard=heard)
+    assert (result.ending, heard.reports[-1].scores) == (Ending.DONE, {})
+
+
 def test_the_finished_model_is_the_mean_of_the_last_rounds_where_the_study_asks_for_it() -> None:
     # models at 4, 8, 12 and 16 from the start; the last three have the mean 12
     study, scored = classes_study(rounds={"count": 4, "average_last": 3}), []
