@@ -52,7 +52,7 @@ from dicom_lab import KEY, ct, save, seg, spec
 from medfl.client.data.augment import augmenter
 from medfl.client.data.batches import epoch
 from medfl.client.data.load import load_site_data
-from medfl.client.data.settings import DicomSettings
+from medfl.client.data.settings import DicomSettings, TableLabels
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import TensorSet
 from medfl.shared.data_spec import Augmentation
@@ -164,7 +164,7 @@ def monai_loaders(images: Tensor, labels: Tensor, batch: int) -> tuple[DataLoade
 
 
 def ingest(folder: Path, name: str, syntax: UID | None, series: int = 3, repeats: int = 5) -> list[tuple[str, float]]:
-    """Loading 40-slice 512x512 series with labels, beside highdicom on the same files."""
+    """Loading 40-slice 512x512 series, alone and with labels, beside highdicom, which reads the images alone."""
     rng = np.random.default_rng(0)
     smooth = np.cumsum(rng.integers(-3, 4, (40, 512, 512)), axis=2).clip(-1000, 3000).astype(np.int16)
     for number in range(series):
@@ -182,8 +182,15 @@ def _beside_highdicom(folder: Path, series: int, name: str, repeats: int) -> lis
     study = spec(preprocessing={"normalise": "none", "size": (512, 512)}, dimensions=2)
     settings = DicomSettings.model_validate({"source": "dicom", "folder": folder, "split": {"min_patients": 3}})
 
+    rows = ["patient,label", *(f"P{number},{number % 2}" for number in range(series))]
+    (table := folder.parent / f"{folder.name}.csv").write_text("\n".join(rows))
+    of_table = settings.model_copy(update={"labels": TableLabels(kind="table", file=table)})
+
     def load(cache: Path | None = None) -> None:
         load_site_data(settings, study, task="segmentation", key=KEY, cache_dir=cache)
+
+    def images() -> None:
+        load_site_data(of_table, study, task="classification", key=KEY)
 
     def alone() -> None:
         for number in range(series):
@@ -196,12 +203,17 @@ def _beside_highdicom(folder: Path, series: int, name: str, repeats: int) -> lis
 
     seconds(alone)
     seconds(load)
-    found: dict[str, list[float]] = {"": [], ", into the encrypted cache": []}
+    actions = {
+        ", images": images,
+        ", with SEG labels": load,
+        ", with SEG labels, into the encrypted cache": into_a_new_cache,
+    }
+    found: dict[str, list[float]] = {kind: [] for kind in actions}
     for _ in range(repeats):
-        for kind, action in zip(found, (load, into_a_new_cache), strict=True):
+        for kind, action in actions.items():
             reference = seconds(alone)
             found[kind].append(seconds(action) / reference)
-    title = f"ingest with labels ({name}{{}}) / get_volume_from_series alone"
+    title = f"ingest ({name}{{}}) / get_volume_from_series alone"
     return [(title.format(kind), statistics.median(values)) for kind, values in found.items()]
 
 
@@ -281,7 +293,7 @@ def main() -> None:
         parts: dict[str, Callable[[], list[tuple[str, float]]]] = {
             "epochs": lambda: epochs(options.device, quick=options.quick),
             "ingest": lambda: ingest(folder / "ingest", "uncompressed", None),
-            "compressed": lambda: ingest(folder / "compressed", "JPEG 2000", JPEG2000Lossless, repeats=1),
+            "compressed": lambda: ingest(folder / "compressed", "JPEG 2000", JPEG2000Lossless, series=8, repeats=1),
             "linear": lambda: linear(folder / "linear", 100 if options.quick else 1000),
             "restart": lambda: restart(folder / "restart", 25 if options.quick else 250),
         }
