@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import stat
-import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,8 @@ from medfl.client.data.settings import DicomSettings
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData
 from medfl.shared.errors import DataError
+
+ForkedPool = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"))
 
 
 def cache(folder: Path, key: SiteKey = KEY, quota: int = 10**6) -> EncryptedCache:
@@ -95,27 +100,27 @@ def test_what_is_larger_than_the_quota_is_not_kept(tmp_path: Path) -> None:
     assert entries(tmp_path) == []
 
 
-def test_threads_that_write_read_and_evict_at_once_never_see_anything_wrong(tmp_path: Path) -> None:
-    wrong: list[object] = []
+def busy_with(folder: Path, seed: int) -> list[bytes]:
+    """What was read wrongly while entries were written, read and evicted."""
+    kept, wrong = cache(folder, quota=8000), []
+    for step in range(60):
+        name = str((seed + step) % 7)
+        found = kept.get(name)
+        if found is None:
+            kept.put(name, name.encode() * 2000)
+        elif found != name.encode() * 2000:
+            wrong.append(found)
+        if step % 10 == 0:
+            kept.evict()
+    return wrong
 
-    def work(seed: int) -> None:
-        kept = cache(tmp_path, quota=8000)
-        for step in range(60):
-            name = str((seed + step) % 7)
-            found = kept.get(name)
-            if found is None:
-                kept.put(name, name.encode() * 2000)
-            elif found != name.encode() * 2000:
-                wrong.append(found)
-            if step % 10 == 0:
-                kept.evict()
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+@pytest.mark.parametrize("pool", [ThreadPoolExecutor, ForkedPool])
+def test_threads_and_processes_that_write_read_and_evict_at_once_never_see_anything_wrong(
+    tmp_path: Path, pool: Callable[[int], Executor]
+) -> None:
+    with pool(4) as workers:
+        assert list(workers.map(partial(busy_with, tmp_path), range(4))) == [[], [], [], []]
 
 
 @pytest.mark.parametrize("masks", [None, torch.ones(2, 3, 3, dtype=torch.uint8)])
