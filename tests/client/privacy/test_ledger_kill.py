@@ -106,7 +106,7 @@ for line in sys.stdin:
         site = make_site(study, folder, policy=policy, records=FolderRecords(folder / "state"))
         OfferAccepted.parse(offer(site, study))
         os.write(1, b"pid %d\\n" % os.getpid())
-        number = len(site._ledger().history())
+        number = len(site._trainer.ledger.history())
         while True:
             number += 1
             reply = TrainReply.parse(train(site, study, weights, number))
