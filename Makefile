@@ -30,7 +30,7 @@ types: $(VENV)/.installed-dev  ## Types, strict
 bench: $(VENV)/.installed-dev  ## Benchmarks, as ratios to the bare loop or to the peer in the same run
 	@for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
 
-fuzz: $(VENV)/.installed-dev  ## 2,000 damaged DICOM files, half an hour: what becomes of them
+fuzz: $(VENV)/.installed-dev  ## 3,000 damaged DICOM files, some minutes: what becomes of them
 	PYTHONPATH=tests/support $(BIN)/python tests/client/data/test_fuzz.py 2000 2
 
 chaos: $(VENV)/.installed-dev  ## Real processes, 200 of them killed at random moments: what must hold then, counted

@@ -318,7 +318,7 @@ class Rounds:
         evaluated = Evaluated()
         if cohort and (number % rounds.evaluate_every == 0 or number == rounds.count):
             evaluated = self._collector.evaluate(number, self._model, cohort, configure)
-        if evaluated.missed and number == rounds.count and cohort and self._scorings > 1 and not self._stop.is_set():
+        if evaluated.missed and number == rounds.count and self._scorings > 1 and not self._stop.is_set():
             self._scorings -= 1
             log.info("the last round has no scores yet: they are asked for once more")
             return None

@@ -93,18 +93,6 @@ class Federation:
         return {name: scores for name, scores in last.items() if scores is not None}
 
 
-@contextmanager
-def _seldom_collected() -> Iterator[None]:
-    """Inside, the garbage collector comes after more objects: a thousand sites are made, and none is garbage."""
-    before = gc.get_threshold()
-    gc.set_threshold(20_000, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
-@_seldom_collected()
 def federate(
     study: Study,
     sites: Mapping[str, SiteData],

@@ -51,10 +51,7 @@ Where = Mapping[str, tuple[int, ...]]
 
 def positions_of(dataset: pydicom.Dataset) -> list[NDArray[np.float64]]:
     """Position of each frame of an image that :func:`slices_of` has read, without its pixels."""
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
-    groups = dataset.get("PerFrameFunctionalGroupsSequence")
-    places = [[dataset]] if groups is None else [[group, shared] for group in groups]
-    return [_numbers(_group(place, "PlanePositionSequence"), "ImagePositionPatient", 3) for place in places]
+    return [_numbers(_group(place, "PlanePositionSequence"), "ImagePositionPatient", 3) for place in _places(dataset)]
 
 
 def slices_named(images: Iterable[pydicom.Dataset], where: Where) -> set[int]:
@@ -77,16 +74,21 @@ def slices_named(images: Iterable[pydicom.Dataset], where: Where) -> set[int]:
 
 
 def _frames(dataset: pydicom.Dataset) -> Iterator[Slice]:
-    pixels = stored_frames(dataset)
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
+    pixels, places = stored_frames(dataset), _places(dataset)
+    if len(places) != len(pixels):
+        alone = "PerFrameFunctionalGroupsSequence" not in dataset
+        raise Quarantine("missing geometry" if alone else "frames and their descriptions differ in number")
+    for place, stored in zip(places, pixels, strict=True):
+        yield _slice(dataset, place, stored)
+
+
+def _places(dataset: pydicom.Dataset) -> list[list[pydicom.Dataset]]:
+    """For each frame, the parts of the header that describe it, the nearest first."""
     groups = dataset.get("PerFrameFunctionalGroupsSequence")
-    if groups is None and len(pixels) != 1:
-        raise Quarantine("missing geometry")
-    if groups is not None and len(groups) != len(pixels):
-        raise Quarantine("frames and their descriptions differ in number")
-    for number, stored in enumerate(pixels):
-        places = [dataset] if groups is None else [groups[number], shared]
-        yield _slice(dataset, places, stored)
+    if groups is None:
+        return [[dataset]]
+    shared = (dataset.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
+    return [[group, shared] for group in groups]
 
 
 def _slice(dataset: pydicom.Dataset, places: Sequence[pydicom.Dataset], stored: NDArray[Any]) -> Slice:

@@ -398,6 +398,19 @@ def test_scores_that_nobody_gave_are_asked_for_again_after_the_last_round_only(
     assert ("accuracy" in heard.reports[-1].scores) is scored
 
 
+def test_a_study_that_is_stopped_while_its_last_round_is_scored_is_done_and_asks_nobody_again() -> None:
+    stop = Event()
+
+    class Stopping(Scoring):
+        def evaluate(self, request: ModelRequest) -> Answer:
+            stop.set()
+            return super().evaluate(request)
+
+    sites = {"a": Stopping(fails=9), "b": Stopping(fails=9)}
+    result = run(classes_study(rounds={"count": 1}), ScriptedGrid(sites), stop=stop)
+    assert (result.ending, sites["a"].scored) == (Ending.DONE, 1)
+
+
 def test_a_site_that_keeps_its_scores_is_not_asked_again() -> None:
     grid = ScriptedGrid({"a": ScriptedSite(), "b": ScriptedSite()})
     run(classes_study(rounds={"count": 1}), grid)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from tiny import classes_study, labels_study, site_data
 
 from medfl.client.data.splits import Split
-from medfl.shared.errors import DataError
-from medfl.shared.secagg.exchange import Phase
+from medfl.client.site import Site
+from medfl.server import secure
+from medfl.server.secagg.outcome import SecureSum, SumPlan
+from medfl.server.secure_exchange import GridExchange
+from medfl.shared.errors import DataError, TrainingError
+from medfl.shared.messages import EvaluateReply, ModelRequest, Ready
+from medfl.shared.secagg.announcement import Purpose
+from medfl.shared.secagg.exchange import Phase, PhaseRequest
 from medfl.simulations.config import Attacker, Failures
 from medfl.simulations.federation import Federation, federate
 from medfl.simulations.misbehaviour import changed_update, with_flipped_labels
@@ -112,3 +122,45 @@ def test_every_phase_can_lose_sites_and_the_study_still_ends(phase: Phase) -> No
     federation = secure_run(rounds=3, **{phase.value: 0.15})
     assert federation.result.ending.value == "done"
     assert all(sum(word == "trained" for word in report.outcomes.values()) >= 3 for report in federation.rounds)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_scores_that_were_lost_inside_a_sum_are_summed_again_after_the_last_round(
+    phase: Phase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums: list[str] = []  # what became of each sum of scores
+    inner, outcome_of = GridExchange.__call__, secure.summed
+
+    def summed(plan: SumPlan, **given: Any) -> SecureSum:
+        if plan.purpose is not Purpose.EVALUATE:
+            return outcome_of(plan, **given)
+        sums.append("void")
+        total = outcome_of(plan, **given)
+        sums[-1] = "summed"
+        return total
+
+    def exchange(self: GridExchange, asked: Phase, requests: Mapping[int, PhaseRequest], /) -> Any:
+        return iter(()) if sums == ["void"] and asked is phase else inner(self, asked, requests)
+
+    monkeypatch.setattr(secure, "summed", summed)
+    monkeypatch.setattr(GridExchange, "__call__", exchange)
+    federation = secure_run(rounds=1)
+    assert sums == ["void", "summed"]
+    assert "accuracy" in federation.rounds[-1].scores
+
+
+def test_scores_are_asked_for_again_after_the_last_round_where_too_few_sites_were_ready_for_a_sum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, inner = Counter[str](), Site.evaluate
+
+    def evaluate(self: Site, request: ModelRequest) -> EvaluateReply | Ready:
+        asked[self.name] += 1
+        if asked[self.name] == 1 and self.name in "abcde":
+            raise TrainingError("the device has no memory left")
+        return inner(self, request)
+
+    monkeypatch.setattr(Site, "evaluate", evaluate)
+    federation = secure_run(rounds=1)
+    assert dict(asked) == dict.fromkeys("abcdefg", 2)
+    assert "accuracy" in federation.rounds[-1].scores

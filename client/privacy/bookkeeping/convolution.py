@@ -27,7 +27,8 @@ from medfl.shared.standardised import standardised, through_standardisation
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # Products of positions take Tin^2 D + T^2 (P + 8 K) operations and as many numbers, against D K P T of instantiating,
-# of which units x D K P numbers are kept until all norms are known. Measured break-even on two CPUs: 50.
+# of which units x D K P numbers are kept until all norms are known. On one CPU the two cost the same at 46 (300 to 128
+# channels, pointwise, 8 x 8), products were faster at 26 and below, instantiating at 400 and above.
 _DENSE_ADVANTAGE = 50.0
 
 # From this many input times output channels, in two dimensions, one product for each offset in the kernel is faster
