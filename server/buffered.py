@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message
 
 from medfl.server.clear import ClearCollector
-from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_flower
+from medfl.server.collector import TRAINED, Collected, Configure, Evaluated
 from medfl.server.exchange import NO_ANSWER, Exchange
 from medfl.server.safeguards import shortened
 from medfl.server.stage import Stages
@@ -20,6 +20,7 @@ from medfl.shared.metrics import EXAMPLES, LOSS, add, check_names
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.strategies.build import Needs
+from medfl.strategies.replies import as_reply
 
 AT_WORK = "still training"
 
@@ -98,7 +99,7 @@ class BufferedCollector:
             outcomes[self._busy.pop(node).site] = NO_ANSWER
         collected.tally, collected.weight = add(tallies), total.weight
         if total.terms >= quorum:
-            collected.replies, collected.relative = [as_flower(total.mean(), total.weight)], True
+            collected.replies, collected.relative = [as_reply(total.mean(), total.weight)], True
         return collected
 
     def evaluate(self, number: int, weights: Flat, cohort: Mapping[int, str], configure: Configure) -> Evaluated:

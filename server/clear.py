@@ -7,7 +7,7 @@ from math import nan
 
 from flwr.app import Message
 
-from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_flower
+from medfl.server.collector import TRAINED, Collected, Configure, Evaluated
 from medfl.server.safeguards import shortened
 from medfl.server.stage import Stages
 from medfl.server.summation import FixedPointSum
@@ -17,6 +17,8 @@ from medfl.shared.metrics import EXAMPLES, LOSS, add, check_names, read, tally_n
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.strategies.build import Needs
+from medfl.strategies.replies import as_reply
+from medfl.strategies.secure_aggregation import virtual_reply
 
 _EVALUATED = "evaluated"
 
@@ -46,7 +48,7 @@ class ClearCollector:
             total.add(update, trained.examples)
             if self._needs is Needs.SINGLE_UPDATES:
                 loss = read(trained.tally).get("loss", nan) if self._demands.losses else None
-                single[site] = as_flower(update, trained.examples, loss=loss)
+                single[site] = as_reply(update, trained.examples, loss=loss)
             collected.received_bytes += trained.update.nbytes
             collected.weights[site] = trained.examples
             tallies[site] = trained.tally
@@ -59,10 +61,9 @@ class ClearCollector:
             # By name, so that no order of arrival shows; updates and not weights, because distances between nearly
             # equal weights drown in rounding.
             collected.replies, collected.relative = [single[site] for site in sorted(single)], True
-        elif collected.trained >= quorum and self._demands.takes_updates:
-            collected.replies, collected.relative = [as_flower(total.mean(), total.weight)], True
         elif collected.trained >= quorum:
-            collected.replies = [as_flower(weights + total.mean(), total.weight)]
+            collected.replies = [virtual_reply(weights, total.mean(), total.weight, self._demands)]
+            collected.relative = self._demands.takes_updates
         return collected
 
     def evaluate(self, number: int, weights: Flat, cohort: Mapping[int, str], configure: Configure) -> Evaluated:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message
 
-from medfl.shared.messages import Kind, pack
 from medfl.shared.weights import Flat
 
 TRAINED = "trained"
@@ -70,15 +69,3 @@ class Collector(Protocol):
     def settled(self) -> None:
         """The round's result is safe in a checkpoint."""
         ...
-
-
-def as_flower(vector: Flat, examples: float, *, loss: float | None = None) -> Message:
-    """A reply in the form Flower's strategies aggregate: weights or an update, and how many examples they stand for.
-
-    ``loss`` is the mean training loss of a single site, where it is known.
-    """
-    metrics = MetricRecord({"num-examples": examples})
-    if loss is not None:
-        metrics["loss"] = loss
-    content = RecordDict({"arrays": pack(vector), "metrics": metrics})
-    return Message(content, dst_node_id=0, message_type=Kind.TRAIN.value)

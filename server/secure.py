@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from flwr.app import Message
 
 from medfl.server.adaptive_clip import Clip
-from medfl.server.collector import TRAINED, Collected, Configure, Evaluated, as_flower
+from medfl.server.collector import TRAINED, Collected, Configure, Evaluated
 from medfl.server.safeguards import shortened
 from medfl.server.secagg.finish import finish
 from medfl.server.secagg.outcome import SecureSum, SumPlan, SumVoid
@@ -33,6 +33,7 @@ from medfl.shared.secagg.rings import Ring
 from medfl.shared.secagg.roster import Roster
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout, weights_digest
+from medfl.strategies.secure_aggregation import virtual_reply
 
 log = logging.getLogger("medfl.server")
 
@@ -157,10 +158,8 @@ class SecureCollector:
                 collected.outcomes[site] = f"left the secure sum: {why}" if why else "left the secure sum"
         collected.outcomes |= dict.fromkeys(survivors, TRAINED)
         mean = shortened(total.mean, self._study.safeguards, length=weights.size, whose="all sites together")
-        if self._demands.takes_updates:
-            collected.replies, collected.relative = [as_flower(mean, total.weight)], True
-        else:
-            collected.replies = [as_flower(weights + mean, total.weight)]
+        collected.replies = [virtual_reply(weights, mean, total.weight, self._demands)]
+        collected.relative = self._demands.takes_updates
         collected.tally, collected.weight = dict(total.scalars), total.weight
         if self._clip is not None:
             self._clip.follow(total.scalars, sites=len(survivors))

@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from medfl.shared.algorithms.needs import SUM_ONLY, Needs, demands_of
+from medfl.shared.algorithms.needs import Needs, demands_of
 from medfl.shared.algorithms.settings import (
     AdaptiveSettings,
     BulyanSettings,
@@ -42,7 +42,6 @@ from medfl.shared.algorithms.settings import (
     ScaffoldSettings,
     TrimmedMeanSettings,
 )
-from medfl.shared.errors import ConfigError
 from medfl.shared.study import Study
 from medfl.strategies.bulyan import bulyan
 from medfl.strategies.fed_buff import fed_buff
@@ -53,6 +52,7 @@ from medfl.strategies.geometric_median import geometric_median
 from medfl.strategies.q_fed_avg import q_fed_avg
 from medfl.strategies.rule import RuleStrategy
 from medfl.strategies.scaffold import CONTROL, scaffold
+from medfl.strategies.secure_aggregation import require_sum_suffices
 
 __all__ = ["Needs", "build_strategy", "needs_of"]
 
@@ -61,21 +61,10 @@ def needs_of(study: Study) -> Needs:
     """What the study's strategy must see of a round.
 
     Raises:
-        ConfigError: it needs single updates, which secure aggregation hides, or answers of several rounds in one sum.
+        ConfigError: secure aggregation hides it.
     """
-    demands = demands_of(study.strategy)
-    if demands.asynchronous and study.secure_aggregation.mode != "none":
-        raise ConfigError(
-            f"strategy {study.strategy.name} takes answers as they come, and a secure sum is over all of one round: "
-            f"choose {SUM_ONLY}, or secure_aggregation mode none where every site's policy allows it"
-        )
-    needs = demands.sees
-    if needs is Needs.SINGLE_UPDATES and study.secure_aggregation.mode != "none":
-        raise ConfigError(
-            f"strategy {study.strategy.name} compares single updates, which secure aggregation hides: choose "
-            f"{SUM_ONLY}, or secure_aggregation mode none where every site's policy allows it"
-        )
-    return needs
+    require_sum_suffices(study)
+    return demands_of(study.strategy).sees
 
 
 def build_strategy(study: Study) -> Strategy:  # noqa: PLR0912 - one branch an algorithm

@@ -1,0 +1,48 @@
+"""Any strategy of the mean under secure aggregation: it gets the sum of a round as one virtual site's reply.
+
+That a strategy whose answer is a function of the mean needs no more than this is why Flower's and MedFL's own run
+unchanged, whether sums come in clear or masked (Bonawitz et al. 2017, https://doi.org/10.1145/3133956.3133982).
+"""
+
+from __future__ import annotations
+
+import medfl.shared.environment  # noqa: F401 - before flwr
+
+# isort: split
+from flwr.app import Message
+
+from medfl.shared.algorithms.needs import SUM_ONLY, Demands, Needs, demands_of
+from medfl.shared.errors import ConfigError
+from medfl.shared.study import Study
+from medfl.shared.weights import Flat
+from medfl.strategies.replies import as_reply
+
+
+def require_sum_suffices(study: Study) -> None:
+    """Look whether the study's strategy can do with one sum a round, where the study hides all else.
+
+    Raises:
+        ConfigError: it needs single updates, or answers of several rounds in one sum; with the alternatives.
+    """
+    if study.secure_aggregation.mode == "none":
+        return
+    name, demands = study.strategy.name, demands_of(study.strategy)
+    instead = f"choose {SUM_ONLY}, or secure_aggregation mode none where every site's policy allows it"
+    if demands.asynchronous:
+        raise ConfigError(
+            f"strategy {name} takes answers as they come, and a secure sum is over all of one round: {instead}"
+        )
+    if demands.sees is Needs.SINGLE_UPDATES:
+        raise ConfigError(f"strategy {name} compares single updates, which secure aggregation hides: {instead}")
+
+
+def virtual_reply(sent: Flat, mean: Flat, weight: float, demands: Demands) -> Message:
+    """The one reply that stands for all sites of a round.
+
+    Args:
+        sent: the weights that the round began from, float32 (values,).
+        mean: the weighted mean of the sites' updates, and what goes beside it, float32 (values or more,).
+        weight: the sum of the sites' weights.
+        demands: of the strategy that gets it: the update as it is, or the weights that it leads to.
+    """
+    return as_reply(mean if demands.takes_updates else sent + mean, weight)
