@@ -13,6 +13,9 @@ from medfl.client.data.tensors import TensorSet, as_input
 Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """``augment(images, labels, generator)`` gives changed images and the labels that belong to them."""
 
+_SMALL = 1 << 20  # bytes of images that are put in order once an epoch: to pick each batch by itself costs more there
+_BOUNDARY = 64  # bytes, at which PyTorch's tensors begin: last bits of a product depend on it
+
 
 def epoch(
     data: TensorSet, batch_size: int, generator: torch.Generator, augment: Augment | None = None
@@ -22,9 +25,24 @@ def epoch(
     The last batch is smaller when ``batch_size`` does not divide the set. ``generator`` must be on the device.
     """
     order = torch.randperm(len(data), generator=generator, device=data.labels.device)
+    batches = _in_pieces(data, order, batch_size) if _splits(data, batch_size) else _picked(data, order, batch_size)
+    return (augment(*batch, generator) for batch in batches) if augment else batches
+
+
+def _splits(data: TensorSet, batch_size: int) -> bool:
+    """Whether batches are cut from the whole set in order: it is small, and each begins where a new tensor would."""
+    batch = data.images.shape[1:].numel() * batch_size * torch.float32.itemsize
+    return not data.streamed and data.images.nbytes <= _SMALL and batch % _BOUNDARY == 0
+
+
+def _in_pieces(data: TensorSet, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    images, labels = data.inputs(order), data.labels.index_select(0, order)
+    return zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
+
+
+def _picked(data: TensorSet, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for rows, images in _with_images(data, torch.split(order, batch_size)):
-        labels = data.labels.index_select(0, rows)
-        yield augment(images, labels, generator) if augment else (images, labels)
+        yield images, data.labels.index_select(0, rows)
 
 
 def in_order(data: TensorSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import affine_grid
 
+from medfl.client.data import batches
 from medfl.client.data.augment import _places, augment, augmenter
 from medfl.client.data.batches import epoch, in_order
 from medfl.client.data.tensors import TensorSet
@@ -168,14 +169,42 @@ def test_the_next_batch_is_collected_while_this_one_trains(monkeypatch: pytest.M
         return collect(self, rows)
 
     monkeypatch.setattr(TensorSet, "to_device", noted)
-    batches = epoch(replace(numbered(40), streamed=True), 10, generator())
-    next(batches)
+    coming = epoch(replace(numbered(40), streamed=True), 10, generator())
+    next(coming)
     ends = time.monotonic() + 60
     while len(fetched) < 2:
         assert time.monotonic() < ends, "nothing was fetched in advance"
     time.sleep(0.05)
     assert len(fetched) == 2, "one in advance, not all: memory stays at two batches"
-    batches.close()
+    del coming
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_a_small_set_is_put_in_order_at_once_and_gives_the_very_same_batches(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = replace(numbered(30), images=numbered(30).images.to(dtype))
+
+    def seen(how: Augmentation) -> list[tuple[Tensor, Tensor]]:
+        mine = generator()
+        return [batch for _ in range(2) for batch in epoch(data, 7, mine, augmenter(how))]
+
+    for how in (Augmentation(), GEOMETRY["all"]):
+        at_once = seen(how)
+        with monkeypatch.context() as patched:
+            patched.setattr(batches, "_SMALL", 0)
+            picked = seen(how)
+        for mine, reference in zip(at_once, picked, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, reference, strict=True))
+
+
+@pytest.mark.parametrize(("images", "at_once"), [((32, 1, 4, 5), True), ((32, 1, 1, 5), False)])
+def test_batches_of_a_small_set_begin_where_tensors_of_their_own_would(images: tuple[int, ...], at_once: bool) -> None:
+    # MKL adds up in another order from other places: 8 images of 20 values are 10 times 64 bytes, 8 of 5 are 2.5 times
+    labels = torch.zeros(32)
+    found = [batch for batch, _ in epoch(TensorSet(torch.rand(images), labels, labels), 8, generator())]
+    assert all(batch.data_ptr() % 64 == 0 for batch in found)
+    assert (found[1].untyped_storage().data_ptr() == found[0].untyped_storage().data_ptr()) == at_once
 
 
 @pytest.mark.gpu
@@ -183,7 +212,7 @@ def test_the_next_batch_is_collected_while_this_one_trains(monkeypatch: pytest.M
 def test_images_of_the_host_reach_the_gpu_unchanged() -> None:
     resident = numbered(64)
     there = TensorSet(resident.images, resident.labels.cuda(), resident.patients.cuda(), streamed=True)
-    batches = epoch(there, 7, torch.Generator("cuda"))
-    pairs = [pair for images, labels in batches for pair in zip(images, labels, strict=True)]
+    coming = epoch(there, 7, torch.Generator("cuda"))
+    pairs = [pair for images, labels in coming for pair in zip(images, labels, strict=True)]
     assert len(pairs) == 64
     assert all(torch.equal(image.cpu(), resident.images[int(label)]) for image, label in pairs)
