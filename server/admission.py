@@ -23,7 +23,7 @@ class Directory(Protocol):
     """Who is there."""
 
     def online(self) -> Mapping[int, str]:
-        """Node id -> site name, of all enrolled sites that are connected now."""
+        """Node id -> site name, of all enrolled sites that are connected now; who changes that gives a new mapping."""
         ...
 
     def enrolled(self) -> Collection[str]:
@@ -59,6 +59,7 @@ class Admission:
         self._grid = grid
         self._directory = directory
         self._accepted: set[int] = set()
+        self._part: tuple[Mapping[int, str], Mapping[int, str]] | None = None  # who was online, and took part of them
         self._offered: dict[str, _Offer] = {}  # by message id
         self._ask_after: dict[int, float] = {}
         self._pause_s: dict[int, float] = {}
@@ -69,6 +70,9 @@ class Admission:
     def refresh(self) -> None:
         """Offer to whoever is new or due again, and take in what has been answered."""
         online, now = self._directory.online(), time.monotonic()
+        part = self._part
+        if part is not None and part[0] is online and len(part[1]) == len(online) and not self._offered:
+            return  # the same sites as before, and all of them take part
         self._collect(online, now)
         self._welcome_back()
         waiting = {offer.node for offer in self._offered.values()}
@@ -94,10 +98,12 @@ class Admission:
         """Node id -> site name, of all that are connected now."""
         return self._directory.online()
 
-    def taking_part(self) -> dict[int, str]:
+    def taking_part(self) -> Mapping[int, str]:
         """Node id -> name of the sites that accepted and are online, in order of node id."""
         online = self._directory.online()
-        return {node: online[node] for node in sorted(self._accepted) if node in online}
+        if self._part is None or self._part[0] is not online:
+            self._part = online, {node: online[node] for node in sorted(self._accepted) if node in online}
+        return self._part[1]
 
     @property
     def awaited(self) -> int:
@@ -110,10 +116,12 @@ class Admission:
         A node answers one message after the other: once it accepts the study again, it is free.
         """
         self._accepted.discard(node)
+        self._part = None
 
     def has_spent(self, node: int) -> None:
         """Ask ``node`` no more: this study's price is beyond what it allows. A restarted coordinator asks again."""
         self._accepted.discard(node)
+        self._part = None
         self._spent.add(node)
         if name := self.online().get(node):
             self.refusals[name] = f"{Code.REFUSED.value}: {BUDGET}"
@@ -167,6 +175,7 @@ class Admission:
             self._ask_after[node], self._pause_s[node] = now + pause, min(2 * pause, _ASK_AGAIN_S[1])
         else:
             self._accepted.add(node)
+            self._part = None
             self._lacking.discard(node)
             self._pause_s.pop(node, None)
             self.refusals.pop(name, None)

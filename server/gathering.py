@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from threading import Event
 
 from medfl.server.admission import Admission, Directory
@@ -30,7 +30,7 @@ class Gathering:
         """After a restart: these took part in the last round, and are about to be back."""
         self._expected = frozenset(sites)
 
-    def gather(self, done: int, *, quorum: int, until: float) -> dict[int, str]:
+    def gather(self, done: int, *, quorum: int, until: float) -> Mapping[int, str]:
         """The sites of the round after ``done``; none when no quorum came in time or the study is stopped."""
         now = time.monotonic()
         settled, returned = now + (_SETTLE_S if done == 0 else 0.0), now + _RETURN_S
@@ -50,7 +50,7 @@ class Gathering:
             self._stop.wait(_POLL_S)
         return {}
 
-    def _sample(self, done: int, ready: dict[int, str]) -> dict[int, str]:
+    def _sample(self, done: int, ready: Mapping[int, str]) -> Mapping[int, str]:
         size = self._study.rounds.sites_per_round
         if size is None or size >= len(ready):
             return ready

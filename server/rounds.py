@@ -203,7 +203,7 @@ class Rounds:
             self._stop.wait(_DISK_S)
             return None
 
-    def _one_round(self, cohort: dict[int, str]) -> Collected:
+    def _one_round(self, cohort: Mapping[int, str]) -> Collected:
         """Train, aggregate, make durable. Where too few sites answered there are no replies and nothing has changed."""
         number = self._round + 1
         elsewhere: dict[str, str] = {}
@@ -275,7 +275,7 @@ class Rounds:
         self._keep()
         return f"taken back: {name} {score:.3f} after {self._watch.best:.3f}"
 
-    def _train(self, number: int, cohort: dict[int, str]) -> Collected:
+    def _train(self, number: int, cohort: Mapping[int, str]) -> Collected:
         view = CohortGrid(self._grid, cohort)
 
         def configure(config: ConfigRecord) -> list[Message]:
@@ -307,7 +307,7 @@ class Rounds:
     def _model(self) -> Flat:
         return self._handed_out.model(self._round, self._weights)
 
-    def _report(self, started: float, cohort: dict[int, str]) -> RoundReport | None:
+    def _report(self, started: float, cohort: Mapping[int, str]) -> RoundReport | None:
         """Let the cohort score the newest round, and tell; None where the last round's scores are to be tried again."""
         number, rounds = self._round, self._study.rounds
         view = CohortGrid(self._grid, cohort)

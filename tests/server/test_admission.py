@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -63,6 +64,25 @@ def test_every_site_is_offered_the_very_study_once() -> None:
     assert names(admission) == ["a", "b"]
     for site in sites.values():
         assert [(offer.digest, offer.canonical) for offer in site.offers] == [(STUDY.digest, STUDY.canonical())]
+
+
+def test_where_nobody_comes_or_goes_a_site_that_forgot_is_still_offered_again() -> None:
+    class Same(ScriptedGrid):
+        def online(self) -> Mapping[int, str]:
+            return self._names  # the very mapping, as of virtual sites
+
+    site = Answering()
+    grid = Same({"a": site, "b": Answering()})
+    admission = Admission(STUDY, grid, grid, bytes(64))
+    for _ in range(3):
+        admission.refresh()
+        assert names(admission) == ["a", "b"]
+    assert admission.taking_part() is admission.taking_part()
+    admission.forget(next(iter(admission.taking_part())))
+    assert names(admission) == ["b"]
+    admission.refresh()
+    assert names(admission) == ["a", "b"]
+    assert len(site.offers) == 2
 
 
 def test_a_site_that_comes_online_is_offered_the_study_then() -> None:
