@@ -10,7 +10,6 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 from flwr.serverapp.strategy import (
     FedAdagrad,
     FedAdam,
-    FedAvg,
     FedAvgM,
     FedMedian,
     FedTrimmedAvg,
@@ -49,6 +48,7 @@ from medfl.strategies.fed_dc import MEAN_UPDATE, fed_dc
 from medfl.strategies.fed_dyn import fed_dyn
 from medfl.strategies.fed_nova import fed_nova
 from medfl.strategies.geometric_median import geometric_median
+from medfl.strategies.mean import Mean
 from medfl.strategies.q_fed_avg import q_fed_avg
 from medfl.strategies.rule import RuleStrategy
 from medfl.strategies.scaffold import CONTROL, scaffold
@@ -80,7 +80,7 @@ def build_strategy(study: Study) -> Strategy:  # noqa: PLR0912 - one branch an a
             | DittoSettings()
             | MoonSettings()
         ):  # what differs of these runs at the site
-            return FedAvg(**_TAKE_ALL)
+            return Mean(**_TAKE_ALL)
         case FedAvgMSettings():
             return FedAvgM(server_learning_rate=settings.learning_rate, server_momentum=settings.momentum, **_TAKE_ALL)
         case AdaptiveSettings(name="fedadam"):

@@ -14,7 +14,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
 from flwr.app import Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from medfl.shared.errors import ConfigError
 from medfl.shared.messages import TENSOR, Kind, pack, request_config
@@ -58,6 +58,13 @@ def of(**settings: Any) -> Strategy:
 def test_fedavg_is_the_mean_weighted_by_examples() -> None:
     # (1 * 1 + 5 * 3) / 4 = 4; (2 * 1 - 2 * 3) / 4 = -1
     assert one_round(of(name="fedavg"), 1, [0, 0], [([1, 2], 1), ([5, -2], 3)]) == [4.0, -1.0]
+
+
+def test_the_mean_of_one_reply_is_the_reply_to_the_last_bit() -> None:
+    strategy, mean = of(name="fedavg"), np.array([1 / 3, -0.0, 1e-40, 3e38], np.float32)
+    made = one_round(strategy, 1, [0, 0, 0, 0], [(mean.tolist(), 7)])
+    assert np.array(made, np.float32).tobytes() == mean.tobytes()
+    assert made == one_round(FedAvg(min_train_nodes=1, min_available_nodes=1), 1, [0, 0, 0, 0], [(mean.tolist(), 7)])
 
 
 @pytest.mark.parametrize("name", ["fedprox", "fedbn"])
