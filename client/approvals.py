@@ -65,6 +65,7 @@ class Approvals:
     """The decisions of one site, safe to ask from several threads. Without ``folder`` nothing outlives the process.
 
     ``signer`` is the fingerprint of the consortium's key that this site has pinned; pre-approvals name theirs.
+    While ``changes`` is the same number, every study's standing is the same.
 
     Raises on construction:
         DataError: a decision on the disk is damaged. Nothing may run then: it could have been a withdrawal.
@@ -76,6 +77,7 @@ class Approvals:
         self._lock = threading.RLock()
         self._decisions: dict[str, Decision] = {}
         self._offered: dict[str, Offered] = {}
+        self.changes = 0
         if self._folder is not None and self._folder.is_dir():
             for place in sorted(self._folder.iterdir()):
                 self._load(place)
@@ -98,6 +100,7 @@ class Approvals:
             if self._folder is not None:
                 write_whole(private_folder(self._folder / study.digest) / "offer.signed", signed.to_bytes())
             self._offered[study.digest] = Offered(study, datetime.datetime.now(datetime.UTC))
+            self.changes += 1
 
     def decide(self, digest: str, decision: Decision) -> None:
         """Make ``decision`` durable, and let it count from now on."""
@@ -106,6 +109,7 @@ class Approvals:
                 content = decision.model_dump_json().encode()
                 write_whole(private_folder(self._folder / digest) / "decision.json", content)
             self._decisions[digest] = decision
+            self.changes += 1
 
     def decision(self, digest: str) -> Decision | None:
         """What a person decided last, or None."""

@@ -175,13 +175,17 @@ class Site:
         """Ends a training whose study was withdrawn meanwhile (PolicyRefusal), or is over for the coordinator
         (ProtocolError); else what this machine wants.
         """
+        approvals, given_up, progress, seen = self._approvals, work.given_up, self._progress, -1
 
         def look(step: int, steps: int) -> None:
-            self._approvals.require(study.digest, study)
-            if work.given_up.is_set():
+            nonlocal seen
+            if (changes := approvals.changes) != seen:
+                approvals.require(study.digest, study)
+                seen = changes
+            if given_up.is_set():
                 raise ProtocolError(f"study {study.name} is over: its training was given up", reason=STUDY_OVER)
-            if self._progress is not None:
-                self._progress(step, steps)
+            if progress is not None:
+                progress(step, steps)
 
         return look
 

@@ -50,6 +50,19 @@ def test_an_offered_study_waits_until_a_person_approves_it(tmp_path: Path) -> No
     assert approvals.approved() == [STUDY.digest]
 
 
+def test_whatever_changes_a_standing_shows() -> None:
+    approvals = Approvals(OPEN)
+    seen = [approvals.changes]
+    approvals.offer(STUDY, signed(STUDY))
+    seen.append(approvals.changes)
+    for decision in (YES, NO):
+        approvals.decide(STUDY.digest, decision)
+        seen.append(approvals.changes)
+    assert len(set(seen)) == 4
+    assert reason(approvals) == "study withdrawn"
+    assert approvals.changes == seen[-1]
+
+
 def test_a_decision_and_the_offer_outlive_the_process(tmp_path: Path) -> None:
     first = Approvals(OPEN, tmp_path)
     first.offer(STUDY, signed(STUDY))
