@@ -50,6 +50,8 @@ def note_scores(
     row = {"round": request.round, "set": what, "seconds": round(seconds, 3), "scores": scores, "tally": dict(tally)}
     row["model"] = weights_digest(request.weights)  # that was received: one of those that others have too
     records.note(study.digest, row)
+    if not log.isEnabledFor(logging.INFO):
+        return
     score = headline(scores)
     log.info(
         "round %d/%d %s: %d images, loss %.4f%s, %.1f s",

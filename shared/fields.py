@@ -7,7 +7,7 @@ otherwise be one object.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from enum import StrEnum
 from functools import lru_cache
 from math import isfinite
@@ -34,6 +34,9 @@ TENSOR = "float32"
 _LONGEST_NAME = 200  # of a tally's entry: "confusion/", and two names of classes of at most 64 letters
 
 _HEXADECIMAL = frozenset("0123456789abcdef")
+
+Fields = Mapping[str, object]
+"""The record ``config`` of a message, read out once: what Flower's own classes check at each look costs more."""
 
 T = TypeVar("T", str, int, float, bytes, bool)
 
@@ -74,7 +77,7 @@ def arrays(**vectors: NDArray[Any]) -> ArrayRecord:
 def array(content: RecordDict, name: str, key: str, keys: set[str]) -> NDArray[Any]:
     """A one-dimensional array of the ArrayRecord ``name``, which must hold exactly ``keys``."""
     record = content.get(name)
-    if not isinstance(record, ArrayRecord) or set(record) != keys:
+    if not isinstance(record, ArrayRecord) or record.keys() != keys:
         raise ProtocolError(f"the message has no arrays {', '.join(sorted(keys))} in '{name}'")
     try:
         vector = as_numpy(record[key])
@@ -106,21 +109,22 @@ def _reply_of(kind: str) -> ConfigRecord:
     return ConfigRecord({"outcome": kind, "protocol": PROTOCOL})
 
 
-def read_config(content: RecordDict, allowed: set[str] | None, *, others: set[str] | None = None) -> ConfigRecord:
+def read_config(content: RecordDict, allowed: Set[str] | None, *, others: Set[str] | None = None) -> Fields:
     """The record ``config`` with no fields but ``allowed``, beside no records but ``others``. Raises ProtocolError."""
     config = content.get("config")
     if not isinstance(config, ConfigRecord):
         raise ProtocolError("the message has no configuration record")
-    if allowed is not None and (unknown := set(config) - allowed):
+    fields = dict(config.items())
+    if allowed is not None and (unknown := fields.keys() - allowed):
         raise ProtocolError(f"the message has unknown fields: {', '.join(sorted(unknown))[:200]}")
-    if others is not None and set(content) != {"config"} | others:
+    if others is not None and content.keys() != {"config"} | others:
         raise ProtocolError(f"the message must hold the records {', '.join(['config', *sorted(others)])}")
-    return config
+    return fields
 
 
-def read_reply(content: RecordDict, kind: str, fields: set[str], *, others: set[str] | None = None) -> ConfigRecord:
+def read_reply(content: RecordDict, kind: str, fields: Set[str], *, others: Set[str] = frozenset()) -> Fields:
     """The record ``config`` of a reply of ``kind``. Raises ProtocolError."""
-    config = read_config(content, fields | {"outcome", "nonce", "protocol"}, others=others or set())
+    config = read_config(content, fields | {"outcome", "nonce", "protocol"}, others=others)
     check_protocol(config)
     value_of(config, "nonce", str)
     if (got := value_of(config, "outcome", str)) != kind:
@@ -128,7 +132,7 @@ def read_reply(content: RecordDict, kind: str, fields: set[str], *, others: set[
     return config
 
 
-def check_protocol(config: ConfigRecord) -> None:
+def check_protocol(config: Fields) -> None:
     """Raise ProtocolError unless this release understands the version."""
     version = value_of(config, "protocol", int)
     if version not in (PROTOCOL, PROTOCOL - 1):
@@ -149,7 +153,7 @@ def protocol_of(content: RecordDict) -> int | None:
     return version if isinstance(version, int) and not isinstance(version, bool) else None
 
 
-def value_of(config: ConfigRecord, key: str, kind: type[T]) -> T:
+def value_of(config: Fields, key: str, kind: type[T]) -> T:
     """The field ``key``, of type ``kind``. Raises ProtocolError."""
     value = config.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -157,7 +161,7 @@ def value_of(config: ConfigRecord, key: str, kind: type[T]) -> T:
     return value
 
 
-def digest_of_study(config: ConfigRecord) -> str:
+def digest_of_study(config: Fields) -> str:
     """The study's digest. Raises ProtocolError."""
     digest = value_of(config, "study", str)
     if len(digest) != 64 or set(digest) - _HEXADECIMAL:
@@ -165,7 +169,7 @@ def digest_of_study(config: ConfigRecord) -> str:
     return digest
 
 
-def sha256_of(config: ConfigRecord, key: str) -> str:
+def sha256_of(config: Fields, key: str) -> str:
     """The hash in field ``key``. Raises ProtocolError."""
     digest = value_of(config, key, str)
     if len(digest) != 64 or set(digest) - _HEXADECIMAL:
@@ -173,7 +177,7 @@ def sha256_of(config: ConfigRecord, key: str) -> str:
     return digest
 
 
-def count_of(config: ConfigRecord, key: str) -> int:
+def count_of(config: Fields, key: str) -> int:
     """The number, 0 and above, in field ``key``. Raises ProtocolError."""
     count = value_of(config, key, int)
     if not 0 <= count < 2**32:
@@ -189,7 +193,7 @@ def heads_fields(heads: Mapping[Log, Head]) -> dict[str, str | int | bytes]:
     return fields
 
 
-def heads_of(config: ConfigRecord) -> dict[Log, Head]:
+def heads_of(config: Fields) -> dict[Log, Head]:
     """The heads that are in ``config``. Raises ProtocolError."""
     heads: dict[Log, Head] = {}
     for log in Log:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from monai.losses.dice import DiceCELoss, DiceLoss
 from torch import Tensor
@@ -28,6 +29,7 @@ class StudyLoss:
         return self.mean(logits, labels)
 
 
+@cache
 def build_loss(loss: Loss) -> StudyLoss:
     """The function for a study's ``training.loss``.
 

@@ -74,16 +74,20 @@ class Sgd(_Base):
         self._rate, self._momentum, self._weight_decay = rate, momentum, weight_decay
         self._velocity: list[Tensor | None] = [None] * len(self._parameters)
         # The function spends more around such a step than in it, which shows in a small network.
-        self._plain = self._foreach is False and not momentum and not weight_decay
+        plain = self._foreach is False and not momentum and not weight_decay
+        self._plain = [(parameter, parameter.detach()) for parameter in self._parameters] if plain else None
 
-    @torch.no_grad()
     def step(self) -> None:
         """One step."""
-        if self._plain:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.add_(parameter.grad, alpha=-self._rate)
+        if self._plain is None:
+            self._full_step()
             return
+        for parameter, values in self._plain:
+            if (gradient := parameter.grad) is not None:
+                values.add_(gradient, alpha=-self._rate)
+
+    @torch.no_grad()
+    def _full_step(self) -> None:
         places, values, gradients = self._live()
         velocity = [self._velocity[place] for place in places]
         sgd(

@@ -58,21 +58,21 @@ def train_plain(
     Raises:
         TrainingError: a loss or a weight is not finite, or the device has no memory left.
     """
-    loss_of, training = build_loss(study.training.loss), study.training
+    loss_of, training = build_loss(study.training.loss).mean, study.training
     nature = _nature(network)
     parameters = [parameter for parameter in nature.parameters if parameter.requires_grad]
     optimizer = build_optimizer(study, parameters, round_number)
     adjust = adjust or gradient_rule(study, parameters)
     total = planned_steps(training, len(data))
     losses, sizes = [], []
-    network.train()
-    pieces = 1
+    if not network.training:
+        network.train()
+    backward, pieces = partial(_backward, network, loss_of, extra_loss), 1
     with _seeded(generator, data) if nature.draws else nullcontext():
         for step, (images, labels) in enumerate(batches(data, study, generator, total)):
             optimizer.zero_grad()
             size = labels.shape[0]
-            backward = partial(_backward, network, loss_of, extra_loss, images, labels)
-            loss, pieces = _within_memory(backward, pieces, limit=size if nature.divisible else 1)
+            loss, pieces = _within_memory(backward, images, labels, pieces, limit=size if nature.divisible else 1)
             adjust()
             optimizer.step()
             losses.append(loss)
@@ -122,27 +122,35 @@ def _backward(
     """
     if pieces == 1:
         loss = loss_of(network(images), labels)
-        (loss + extra_loss(images) if extra_loss else loss).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss + extra_loss(images) if extra_loss else loss)
         return loss.detach()
     network.zero_grad(set_to_none=True)  # of the attempt that ran out of memory
     total = torch.zeros((), device=labels.device)
     for some, theirs in zip(images.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
         share = len(theirs) / len(labels)
         loss = loss_of(network(some), theirs)
-        ((loss + extra_loss(some) if extra_loss else loss) * share).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward((loss + extra_loss(some) if extra_loss else loss) * share)
         total += loss.detach() * share
     return total
 
 
-def _within_memory(backward: Callable[[int], torch.Tensor], pieces: int, *, limit: int) -> tuple[torch.Tensor, int]:
-    """What ``backward(pieces)`` returns, with twice as many pieces each time memory runs out; and how many it took.
+def _within_memory(
+    backward: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    pieces: int,
+    *,
+    limit: int,
+) -> tuple[torch.Tensor, int]:
+    """What ``backward(images, labels, pieces)`` returns, and how many pieces it took: twice as many each time memory
+    runs out.
 
     Raises:
         TrainingError: memory runs out with ``limit`` pieces, too.
     """
     while True:
         try:
-            return backward(min(pieces, limit)), pieces
+            return backward(images, labels, min(pieces, limit)), pieces
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

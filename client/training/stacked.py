@@ -94,7 +94,7 @@ def train_stacked(
         images, labels = (torch.stack([batch[part] for batch in of_sites]) for part in (0, 1))
         losses = losses_of(stacked, images, labels)
         optimizer.zero_grad()
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(losses.sum())
         adjust()
         optimizer.step()
         sums.add_(losses.detach(), alpha=images.shape[1])

@@ -11,6 +11,7 @@ import signer
 from signer import offer_of, signature_of
 from sites import call, evaluate, make_site, offer, start, train
 from tiny import classes_study, site_data
+from torch import Tensor
 
 from medfl.client.approvals import Approvals, Decision
 from medfl.client.audit import Audit
@@ -24,8 +25,9 @@ from medfl.client.training import plain
 from medfl.shared.audit_log import audit_file
 from medfl.shared.chain import inspect
 from medfl.shared.errors import Code, PolicyRefusal
+from medfl.shared.losses import StudyLoss
 from medfl.shared.messages import Failure, Kind, OfferAccepted, StudyOffer, TrainReply
-from medfl.shared.study import Study
+from medfl.shared.study import Loss, Study
 from medfl.shared.weights import weights_digest
 
 STUDY = classes_study(training={"steps": 40}, rounds={"count": 3})
@@ -142,16 +144,16 @@ def at_step(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatc
     steps: list[int] = []
     build_loss = plain.build_loss
 
-    def counted(loss: plain.Loss) -> object:
+    def counted(loss: Loss) -> StudyLoss:
         real = build_loss(loss)
 
-        def one(*given: object) -> object:
+        def one(logits: Tensor, labels: Tensor) -> Tensor:
             steps.append(1)
             if len(steps) == number:
                 act()
-            return real(*given)  # type: ignore[arg-type]
+            return real(logits, labels)
 
-        return one
+        return StudyLoss(one, real.each)
 
     monkeypatch.setattr(plain, "build_loss", counted)
     return steps
