@@ -21,26 +21,26 @@ class ClippedSum:
     """Sum over units of their gradients, each scaled down to the clip norm. Not yet private: noise is still missing."""
 
     flat: Tensor  # (values,): every trainable parameter's sum, one after the other
-    shapes: list[torch.Size]
+    parameters: list[nn.Parameter]
     norms: Tensor  # (units,) l2 norms before the clip; not finite where the unit was dropped
 
     @property
     def sums(self) -> list[Tensor]:
         """One for each trainable parameter, in its shape: views of ``flat``."""
-        return views_of(self.flat, self.shapes)
+        return views_of(self.flat, self.parameters)
 
 
-def views_of(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Pieces of ``flat`` (values,) in these shapes, one after the other; they share its memory."""
-    pieces = torch.split(flat, [shape.numel() for shape in shapes])
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+def views_of(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Pieces of ``flat`` (values,) in the parameters' shapes, one after the other; they share its memory."""
+    pieces = torch.split(flat, [parameter.numel() for parameter in parameters])
+    return [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)]
 
 
-def zero_sum(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[torch.Size]]:
-    """Zeros for ``flat``, and the shapes that go with it."""
+def empty_sum(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """A ``flat`` for these parameters, to be filled."""
     dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
     device = parameters[0].device if parameters else None
-    return torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=device), [p.shape for p in parameters]
+    return torch.empty(sum(p.numel() for p in parameters), dtype=dtype, device=device)
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:
@@ -64,8 +64,8 @@ def clipped_sum_by_loop(
 ) -> ClippedSum:
     """One gradient of each unit's mean loss, clipped once. Works with every network that trains on one unit alone."""
     parameters = trainable(network)
-    flat, shapes = zero_sum(parameters)
-    sums, norms = views_of(flat, shapes), []
+    flat = empty_sum(parameters).zero_()
+    sums, norms = views_of(flat, parameters), []
     for images, labels in units:
         gradients = list(
             torch.autograd.grad(loss(network(images), labels), parameters, allow_unused=True, materialize_grads=True)
@@ -75,4 +75,4 @@ def clipped_sum_by_loop(
         if factor > 0:  # adding 0 * NaN would poison the sum
             torch._foreach_add_(sums, gradients, alpha=factor)
         norms.append(norm)
-    return ClippedSum(flat, shapes, torch.stack(norms) if norms else torch.zeros(0))
+    return ClippedSum(flat, parameters, torch.stack(norms) if norms else torch.zeros(0))

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from medfl.client.privacy.bookkeeping.rule import zero_where_dropped
+from medfl.client.privacy.bookkeeping.rule import Scales
 from medfl.client.privacy.clipped import (
     ClippedSum,
     LossFunction,
     UnitData,
     clip_factors,
+    empty_sum,
     trainable,
     views_of,
-    zero_sum,
 )
 from medfl.shared.errors import ConfigError
 
@@ -49,11 +49,11 @@ def clipped_sum_by_opacus(
             parameter.grad = None
         wrapped.to_standard_module()
     norms = torch.stack([g.reshape(len(units), -1).norm(dim=1) for g in found]).norm(dim=0)
-    factors = clip_factors(norms, clip_norm)
-    flat, shapes = zero_sum(parameters)
-    for total, gradients in zip(views_of(flat, shapes), found, strict=True):
-        total.copy_(torch.einsum("u,u...->...", factors, zero_where_dropped(gradients, factors)))
-    return ClippedSum(flat, shapes, norms)
+    scales = Scales.of(clip_factors(norms, clip_norm))
+    flat = empty_sum(parameters)
+    for total, gradients in zip(views_of(flat, parameters), found, strict=True):
+        total.copy_(torch.einsum("u,u...->...", scales.factors, scales.kept(gradients)))
+    return ClippedSum(flat, parameters, norms)
 
 
 def _registered(network: nn.Module) -> list[nn.Module]:

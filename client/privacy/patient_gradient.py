@@ -84,8 +84,8 @@ def private_gradients(
     clipped = clipped_sum(network, loss, patients, clip_norm, engine)
     scale = noise_multiplier * clip_norm
     # All values in one call: one call for each of many small parameters takes twice as long.
-    released = noisy(clipped.flat, scale, generator, divisor=expected_patients)
-    for parameter, part in zip(trainable(network), views_of(released, clipped.shapes), strict=True):
+    released = noisy(clipped.flat, scale, generator, divisor=expected_patients, in_place=True)
+    for parameter, part in zip(clipped.parameters, views_of(released, clipped.parameters), strict=True):
         parameter.grad = part.to(parameter.dtype)
     finite = clipped.norms.isfinite()
     return StepFacts(len(patients), int((~finite).sum()), int((finite & (clipped.norms > clip_norm)).sum()))
@@ -126,4 +126,4 @@ def _added(parts: Sequence[ClippedSum]) -> ClippedSum:
     first, *others = parts
     for other in others:
         first.flat.add_(other.flat)
-    return ClippedSum(first.flat, first.shapes, torch.cat([part.norms for part in parts]))
+    return ClippedSum(first.flat, first.parameters, torch.cat([part.norms for part in parts]))

@@ -112,16 +112,19 @@ class SecureGenerator:
         torch.sub(self._halves[:, 0], self._halves[:, 1], out=out[2:])
 
 
-def noisy(total: torch.Tensor, scale: float, generator: NoiseSource, *, divisor: float = 1.0) -> torch.Tensor:
+def noisy(
+    total: torch.Tensor, scale: float, generator: NoiseSource, *, divisor: float = 1.0, in_place: bool = False
+) -> torch.Tensor:
     """(``total`` plus Gaussian noise of standard deviation ``scale``) / ``divisor``, in the type of ``total``.
 
     The sum is formed in float64 and rounded to multiples of about ``scale`` / 2^20. On this grid, outputs no longer
     show which floating-point numbers the sum before the noise could have been (Mironov 2012,
-    https://doi.org/10.1145/2382196.2382264); the rounding adds 1e-13 of the noise's variance.
+    https://doi.org/10.1145/2382196.2382264); the rounding adds 1e-13 of the noise's variance. ``in_place`` writes over
+    ``total``, which must lie in one piece: nothing without noise is left then.
     """
     grid = 2.0 ** (math.floor(math.log2(scale)) - 20)  # a power of two: scaling by it is exact
-    flat = total.detach().reshape(-1)
-    out = torch.empty_like(flat)
+    flat = total.detach().view(-1) if in_place else total.detach().reshape(-1)
+    out = flat if in_place else torch.empty_like(flat)
     # In pieces that stay in the cache; on another device in one piece, because each costs a transfer.
     piece = SUMMED * _CHUNK if flat.device.type == "cpu" else max(1, flat.numel())
     for start in range(0, flat.numel(), piece):

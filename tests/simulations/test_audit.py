@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,15 +82,15 @@ def noise_divided_by_the_batch(patch: pytest.MonkeyPatch, step: Step) -> Step:
         drawn[0] = max(1, len(batch))
         return step(batch, noise_multiplier)
 
-    def divided(total: Tensor, scale: float, generator: SecureGenerator, *, divisor: float) -> Tensor:
-        return noisy(total, scale / drawn[0], generator, divisor=divisor)
+    def divided(total: Tensor, scale: float, generator: SecureGenerator, **more: Any) -> Tensor:
+        return noisy(total, scale / drawn[0], generator, **more)
 
     patch.setattr(patient_gradient, "noisy", divided)
     return counted
 
 
 def reused_seed(patch: pytest.MonkeyPatch, step: Step) -> Step:
-    def seeded(total: Tensor, scale: float, generator: object, *, divisor: float) -> Tensor:
+    def seeded(total: Tensor, scale: float, generator: object, *, divisor: float, in_place: bool) -> Tensor:
         return (total + scale * torch.randn(total.shape)) / divisor
 
     patch.setattr(patient_gradient, "noisy", seeded)

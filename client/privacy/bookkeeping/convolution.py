@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +17,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from medfl.client.privacy.bookkeeping.rule import (
     Deferred,
+    Scales,
     UnitGradients,
     at_least_single,
     sum_over_positions,
     trained,
-    zero_where_dropped,
 )
 from medfl.shared.standardised import standardised, through_standardisation
 
@@ -31,8 +32,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 # channels, pointwise, 8 x 8), products were faster at 26 and below, instantiating at 400 and above.
 _DENSE_ADVANTAGE = 50.0
 
-# From this many input times output channels, in two dimensions, one product for each offset in the kernel is faster
-# than a grouped convolution: up to twice at 128 x 128 channels, the same at 64 x 128. Measured on two CPUs.
+# From this many input times output channels, in two dimensions, one product for each offset in the kernel can be faster
+# than a grouped convolution: at 128 x 128 channels it took half the time on two CPUs and twice the time on a third.
 _WIDE = 96 * 96
 
 
@@ -91,7 +92,7 @@ class ConvolutionRule:
                 found["weight"] = Deferred(
                     _squared_norms(module.weight, x, g, at), partial(_weighted_sum, module.weight, x, g, at)
                 )
-            elif defer and _goes_by_offset(module.weight, at):
+            elif defer and _goes_by_offset(module.weight, x, g, at):
                 found["weight"] = _added_later(_by_offset(module.weight, x, g, at), _kernel_last)
             else:
                 found["weight"] = _instantiated(module.weight, x, g, at)
@@ -183,23 +184,53 @@ def _is_deferred_cheaper(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) ->
     return cost < _DENSE_ADVANTAGE * weight.numel()
 
 
+def _is_pointwise(weight: Tensor, at: _Geometry) -> bool:
+    return math.prod(weight.shape[2:]) == 1 and set(at.stride) == {1} and not any(at.padding)
+
+
 def _instantiated(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
     """(units, *weight.shape). The batch becomes groups of one convolution, so no weight gradient is summed."""
     units = x.shape[0]
-    pointwise = all(size == 1 for size in weight.shape[2:]) and set(at.stride) == {1} and not any(at.padding)
-    if at.groups == 1 and pointwise:
+    if at.groups == 1 and _is_pointwise(weight, at):
         return torch.bmm(g.flatten(2), x.flatten(2).mT).view(units, *weight.shape)
-    if _goes_by_offset(weight, at):
+    if _goes_by_offset(weight, x, g, at):
         return torch.stack([_kernel_last(one) for one in _by_offset(weight, x, g, at)])
+    return _grouped(weight, x, g, at)
+
+
+def _grouped(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
+    units = x.shape[0]
     stacked = weight.detach().to(g.dtype).expand(units, *weight.shape).reshape(-1, *weight.shape[1:])
     grouped = _Geometry(at.stride, at.padding, at.dilation, False, at.output_padding, at.groups * units)
     flat_g, flat_x = g.reshape(1, -1, *g.shape[2:]), x.reshape(1, -1, *x.shape[2:])
     return _backward(flat_g, flat_x, stacked, grouped, (False, True, False))[1].view(units, *weight.shape)
 
 
-def _goes_by_offset(weight: Tensor, at: _Geometry) -> bool:
+_by_offset_is_faster: dict[tuple[object, ...], bool] = {}
+"""By layer and size of its input, as this machine has shown it."""
+
+
+def _goes_by_offset(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> bool:
     outputs, inputs, *kernel = weight.shape
-    return at.groups == 1 and len(kernel) == 2 and math.prod(kernel) > 1 and outputs * inputs >= _WIDE
+    if at.groups != 1 or len(kernel) != 2 or math.prod(kernel) == 1 or outputs * inputs < _WIDE:
+        return False
+    key = (weight.shape, x.shape[1:], g.shape[2:], *at.stride, *at.padding, *at.dilation, g.dtype, g.device)
+    if key not in _by_offset_is_faster:
+        by_offset, grouped = (_seconds(partial(way, weight, x, g, at)) for way in (_by_offset, _grouped))
+        _by_offset_is_faster[key] = by_offset < grouped
+    return _by_offset_is_faster[key]
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    """How long ``work`` takes when it has been done once before: kernels are chosen and built at the first time."""
+    on_gpu = work().is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _by_offset(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
@@ -231,9 +262,9 @@ def _kernel_last(gradient: Tensor) -> Tensor:
 def _added_later(product: Tensor, in_order: Callable[[Tensor], Tensor]) -> Deferred:
     """For gradients (units, ...) whose axes are not the weight's: only their sum is brought ``in_order``."""
 
-    def weighted_sum(factors: Tensor) -> Tensor:
-        rows = at_least_single(zero_where_dropped(product, factors).flatten(1))
-        return in_order(torch.mv(rows.t(), factors.to(rows.dtype)).view(product.shape[1:]))
+    def weighted_sum(scales: Scales) -> Tensor:
+        rows = at_least_single(scales.kept(product).flatten(1))
+        return in_order(torch.mv(rows.t(), scales.factors.to(rows.dtype)).view(product.shape[1:]))
 
     return Deferred(torch.linalg.vector_norm(at_least_single(product.flatten(1)), dim=1).square(), weighted_sum)
 
@@ -244,15 +275,21 @@ def _squared_norms(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tenso
     What the kernel sees at two positions has the product that its offsets' products add up to.
     """
     columns, rows, positions = x.flatten(2), g.flatten(2), g.shape[2:]
-    products = (columns.mT @ columns).view(-1, *x.shape[2:], *x.shape[2:])
+    products = columns.mT @ columns
+    if not _is_pointwise(weight, at):
+        products = _seen_by_kernel(products.view(-1, *x.shape[2:], *x.shape[2:]), weight.shape[2:], positions, at)
+    return (products.view(len(x), rows.shape[2], -1) * (rows.mT @ rows)).sum((1, 2))
+
+
+def _seen_by_kernel(products: Tensor, kernel: Sequence[int], positions: Sequence[int], at: _Geometry) -> Tensor:
+    """From (units, *space, *space) of the input to (units, *positions, *positions) of the output."""
     sides = [side for pad in reversed(at.padding) for side in (pad, pad)]
     products = functional.pad(products, sides * 2)
-    seen = products.new_zeros(len(x), *positions, *positions)
-    for window in _windows(weight.shape[2:], positions, at):
+    seen = products.new_zeros(len(products), *positions, *positions)
+    for window in _windows(kernel, positions, at):
         seen += products[(slice(None), *window, *window)]
-    return (seen.view(len(x), rows.shape[2], -1) * (rows.mT @ rows)).sum((1, 2))
+    return seen
 
 
-def _weighted_sum(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, factors: Tensor) -> Tensor:
-    g = zero_where_dropped(g, factors) * factors.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
-    return _backward(g, zero_where_dropped(x, factors), weight.detach().to(g.dtype), at, (False, True, False))[1]
+def _weighted_sum(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, scales: Scales) -> Tensor:
+    return _backward(scales.scaled(g), scales.kept(x), weight.detach().to(g.dtype), at, (False, True, False))[1]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from medfl.client.privacy.bookkeeping.rule import (
     Deferred,
     Rule,
+    Scales,
     UnitGradients,
     at_least_single,
-    zero_where_dropped,
+    parameters_of,
 )
 from medfl.client.privacy.bookkeeping.rules import layers_with_rules
 from medfl.client.privacy.clipped import (
@@ -28,9 +29,9 @@ from medfl.client.privacy.clipped import (
     LossFunction,
     UnitData,
     clip_factors,
+    empty_sum,
     trainable,
     views_of,
-    zero_sum,
 )
 from medfl.shared.errors import ConfigError
 from medfl.shared.losses import StudyLoss
@@ -104,16 +105,17 @@ class _Tape:
         together = [torch.cat(packed, 1)] if small else []
         squares = [self._squares(gradient) for gradient in [*together, *self._found.values()]]
         norms = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(self.units)
-        factors = clip_factors(norms, clip_norm)
-        # What the network did not use contributes nothing, and still gets noise.
-        flat, shapes = zero_sum(parameters)
-        sums = dict(zip(parameters, views_of(flat, shapes), strict=True))
+        scales = Scales.of(clip_factors(norms, clip_norm))
+        flat = empty_sum(parameters)
+        sums = dict(zip(parameters, views_of(flat, parameters), strict=True))
+        for parameter in sums.keys() - self._found.keys() - set(small):
+            sums[parameter].zero_()  # what the network did not use contributes nothing, and still gets noise
         if small:
-            parts = views_of(self._clipped(together.pop(), factors), [p.shape for p in small])
+            parts = views_of(self._clipped(together.pop(), scales), small)
             torch._foreach_copy_([sums[p] for p in small], parts)
         for parameter, gradient in self._drain():
-            sums[parameter].copy_(self._clipped(gradient, factors).reshape(parameter.shape))
-        return ClippedSum(flat, shapes, norms)
+            sums[parameter].copy_(self._clipped(gradient, scales).reshape(parameter.shape))
+        return ClippedSum(flat, list(parameters), norms)
 
     def _drain(self) -> Iterator[tuple[nn.Parameter, Tensor | Deferred]]:
         while self._found:
@@ -131,12 +133,12 @@ class _Tape:
         norms: Tensor = torch.linalg.vector_norm(self._rows(gradient), dim=1, dtype=wide)
         return norms.square()
 
-    def _clipped(self, gradient: Tensor | Deferred, factors: Tensor) -> Tensor:
+    def _clipped(self, gradient: Tensor | Deferred, scales: Scales) -> Tensor:
         """Sum of factor * gradient."""
         if isinstance(gradient, Deferred):
-            return gradient.weighted_sum(factors)
-        flat = at_least_single(self._rows(zero_where_dropped(gradient, factors)))
-        return torch.mv(flat.t(), factors.to(flat.dtype))
+            return gradient.weighted_sum(scales)
+        flat = at_least_single(self._rows(scales.kept(gradient)))
+        return torch.mv(flat.t(), scales.factors.to(flat.dtype))
 
 
 class _Layer(torch.autograd.Function):
@@ -155,7 +157,7 @@ class _Layer(torch.autograd.Function):
         saved = ctx.saved_tensors
         if any(t.dtype != g.dtype and t.is_floating_point() for t in saved):  # under autocast the two can differ
             saved = tuple(t.to(g.dtype) if t.is_floating_point() else t for t in saved)
-        once = all(tape.uses[parameter] == 1 for parameter in module.parameters(recurse=False))
+        once = all(tape.uses[parameter] == 1 for parameter in parameters_of(module))
         with torch.autocast(g.device.type, enabled=False):  # norms and clipped sums are of the numbers as they are
             towards, found = rule.backward(module, saved, g, wants_input=ctx.needs_input_grad[0], defer=once)
         tape.add(module, found)
@@ -192,6 +194,6 @@ def _recorded_forward(module: nn.Module, rule: Rule, tape: _Tape, token: Tensor,
             f"a {type(module).__name__} layer sees {x.shape[0]} rows for {tape.units} units, so gradients cannot be "
             "told apart by row: set privacy.engine to loop"
         )
-    tape.uses.update(parameter for parameter in module.parameters(recurse=False))
+    tape.uses.update(parameters_of(module))
     y: Tensor = _Layer.apply(rule.prepare(module, x), token, module, rule, tape)  # type: ignore[no-untyped-call]
     return y

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from medfl.client.privacy.bookkeeping.rule import (
     Deferred,
+    Scales,
     UnitGradients,
     at_least_single,
     trained,
-    zero_where_dropped,
 )
 
 
@@ -76,7 +76,6 @@ class EmbeddingRule:
         return None, {"weight": table}
 
 
-def _weighted_sum(x: Tensor, g: Tensor, factors: Tensor) -> Tensor:
+def _weighted_sum(x: Tensor, g: Tensor, scales: Scales) -> Tensor:
     """From ``x`` (units, positions, inputs) and ``g`` (units, positions, outputs): (outputs, inputs)."""
-    g = zero_where_dropped(g, factors) * factors.to(g.dtype).view(-1, 1, 1)
-    return g.flatten(0, 1).mT @ zero_where_dropped(x, factors).flatten(0, 1)
+    return scales.scaled(g).flatten(0, 1).mT @ scales.kept(x).flatten(0, 1)

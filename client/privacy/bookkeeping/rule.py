@@ -11,6 +11,30 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
+class Scales:
+    """What each unit's gradient is multiplied by in the clipped sum."""
+
+    factors: Tensor  # (units,)
+    dropped: Tensor | None  # (units,) where the factor is 0; None where that is nowhere
+
+    @classmethod
+    def of(cls, factors: Tensor) -> Scales:
+        """Looks whether units are dropped once for all layers: on a GPU each look waits for it."""
+        dropped = factors == 0
+        return cls(factors, dropped if bool(dropped.any()) else None)
+
+    def kept(self, values: Tensor) -> Tensor:
+        """``values`` (units, ...) with the rows of dropped units zeroed, because 0 * NaN is NaN."""
+        if self.dropped is None:
+            return values
+        return values.masked_fill(self.dropped.view(-1, *[1] * (values.dim() - 1)), 0)
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Each unit's row of ``values`` (units, ...) times its factor."""
+        return self.kept(values) * self.factors.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+
+
+@dataclass(frozen=True, slots=True)
 class Deferred:
     """A weight gradient known by its norms only; formed once, already clipped and summed, when the factors are known.
 
@@ -19,7 +43,7 @@ class Deferred:
     """
 
     squared_norms: Tensor  # (units,)
-    weighted_sum: Callable[[Tensor], Tensor]  # factors (units,) -> sum of factor * gradient; a factor 0 adds exactly 0
+    weighted_sum: Callable[[Scales], Tensor]  # -> sum of factor * gradient; a dropped unit adds exactly 0
 
 
 UnitGradients = dict[str, Tensor | Deferred]
@@ -50,6 +74,11 @@ class Rule(Protocol):
         ...
 
 
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """The layer's own parameters; ``module.parameters(recurse=False)`` takes ten times as long."""
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
 def trained(module: nn.Module, name: str) -> bool:
     """Whether ``module`` has a parameter ``name`` that is to be trained."""
     parameter = module._parameters.get(name)
@@ -59,14 +88,6 @@ def trained(module: nn.Module, name: str) -> bool:
 def at_least_single(values: Tensor) -> Tensor:
     """``values``, half-precision ones as float32: sums of rounded numbers would not be bounded by the clip."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-
-
-def zero_where_dropped(values: Tensor, factors: Tensor) -> Tensor:
-    """``values`` (units, ...) with the rows of dropped units zeroed, because 0 * NaN is NaN."""
-    dropped = factors == 0
-    if bool(dropped.any()):
-        return values.masked_fill(dropped.view(-1, *[1] * (values.dim() - 1)), 0)
-    return values
 
 
 def sum_over_positions(g: Tensor) -> Tensor:
