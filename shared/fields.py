@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Set
 from enum import StrEnum
-from functools import lru_cache
 from math import isfinite
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from medfl.shared.arrays import as_array, as_numpy
 from medfl.shared.chain import Head
 from medfl.shared.errors import ProtocolError
+from medfl.shared.flower_records import record_of
 from medfl.shared.weights import Flat
 
 PROTOCOL = 2
@@ -68,10 +68,7 @@ def unpack(content: RecordDict, name: str) -> Flat:
 
 def arrays(**vectors: NDArray[Any]) -> ArrayRecord:
     """One flat tensor under each name, as an ArrayRecord."""
-    record = ArrayRecord()
-    for name, vector in vectors.items():
-        record[name] = as_array(vector)
-    return record
+    return record_of(ArrayRecord, {name: as_array(vector) for name, vector in vectors.items()})
 
 
 def array(content: RecordDict, name: str, key: str, keys: set[str]) -> NDArray[Any]:
@@ -92,21 +89,15 @@ def array(content: RecordDict, name: str, key: str, keys: set[str]) -> NDArray[A
 
 def config_record(values: dict[str, str | int | bytes]) -> RecordDict:
     """Only a record ``config``."""
-    return RecordDict({"config": ConfigRecord(values)})  # type: ignore[arg-type]
+    return record_of(RecordDict, {"config": record_of(ConfigRecord, values)})
 
 
-def reply_record(kind: str, values: Mapping[str, str | int | bytes]) -> RecordDict:
-    """The records of a reply of ``kind``, with its nonce."""
-    config = _reply_of(kind).copy()
-    for name, value in {"nonce": secrets.token_hex(16), **values}.items():
-        config[name] = value
-    return RecordDict({"config": config})
-
-
-@lru_cache(maxsize=16)
-def _reply_of(kind: str) -> ConfigRecord:
-    """What all replies of ``kind`` say: to be copied, because Flower checks what is set at more cost than it has."""
-    return ConfigRecord({"outcome": kind, "protocol": PROTOCOL})
+def reply_record(
+    kind: str, values: Mapping[str, str | int | bytes], **others: ArrayRecord | MetricRecord
+) -> RecordDict:
+    """The records of a reply of ``kind``, with its nonce, and ``others`` beside them."""
+    said = {"outcome": kind, "protocol": PROTOCOL, "nonce": secrets.token_hex(16), **values}
+    return record_of(RecordDict, {"config": record_of(ConfigRecord, said), **others})
 
 
 def read_config(content: RecordDict, allowed: Set[str] | None, *, others: Set[str] | None = None) -> Fields:

@@ -29,6 +29,7 @@ from medfl.shared.fields import (
     unpack,
     value_of,
 )
+from medfl.shared.flower_records import record_of
 from medfl.shared.metrics import Tally
 from medfl.shared.secagg.exchange import PhaseReply
 from medfl.shared.weights import Flat
@@ -119,10 +120,8 @@ class TrainReply:
 
     def record(self) -> RecordDict:
         """As Flower records."""
-        content = reply_record("trained", {"examples": self.examples})
-        content["arrays"] = pack(self.update)
-        content["tally"] = MetricRecord(dict(self.tally))
-        return content
+        tally = record_of(MetricRecord, self.tally)
+        return reply_record("trained", {"examples": self.examples}, arrays=pack(self.update), tally=tally)
 
     @classmethod
     def parse(cls, content: RecordDict) -> TrainReply:
@@ -154,9 +153,7 @@ class EvaluateReply:
 
     def record(self) -> RecordDict:
         """As Flower records."""
-        content = reply_record("evaluated", {})
-        content["tally"] = MetricRecord(dict(self.tally))
-        return content
+        return reply_record("evaluated", {}, tally=record_of(MetricRecord, self.tally))
 
     @classmethod
     def parse(cls, content: RecordDict) -> EvaluateReply:
