@@ -24,7 +24,7 @@ from medfl.shared.algorithms.settings import AdaptiveSettings, FedAvgMSettings, 
 from medfl.shared.losses import build_loss
 from medfl.shared.metrics import EXAMPLES, LOSS
 from medfl.shared.privacy.settings import NoPrivacy
-from medfl.shared.study import Loss, Study
+from medfl.shared.study import Study
 from medfl.shared.weights import joined
 
 
@@ -63,7 +63,7 @@ def train_stacked(
 
     The network itself is not changed. A result may hold values that are not finite: see :func:`checked`.
     """
-    network, loss_of, count = bench.network, build_loss(study.training.loss), len(sets)
+    network, losses_of, count = bench.network, build_loss(study.training.loss).each, len(sets)
     bench.load(given.weights, None)
     network.train()
     stacked = {
@@ -75,24 +75,17 @@ def train_stacked(
         result: Tensor = functional_call(network, parameters, (images,))
         return result
 
-    def loss(parameters: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return loss_of(output(parameters, images), labels)
-
-    def one_by_one(parameters: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        outputs = torch.vmap(output)(parameters, images)
-        return torch.stack([loss_of(*pair) for pair in zip(outputs, labels, strict=True)])
-
     trained = [parameter for parameter in stacked.values() if parameter.requires_grad]
     optimizer, adjust = build_optimizer(study, trained, round_number), gradient_rule(study, trained)
-    # MONAI's Dice writes one-hot labels in place, which PyTorch cannot batch.
-    losses_of = one_by_one if study.training.loss is Loss.DICE_CE else torch.vmap(loss)
+    outputs_of = torch.vmap(output)
     steps = planned_steps(study.training, len(sets[0]))
     sums = torch.zeros(count, dtype=torch.float64, device=sets[0].labels.device)
     seen = 0
     sources = [batches(data, study, generator, steps) for data, generator in zip(sets, generators, strict=True)]
     for of_sites in zip(*sources, strict=True):
         images, labels = (torch.stack([batch[part] for batch in of_sites]) for part in (0, 1))
-        losses = losses_of(stacked, images, labels)
+        # No loss sees two examples: PyTorch's batched ones would be slower, and MONAI's Dice cannot be batched.
+        losses = losses_of(outputs_of(stacked, images).flatten(0, 1), labels.flatten(0, 1)).view(count, -1).mean(1)
         optimizer.zero_grad()
         torch.autograd.backward(losses.sum())
         adjust()
