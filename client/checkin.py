@@ -90,7 +90,7 @@ class CheckIns:
                 return
             answer = CheckedIn.parse(raw)
             if answer.over and work is not None:
-                work.given_up.set()
+                work.given_up = True
             self._compare_clocks(answer.time, began, self._clock())
             self._send_roster = answer.send_roster
             if answer.roster is not None:

@@ -33,7 +33,7 @@ class Images:
             self._held = None  # free the old images first
             self._held = held = (study.data_digest, self._load(study))
         data = self._current(held[1]).splits.get(split)
-        if data is None or len(data.labels) == 0:
+        if data is None or len(data) == 0:
             raise DataError(f"no {split.value} images for study {study.name}: run medfl-client with --check")
         return data
 

@@ -175,14 +175,14 @@ class Site:
         """Ends a training whose study was withdrawn meanwhile (PolicyRefusal), or is over for the coordinator
         (ProtocolError); else what this machine wants.
         """
-        approvals, given_up, progress, seen = self._approvals, work.given_up, self._progress, -1
+        approvals, progress, seen = self._approvals, self._progress, -1
 
         def look(step: int, steps: int) -> None:
             nonlocal seen
             if (changes := approvals.changes) != seen:
                 approvals.require(study.digest, study)
                 seen = changes
-            if given_up.is_set():
+            if work.given_up:
                 raise ProtocolError(f"study {study.name} is over: its training was given up", reason=STUDY_OVER)
             if progress is not None:
                 progress(step, steps)

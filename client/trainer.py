@@ -147,7 +147,7 @@ class Trainer:
                     progress=progress,
                 )
                 note_scores(self._records, study, request, "train", local.tally, time.monotonic() - started)
-                return TrainReply(local.update, examples=len(data.labels), tally=local.tally), local.kept
+                return TrainReply(local.update, examples=len(data), tally=local.tally), local.kept
 
     def close(self) -> None:
         """Let go of the ledger."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from threading import Event
+from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
-    """One training of one study. Who sets ``given_up`` ends it at its next batch."""
+    """One training of one study. Who sets ``given_up``, from any thread, ends it at its next batch."""
 
     study: str  # digest
-    given_up: Event = field(default_factory=Event)
+    given_up: bool = False

@@ -129,7 +129,7 @@ def test_a_training_whose_study_is_over_for_the_coordinator_ends_within_a_batch_
         work = world.site.work
         assert work is not None
         assert work.study == STUDY.digest
-        work.given_up.set()
+        work.given_up = True
 
     with monkeypatch.context() as patched:
         steps = at_step(5, give_up, patched)

@@ -196,7 +196,7 @@ def test_a_site_hears_that_the_study_it_trains_on_is_over_and_of_no_other_that_i
     def given_up() -> list[bool]:
         for work in works:
             CheckIns("north", files, key, rosters, work=lambda work=work: work)(fleet)
-        return [work.given_up.is_set() for work in works]
+        return [work.given_up for work in works]
 
     for state in (State.WAITING, State.RUNNING):  # also while a killed coordinator comes back
         store.mark(study.digest, state)
