@@ -22,7 +22,7 @@ from typing import Protocol
 import medfl.shared.environment  # noqa: F401 - before flwr
 
 # isort: split
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MessageType
 
 from medfl.client.fleet import HEARTBEAT_S, Fleet, FleetSettings, Order, Run, failure, refusal
 from medfl.client.notice import Notice
@@ -32,6 +32,7 @@ from medfl.client.trouble import in_words
 from medfl.shared.errors import Code, MedFLError, NetworkError, PolicyRefusal, ProtocolError
 from medfl.shared.files import write_whole
 from medfl.shared.lock import only_one
+from medfl.shared.memory import give_back_freed_buffers
 
 log = logging.getLogger("medfl.node")
 
@@ -227,6 +228,8 @@ class Node:
             self._runs.clear()
             log.warning("%s: the run was closed meanwhile, the answer is dropped", kind)
         finally:
+            if kind == MessageType.TRAIN:
+                give_back_freed_buffers()
             self._tell(Phase.ONLINE, "waiting for the next message")
 
     def _answer(self, order: Order, run: Run, patience: Patience) -> Message:

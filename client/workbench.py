@@ -17,6 +17,7 @@ from medfl.client.privacy.surgery import make_private_ready
 from medfl.shared.algorithms.settings import DittoSettings
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import ProtocolError, TrainingError
+from medfl.shared.memory import keep_freed_buffers
 from medfl.shared.privacy.settings import DpSgd
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat, Layout, joined, spread
@@ -140,6 +141,8 @@ def make_bench(study: Study, device: torch.device, initial: bytes | None = None)
     Raises:
         ConfigError: its strategy or its initial weights do not fit its network.
     """
+    if device.type == "cpu":
+        keep_freed_buffers()
     network = build_study_network(study, initial).to(device)
     if isinstance(study.privacy, DpSgd):
         for change in make_private_ready(network):

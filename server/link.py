@@ -43,11 +43,11 @@ from medfl.server.guard import Guard, Limits
 from medfl.server.link_grid import LinkGrid
 from medfl.server.link_state import FleetState, fleet_app
 from medfl.server.longpoll import Bell, LongPoll
-from medfl.server.memory import give_back_large_buffers
 from medfl.shared.errors import ConfigError, NetworkError, ProtocolError
 from medfl.shared.files import PRIVATE_FILE, private_folder
 from medfl.shared.keys import node_public_key
 from medfl.shared.lock import only_one
+from medfl.shared.memory import give_back_large_buffers
 
 log = logging.getLogger("medfl.link")
 

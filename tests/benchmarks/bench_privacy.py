@@ -34,6 +34,7 @@ from medfl.client.privacy.patient_gradient import private_gradients
 from medfl.client.privacy.randomness import SecureGenerator
 from medfl.client.privacy.surgery import make_private_ready
 from medfl.shared.losses import build_loss
+from medfl.shared.memory import keep_freed_buffers
 from medfl.shared.privacy import accounting
 from medfl.shared.privacy.plan import plan_training
 from medfl.shared.privacy.settings import DpSgd, Engine
@@ -85,6 +86,7 @@ def main() -> None:
     if options.peak:
         print(json.dumps(peak_megabytes(CASES[options.cases[0]], options.peak, options.device)))
         return
+    keep_freed_buffers()  # as wherever a study is trained
     print(f"device {options.device}, {options.threads} thread(s), load average {os.getloadavg()[0]:.1f}")
     for name in options.cases or CASES:
         memory = "" if options.quick else f"{'MB':>8}{'ratio':>8}"
