@@ -45,7 +45,7 @@ class FixedPointSum:
             raise ProtocolError(f"the update has {update.size} values, the study's network has {self._fractions.size}")
         if weight < 1:
             raise ProtocolError("the update has a weight below 1")
-        largest = max(float(update.max(initial=0.0)), -float(update.min(initial=0.0)))
+        largest = max(float(np.maximum.reduce(update, initial=0.0)), -float(np.minimum.reduce(update, initial=0.0)))
         if not isfinite(largest):
             raise ProtocolError("the update holds values that are not finite")
         if largest * weight * _SCALE >= _MAX_TERM:
@@ -57,8 +57,8 @@ class FixedPointSum:
             self._widen()
         for start in range(0, update.size, _BLOCK):
             part = slice(start, start + _BLOCK)
-            block = update[part].astype(np.float64)
-            np.rint(np.multiply(block, weight * _SCALE, out=block), out=block)
+            block = np.multiply(update[part], weight * _SCALE, dtype=np.float64)
+            np.rint(block, out=block)
             total = block.astype(np.int64)
             total += self._fractions[part]
             self._fractions[part] = total & _FRACTION

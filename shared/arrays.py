@@ -27,7 +27,10 @@ def as_array(vector: NDArray[Any]) -> Array:
     """``vector``, which has one axis, as Flower's ``Array(vector)``: the same bytes."""
     name = _NAMES.get(vector.dtype) or vector.dtype.name
     header = _header(name, vector.size)
-    return Array(name, vector.shape, _KIND, b"".join((header, np.ascontiguousarray(vector).data)))
+    data = b"".join((header, np.ascontiguousarray(vector).data))
+    array = Array.__new__(Array)  # its constructor finds out at length which of its three forms this is
+    array.__dict__.update(dtype=name, shape=vector.shape, stype=_KIND, data=data)
+    return array
 
 
 def as_numpy(array: Array) -> NDArray[Any]:

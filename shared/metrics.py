@@ -89,6 +89,8 @@ def read(tally: Mapping[str, float]) -> dict[str, float]:
     scores: dict[str, float] = {}
     if tally.get(EXAMPLES):
         scores["loss"] = tally[LOSS] / tally[EXAMPLES]
+    if tally.keys() <= {LOSS, EXAMPLES}:  # of a training
+        return scores
     dice = {
         name: value / tally["patients/" + name.removeprefix("dice/")]
         for name, value in tally.items()

@@ -15,6 +15,7 @@ KINDS = ["float32", "float64", "int32", "int64", "uint8", "uint16", "uint32", "u
 def test_a_vector_is_written_as_flower_writes_it_and_read_back(kind: str, size: int, order: int) -> None:
     vector = np.arange(size * abs(order)).astype(kind)[::order]
     assert as_array(vector) == Array(vector)
+    assert as_array(vector).object_id == Array(vector).object_id
     again = as_numpy(as_array(vector))
     assert again.dtype == vector.dtype
     assert again.tolist() == vector.tolist()
