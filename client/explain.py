@@ -12,7 +12,6 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 from medfl.client.approvals import Approvals, Standing
 from medfl.client.policy import Policy
 from medfl.client.releases import Treatment, releases
-from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.algorithms.travel import build_study_network, layouts
 from medfl.shared.errors import PolicyRefusal
 from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy
@@ -149,7 +148,7 @@ def _leaves(study: Study, policy: Policy) -> list[str]:
 
 def _size(study: Study) -> str:
     length = layouts(study, build_study_network(study))[0].length
-    beside = demands_of(study.strategy).beside
+    beside = study.demands.beside
     width = 4 if study.secure_aggregation.mode == "none" else study.secure_aggregation.ring_bits / 8
     up, down = (length + beside.up(length)) * width / 1e6, (length + beside.down(length)) * 4 / 1e6
     count = study.rounds.count

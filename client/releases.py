@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from medfl.client.policy import Policy
-from medfl.shared.algorithms.needs import Beside, demands_of
+from medfl.shared.algorithms.needs import Beside
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.study import Study
 
@@ -69,7 +69,7 @@ def told(study: Study, policy: Policy) -> str:
 
 
 def _beside(study: Study, bare: Treatment) -> Treatment:
-    return Treatment.OFF if demands_of(study.strategy).beside is Beside.NOTHING else bare
+    return Treatment.OFF if study.demands.beside is Beside.NOTHING else bare
 
 
 def _within(study: Study) -> Treatment:

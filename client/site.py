@@ -25,7 +25,6 @@ from medfl.client.training.evaluate import evaluate
 from medfl.client.training.local import Given, TrainLocally, train_local
 from medfl.client.work import Work
 from medfl.client.workbench import Bench, Workbench
-from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.chain import Head
 from medfl.shared.errors import PolicyRefusal, ProtocolError
 from medfl.shared.initial_weights import digest_of
@@ -146,7 +145,7 @@ class Site:
             PolicyRefusal, ProtocolError, DataError, TrainingError: why not; nothing has left then.
         """
         study, bench = self._open(request)
-        beside = demands_of(study.strategy).beside
+        beside = study.demands.beside
         weights, shared = bench.parts(request.weights, beside.down(bench.layout.length))
         asked = f"{request.round}/{weights_digest(request.weights)}"
         result = self._records.answer(study.digest, asked)
@@ -347,7 +346,7 @@ class Site:
 
     def _kept(self, study: Study, asked: str = "", counted: int | None = None) -> Flat | None:
         """What the site has kept of the study's earlier rounds; None for strategies without memory at sites."""
-        if not demands_of(study.strategy).site_state:
+        if not study.demands.site_state:
             return None
         return self._records.personal(study.digest, asked=asked, counted=counted)
 

@@ -11,7 +11,6 @@ from medfl.server.collector import TRAINED, Collected, Configure, Evaluated
 from medfl.server.safeguards import shortened
 from medfl.server.stage import Stages
 from medfl.server.summation import FixedPointSum
-from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.messages import EvaluateReply, Kind, TrainReply, request_config
 from medfl.shared.metrics import EXAMPLES, LOSS, add, check_names, read, tally_names
 from medfl.shared.study import Study
@@ -30,7 +29,7 @@ class ClearCollector:
         self._study = study
         self._stages = stages
         self._needs = needs
-        self._demands = demands_of(study.strategy)
+        self._demands = study.demands
 
     def train(
         self, number: int, weights: Flat, cohort: Mapping[int, str], configure: Configure, *, quorum: int

@@ -36,7 +36,6 @@ from medfl.server.secure import VOID, SecureCollector
 from medfl.server.stage import LOST, MALFORMED, Stages
 from medfl.server.weight_sum import SecureParts
 from medfl.shared.algorithms.beginning import Beginning, begin
-from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.algorithms.settings import FedBuffSettings
 from medfl.shared.arrays import as_numpy
 from medfl.shared.errors import Code, ConfigError, ProtocolError
@@ -280,7 +279,7 @@ class Rounds:
 
         def configure(config: ConfigRecord) -> list[Message]:
             messages = list(self._strategy.configure_train(number, pack(self._weights), config, view))
-            if demands_of(self._study.strategy).settles:
+            if self._study.demands.settles:
                 for message in messages:
                     tell_counted(message, self._answers.counted.get(cohort[message.metadata.dst_node_id], 0))
             return messages

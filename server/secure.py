@@ -16,7 +16,7 @@ from medfl.server.secagg.round import summed
 from medfl.server.secure_exchange import GridExchange
 from medfl.server.stage import Stages
 from medfl.server.weight_sum import SecureParts, WeightSum, is_ready
-from medfl.shared.algorithms.needs import Beside, demands_of
+from medfl.shared.algorithms.needs import Beside
 from medfl.shared.messages import (
     EvaluateReply,
     Kind,
@@ -53,7 +53,7 @@ class SecureCollector:
         self._use(parts.rosters.choose(()).roster)
         settings = study.secure_aggregation
         self._ring = Ring(settings.ring_bits)
-        self._demands = demands_of(study.strategy)
+        self._demands = study.demands
         self._segments = _segments(layout, study)
         self._private = not isinstance(study.privacy, NoPrivacy)
         self._weights = WeightSum(study, stages, parts)
@@ -227,7 +227,7 @@ def _clip(study: Study, parts: SecureParts) -> Clip | None:
 
 def _segments(layout: Layout, study: Study) -> tuple[Segment, ...]:
     """Clips of the model, and after it of what the study's strategy sends beside it."""
-    settings, beside = study.secure_aggregation, demands_of(study.strategy).beside
+    settings, beside = study.secure_aggregation, study.demands.beside
     model = clip_by_class(layout, weights=settings.clip, statistics=settings.statistics_clip)
     match beside:
         case Beside.NOTHING:

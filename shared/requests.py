@@ -45,6 +45,8 @@ _SIGNATURE = "signature"
 _NEW = frozenset({_COUNTED, _SIGNATURE})
 """Fields of requests that the protocol before does not have; a site that speaks it does without."""
 
+_MODEL_FIELDS = frozenset({"study", "server-round", "protocol", "proximal-mu", "encoding", _COUNTED})
+
 _SIGNATURE_BYTES = 64  # Ed25519
 _LARGEST_RECEIPT = 4096  # bytes
 
@@ -121,8 +123,7 @@ class ModelRequest:
     @classmethod
     def parse(cls, content: RecordDict) -> ModelRequest:
         """Raises ProtocolError when malformed."""
-        fields = {"study", "server-round", "protocol", "proximal-mu", "encoding", _COUNTED}
-        config = read_config(content, fields, others={"arrays"})
+        config = read_config(content, _MODEL_FIELDS, others={"arrays"})
         check_protocol(config)
         round_number = value_of(config, "server-round", int)
         if not 1 <= round_number < 2**32:

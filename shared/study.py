@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from medfl.shared.algorithms.needs import demands_of, misfit
+from medfl.shared.algorithms.needs import Demands, demands_of, misfit
 from medfl.shared.algorithms.settings import FedAvgSettings, FedBNSettings, PersonalLayersSettings, StrategySettings
 from medfl.shared.config import Settings, later
 from medfl.shared.data_spec import DataSpec
@@ -268,10 +268,15 @@ class Study(Settings):
         """SHA-256 of all that says how images become tensors: studies with the same one train on the same tensors."""
         return hashlib.sha256(self.data.model_dump_json().encode() + self.task.value.encode()).hexdigest()
 
+    @cached_property
+    def demands(self) -> Demands:
+        """What its strategy asks of a round."""
+        return demands_of(self.strategy)
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's, without the digests, which a copy would carry over."""
+        """As pydantic's, without what was worked out of the fields, which a copy would carry over."""
         copy = super().model_copy(update=update, deep=deep)
-        for name in ("digest", "data_digest"):
+        for name in ("digest", "data_digest", "demands"):
             copy.__dict__.pop(name, None)
         return copy
 

@@ -39,7 +39,6 @@ from medfl.server.reporter import Reporter, RoundReport, Several, Silent
 from medfl.server.rounds import Rounds
 from medfl.server.secagg.store import FolderStore, MemoryStore, Store
 from medfl.server.weight_sum import OneRoster, SecureParts
-from medfl.shared.algorithms.needs import demands_of
 from medfl.shared.initial_weights import shelved
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.limits import SMALLEST_COHORT
@@ -155,7 +154,7 @@ def federate(
     grid: VirtualGrid | PacedGrid = virtual
     history = History()
     if rhythms:
-        waits = demands_of(study.strategy).asynchronous or failures is None
+        waits = study.demands.asynchronous or failures is None
         grid = paced = PacedGrid(virtual, rhythms, deadline=None if waits or failures is None else failures.deadline)
         history.clock = lambda: paced.trained_at
     outcome: list[Result] = []

@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from medfl.shared.algorithms.needs import Needs, demands_of
+from medfl.shared.algorithms.needs import Needs
 from medfl.shared.algorithms.settings import (
     AdaptiveSettings,
     BulyanSettings,
@@ -64,7 +64,7 @@ def needs_of(study: Study) -> Needs:
         ConfigError: secure aggregation hides it.
     """
     require_sum_suffices(study)
-    return demands_of(study.strategy).sees
+    return study.demands.sees
 
 
 def build_strategy(study: Study) -> Strategy:  # noqa: PLR0912 - one branch an algorithm

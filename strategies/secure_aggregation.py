@@ -11,7 +11,7 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 # isort: split
 from flwr.app import Message
 
-from medfl.shared.algorithms.needs import SUM_ONLY, Demands, Needs, demands_of
+from medfl.shared.algorithms.needs import SUM_ONLY, Demands, Needs
 from medfl.shared.errors import ConfigError
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
@@ -26,7 +26,7 @@ def require_sum_suffices(study: Study) -> None:
     """
     if study.secure_aggregation.mode == "none":
         return
-    name, demands = study.strategy.name, demands_of(study.strategy)
+    name, demands = study.strategy.name, study.demands
     instead = f"choose {SUM_ONLY}, or secure_aggregation mode none where every site's policy allows it"
     if demands.asynchronous:
         raise ConfigError(

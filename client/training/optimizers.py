@@ -48,7 +48,7 @@ class _Base:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
         # What the classes choose too, at every step: several tensors at a time on a GPU, one by one on the CPU.
-        self._foreach = None if any(parameter.device.type != "cpu" for parameter in self._parameters) else False
+        self._foreach = False if all([parameter.is_cpu for parameter in self._parameters]) else None
 
     def zero_grad(self) -> None:
         """Let all gradients go."""

@@ -57,7 +57,13 @@ class Beside(Enum):
 
     def up(self, length: int) -> int:
         """Values a site sends beside an update of ``length`` values."""
-        return {Beside.NOTHING: 0, Beside.ONE_VALUE: 1, Beside.A_MODEL: length}[self]
+        match self:
+            case Beside.NOTHING:
+                return 0
+            case Beside.ONE_VALUE:
+                return 1
+            case Beside.A_MODEL:
+                return length
 
 
 @dataclass(frozen=True, slots=True)

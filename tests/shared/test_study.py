@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny import classes_study, labels_study, masks_study
 
+from medfl.shared.algorithms.settings import ScaffoldSettings
 from medfl.shared.errors import ProtocolError
 from medfl.shared.metrics import Scoring
 from medfl.shared.study import MAX_STUDY_BYTES, Study
@@ -213,4 +214,6 @@ def test_a_changed_copy_has_a_digest_of_its_own() -> None:
     before = study.digest
     assert study.model_copy(update={"seed": 5}).digest == classes_study(seed=5).digest != before
     assert study.model_copy().digest == before
+    assert not study.demands.site_state
+    assert study.model_copy(update={"strategy": ScaffoldSettings()}).demands.site_state
     assert study == classes_study()  # knowing its digest does not make a study another one
