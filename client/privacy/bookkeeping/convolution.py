@@ -20,6 +20,7 @@ from medfl.client.privacy.bookkeeping.rule import (
     Scales,
     UnitGradients,
     at_least_single,
+    by_unit,
     sum_over_positions,
     trained,
 )
@@ -73,29 +74,30 @@ class ConvolutionRule:
         return y, (x,)
 
     def backward(
-        self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+        self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, units: int, wants_input: bool, defer: bool
     ) -> tuple[Tensor | None, UnitGradients]:
         """Input: one batched call. Weight: the cheapest of four ways, by its shape."""
         x, at = saved[0], _geometry(module)
         towards = _backward(g, x, module.weight.to(g.dtype), at, (True, False, False))[0] if wants_input else None
         found: UnitGradients = {}
         if trained(module, "bias"):
-            found["bias"] = sum_over_positions(g)
+            found["bias"] = by_unit(sum_over_positions(g), units)
         if trained(module, "weight"):
             if at.transposed:
                 # A transposed convolution is the input gradient of a plain one: its weight gradient is the plain
                 # one's with input and output gradient exchanged.
                 x, g = g, x
             at = _Geometry(at.stride, at.padding, at.dilation, False, [0] * len(at.stride), at.groups)
-            if defer and _is_deferred_cheaper(module.weight, x, g, at):
+            if defer and _is_deferred_cheaper(*_folded(module.weight, x, g, at, units)):
                 x, g = at_least_single(x), at_least_single(g)
                 found["weight"] = Deferred(
-                    _squared_norms(module.weight, x, g, at), partial(_weighted_sum, module.weight, x, g, at)
+                    _squared_norms(*_folded(module.weight, x, g, at, units)),
+                    partial(_weighted_sum, module.weight, x, g, at),
                 )
-            elif defer and _goes_by_offset(module.weight, x, g, at):
-                found["weight"] = _added_later(_by_offset(module.weight, x, g, at), _kernel_last)
+            elif defer and _goes_by_offset(module.weight, x, g, at, units):
+                found["weight"] = _added_later(_by_offset(*_folded(module.weight, x, g, at, units)), _kernel_last)
             else:
-                found["weight"] = _instantiated(module.weight, x, g, at)
+                found["weight"] = _instantiated(module.weight, x, g, at, units)
         return towards, found
 
 
@@ -107,10 +109,12 @@ class StandardisedConvolutionRule(ConvolutionRule):
         return super().forward(_with_weight(module), x)
 
     def backward(
-        self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+        self, module: _ConvNd, saved: tuple[Tensor, ...], g: Tensor, /, *, units: int, wants_input: bool, defer: bool
     ) -> tuple[Tensor | None, UnitGradients]:
         """As the plain convolution's, the weight gradients taken through the standardisation."""
-        towards, found = super().backward(_with_weight(module), saved, g, wants_input=wants_input, defer=False)
+        towards, found = super().backward(
+            _with_weight(module), saved, g, units=units, wants_input=wants_input, defer=False
+        )
         if isinstance(weight := found.get("weight"), Tensor):
             found["weight"] = through_standardisation(module.weight.detach().to(weight.dtype), weight)
         return towards, found
@@ -188,36 +192,56 @@ def _is_pointwise(weight: Tensor, at: _Geometry) -> bool:
     return math.prod(weight.shape[2:]) == 1 and set(at.stride) == {1} and not any(at.padding)
 
 
-def _instantiated(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
-    """(units, *weight.shape). The batch becomes groups of one convolution, so no weight gradient is summed."""
-    units = x.shape[0]
+def _instantiated(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, units: int) -> Tensor:
+    """(units, *weight.shape)."""
     if at.groups == 1 and _is_pointwise(weight, at):
-        return torch.bmm(g.flatten(2), x.flatten(2).mT).view(units, *weight.shape)
-    if _goes_by_offset(weight, x, g, at):
-        return torch.stack([_kernel_last(one) for one in _by_offset(weight, x, g, at)])
-    return _grouped(weight, x, g, at)
+        _, seen, gradient, _ = _folded(weight, x, g, at, units)
+        return torch.bmm(gradient.flatten(2), seen.flatten(2).mT).view(units, *weight.shape)
+    if _goes_by_offset(weight, x, g, at, units):
+        product = _by_offset(*_folded(weight, x, g, at, units))
+        return torch.stack([_kernel_last(one) for one in product]).view(units, *weight.shape)
+    if weight.numel() < x[0].numel():  # a gradient for each row takes less than the rows themselves
+        return by_unit(_grouped(weight, x, g, at, len(x)), units)
+    return _grouped(weight, x, g, at, units)
 
 
-def _grouped(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
-    units = x.shape[0]
+def _folded(
+    weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, units: int
+) -> tuple[Tensor, Tensor, Tensor, _Geometry]:
+    """The rows of a unit as one more axis in front of space, along which the kernel has length one.
+
+    ``x`` and ``g`` (rows, channels, *space) become views (units, channels, rows of each, *space). With one row for each
+    unit everything stays as it is.
+    """
+    if len(x) == units:
+        return weight, x, g, at
+    x, g = (rows.view(units, -1, *rows.shape[1:]).transpose(1, 2) for rows in (x, g))
+    longer = _Geometry([1, *at.stride], [0, *at.padding], [1, *at.dilation], False, [0, *at.output_padding], at.groups)
+    return weight.unsqueeze(2), x, g, longer
+
+
+def _grouped(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, units: int) -> Tensor:
+    """The units become groups of one convolution, so that their weight gradients are not summed."""
     stacked = weight.detach().to(g.dtype).expand(units, *weight.shape).reshape(-1, *weight.shape[1:])
     grouped = _Geometry(at.stride, at.padding, at.dilation, False, at.output_padding, at.groups * units)
-    flat_g, flat_x = g.reshape(1, -1, *g.shape[2:]), x.reshape(1, -1, *x.shape[2:])
-    return _backward(flat_g, flat_x, stacked, grouped, (False, True, False))[1].view(units, *weight.shape)
+    x, g = (rows.view(units, -1, *rows.shape[1:]).transpose(0, 1).flatten(1, 2) for rows in (x, g))
+    return _backward(g, x, stacked, grouped, (False, True, False))[1].view(units, *weight.shape)
 
 
 _by_offset_is_faster: dict[tuple[object, ...], bool] = {}
 """By layer and size of its input, as this machine has shown it."""
 
 
-def _goes_by_offset(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> bool:
+def _goes_by_offset(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, units: int) -> bool:
     outputs, inputs, *kernel = weight.shape
     if at.groups != 1 or len(kernel) != 2 or math.prod(kernel) == 1 or outputs * inputs < _WIDE:
         return False
-    key = (weight.shape, x.shape[1:], g.shape[2:], *at.stride, *at.padding, *at.dilation, g.dtype, g.device)
+    folded = _folded(weight, x, g, at, units)
+    shapes = (weight.shape, folded[1].shape[1:], folded[2].shape[1:])
+    key = (*shapes, *at.stride, *at.padding, *at.dilation, g.dtype, g.device)
     if key not in _by_offset_is_faster:
-        by_offset, grouped = (_seconds(partial(way, weight, x, g, at)) for way in (_by_offset, _grouped))
-        _by_offset_is_faster[key] = by_offset < grouped
+        by_offset, grouped = partial(_by_offset, *folded), partial(_grouped, weight, x, g, at, units)
+        _by_offset_is_faster[key] = _seconds(by_offset) < _seconds(grouped)
     return _by_offset_is_faster[key]
 
 

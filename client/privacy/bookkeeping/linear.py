@@ -29,10 +29,10 @@ class LinearRule:
         return functional.linear(x, module.weight, module.bias), (x,)
 
     def backward(
-        self, module: nn.Linear, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+        self, module: nn.Linear, saved: tuple[Tensor, ...], g: Tensor, /, *, units: int, wants_input: bool, defer: bool
     ) -> tuple[Tensor | None, UnitGradients]:
         """With one position a unit's gradient is an outer product, whose norm is the product of two norms."""
-        units, found = g.shape[0], UnitGradients()
+        found = UnitGradients()
         towards = g @ module.weight.to(g.dtype) if wants_input else None
         g = g.reshape(units, -1, g.shape[-1])
         x = saved[0].reshape(units, -1, saved[0].shape[-1])
@@ -65,10 +65,18 @@ class EmbeddingRule:
         return functional.embedding(x, module.weight), (x,)
 
     def backward(
-        self, module: nn.Embedding, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+        self,
+        module: nn.Embedding,
+        saved: tuple[Tensor, ...],
+        g: Tensor,
+        /,
+        *,
+        units: int,
+        wants_input: bool,
+        defer: bool,
     ) -> tuple[None, UnitGradients]:
         """Codes have no gradient. Each row of the table gets the sum of the output gradients where it was looked up."""
-        units, width = g.shape[0], g.shape[-1]
+        width = g.shape[-1]
         codes = saved[0].reshape(units, -1, 1).expand(-1, -1, width)
         table = g.new_zeros(units, *module.weight.shape).scatter_add_(1, codes, g.reshape(units, -1, width))
         if module.padding_idx is not None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from medfl.client.privacy.bookkeeping.rule import UnitGradients, dot_over_positions, trained
+from medfl.client.privacy.bookkeeping.rule import UnitGradients, by_unit, dot_over_positions, trained
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -20,11 +20,11 @@ class GroupNormRule:
         return x
 
     def forward(self, module: nn.GroupNorm | _InstanceNorm, x: Tensor, /) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Normalise; keep input, group means and inverse standard deviations (units, groups)."""
+        """Normalise; keep input, group means and inverse standard deviations (rows, groups)."""
         x = x.contiguous() if module.weight is None else x.to(module.weight.dtype).contiguous()
-        units, channels = x.shape[:2]
+        rows, channels = x.shape[:2]
         y, mean, inverse = torch.ops.aten.native_group_norm(
-            x, module.weight, module.bias, units, channels, x.shape[2:].numel(), _groups(module, channels), module.eps
+            x, module.weight, module.bias, rows, channels, x.shape[2:].numel(), _groups(module, channels), module.eps
         )
         return y, (x, mean, inverse)
 
@@ -35,30 +35,31 @@ class GroupNormRule:
         g: Tensor,
         /,
         *,
+        units: int,
         wants_input: bool,
         defer: bool,
     ) -> tuple[Tensor, UnitGradients]:
-        """One native call for everything: units that stand side by side as groups of one row are not summed over."""
+        """One native call for everything: rows that stand side by side as groups of one row are not summed over."""
         x, mean, inverse = saved
-        units, channels = x.shape[:2]
-        weight = None if module.weight is None else module.weight.detach().repeat(units)
+        rows, channels = x.shape[:2]
+        weight = None if module.weight is None else module.weight.detach().repeat(rows)
         towards, scale, shift = torch.ops.aten.native_group_norm_backward(
-            g.contiguous().view(1, units * channels, -1),
-            x.view(1, units * channels, -1),
+            g.contiguous().view(1, rows * channels, -1),
+            x.view(1, rows * channels, -1),
             mean.view(1, -1),
             inverse.view(1, -1),
             weight,
             1,
-            units * channels,
+            rows * channels,
             x.shape[2:].numel(),
-            units * _groups(module, channels),
+            rows * _groups(module, channels),
             [wants_input, trained(module, "weight"), trained(module, "bias")],
         )
         found: UnitGradients = {}
         if trained(module, "weight"):
-            found["weight"] = scale.view(units, channels)
+            found["weight"] = by_unit(scale.view(rows, channels), units)
         if trained(module, "bias"):
-            found["bias"] = shift.view(units, channels)
+            found["bias"] = by_unit(shift.view(rows, channels), units)
         return towards.view_as(x) if wants_input else towards, found
 
 
@@ -77,7 +78,15 @@ class LayerNormRule:
         return y, (x, mean, inverse)
 
     def backward(
-        self, module: nn.LayerNorm, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+        self,
+        module: nn.LayerNorm,
+        saved: tuple[Tensor, ...],
+        g: Tensor,
+        /,
+        *,
+        units: int,
+        wants_input: bool,
+        defer: bool,
     ) -> tuple[Tensor, UnitGradients]:
         """Input: one native call that is asked for nothing else. Parameters: sums over the positions of a unit."""
         x, mean, inverse = saved
@@ -87,9 +96,9 @@ class LayerNormRule:
         )[0]
         found = UnitGradients()
         if trained(module, "weight"):
-            found["weight"] = ((x - mean) * inverse * g).reshape(g.shape[0], -1, *shape).sum(1)
+            found["weight"] = ((x - mean) * inverse * g).reshape(units, -1, *shape).sum(1)
         if trained(module, "bias"):
-            found["bias"] = g.reshape(g.shape[0], -1, *shape).sum(1)
+            found["bias"] = g.reshape(units, -1, *shape).sum(1)
         return towards, found
 
 
@@ -105,16 +114,16 @@ class PReLURule:
         return functional.prelu(x, module.weight.to(x.dtype)), (x,)
 
     def backward(
-        self, module: nn.PReLU, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+        self, module: nn.PReLU, saved: tuple[Tensor, ...], g: Tensor, /, *, units: int, wants_input: bool, defer: bool
     ) -> tuple[Tensor | None, UnitGradients]:
         """Input: ``g``, times the slope where it was negative. Slope: sum of input times ``g`` over those places."""
         x = saved[0]
         negative = x.clamp(max=0)
         if module.num_parameters == 1:
             towards = torch.ops.aten.leaky_relu_backward(g, x, float(module.weight), False) if wants_input else None
-            return towards, {"weight": dot_over_positions(negative[:, None], g[:, None])}
+            return towards, {"weight": by_unit(dot_over_positions(negative[:, None], g[:, None]), units)}
         slope = module.weight.to(g.dtype).view(1, -1, *[1] * (x.dim() - 2))
-        return torch.where(x > 0, g, g * slope), {"weight": dot_over_positions(negative, g)}
+        return torch.where(x > 0, g, g * slope), {"weight": by_unit(dot_over_positions(negative, g), units)}
 
 
 def _groups(module: nn.GroupNorm | _InstanceNorm, channels: int) -> int:

@@ -24,14 +24,12 @@ class Scales:
         return cls(factors, dropped if bool(dropped.any()) else None)
 
     def kept(self, values: Tensor) -> Tensor:
-        """``values`` (units, ...) with the rows of dropped units zeroed, because 0 * NaN is NaN."""
-        if self.dropped is None:
-            return values
-        return values.masked_fill(self.dropped.view(-1, *[1] * (values.dim() - 1)), 0)
+        """``values`` (rows, ...) with those of dropped units zeroed, because 0 * NaN is NaN."""
+        return values if self.dropped is None else values.masked_fill(_by_row(self.dropped, values), 0)
 
     def scaled(self, values: Tensor) -> Tensor:
-        """Each unit's row of ``values`` (units, ...) times its factor."""
-        return self.kept(values) * self.factors.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+        """Each row of ``values`` (rows, ...) times its unit's factor."""
+        return self.kept(values) * _by_row(self.factors.to(values.dtype), values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,8 @@ UnitGradients = dict[str, Tensor | Deferred]
 class Rule(Protocol):
     """How one family of layers runs forward and backward with the summed weight gradient left out.
 
-    ``saved`` passes from ``forward`` to ``backward``. A unit's gradient must depend on that unit's rows only.
+    ``saved`` passes from ``forward`` to ``backward``. A batch holds as many rows of each unit, side by side; a unit's
+    gradient must depend on that unit's rows only.
     """
 
     def prepare(self, module: Any, x: Tensor, /) -> Tensor:
@@ -65,7 +64,7 @@ class Rule(Protocol):
         ...
 
     def backward(
-        self, module: Any, saved: tuple[Tensor, ...], g: Tensor, /, *, wants_input: bool, defer: bool
+        self, module: Any, saved: tuple[Tensor, ...], g: Tensor, /, *, units: int, wants_input: bool, defer: bool
     ) -> tuple[Tensor | None, UnitGradients]:
         """Given ``g``, the gradient of the output: that of ``x``, and of each trainable parameter for each unit.
 
@@ -88,6 +87,16 @@ def trained(module: nn.Module, name: str) -> bool:
 def at_least_single(values: Tensor) -> Tensor:
     """``values``, half-precision ones as float32: sums of rounded numbers would not be bounded by the clip."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def _by_row(of_units: Tensor, values: Tensor) -> Tensor:
+    """(units,) -> (rows, 1, ...), to go with ``values`` (rows, ...)."""
+    return of_units.repeat_interleave(len(values) // len(of_units)).view(-1, *[1] * (values.dim() - 1))
+
+
+def by_unit(of_rows: Tensor, units: int) -> Tensor:
+    """Sum over each unit's rows: (rows, ...) -> (units, ...)."""
+    return of_rows if len(of_rows) == units else of_rows.view(units, -1, *of_rows.shape[1:]).sum(1)
 
 
 def sum_over_positions(g: Tensor) -> Tensor:

@@ -207,6 +207,43 @@ def test_units_that_do_not_fit_into_one_pass_take_several_of_equal_size(monkeypa
     assert parts.norms.tolist() == whole.norms.tolist()
 
 
+def test_patients_of_several_images_take_turns_of_so_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    together = patient_gradient.clipped_sum_by_bookkeeping
+
+    def counted(network: nn.Module, loss: object, units: Sequence[UnitData], clip_norm: float) -> ClippedSum:
+        sizes.append((len(units), len(units[0][0])))
+        return together(network, loss, units, clip_norm)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(patient_gradient, "clipped_sum_by_bookkeeping", counted)
+    network = nn.Linear(1, 1)
+    singles, triples = [patient(0.5), patient(-7.0)], [patient(3.0, 0.0, float(n)) for n in range(12)]
+    many = [patient(*[9.0] * 9), patient(*[1.0] * 9)]
+    mixed = [triples[0], singles[0], many[0], *triples[1:], singles[1], many[1], patient(2.0, 2.0)]
+    by_loop = clipped_sum(network, mean, mixed, 1.0, Engine.LOOP)
+    by_shape = clipped_sum(network, mean, mixed, 1.0, Engine.BOOKKEEPING)
+    # 32 images are ten patients of three; nine images, or a patient alone, go by themselves
+    assert sizes == [(6, 3), (6, 3), (2, 1)]
+    assert by_shape.norms.tolist() == pytest.approx(by_loop.norms.tolist(), rel=1e-5)
+    assert by_shape.flat.tolist() == pytest.approx(by_loop.flat.tolist(), rel=1e-4)
+
+
+def test_patients_of_several_images_go_one_by_one_where_a_layer_has_no_rule() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    pairs = [patient(0.5, 0.25), patient(30.0, 1.0)]
+    by_shape = clipped_sum(Scaled(), mean, pairs, 1.0, Engine.BOOKKEEPING)
+    assert by_shape.norms.tolist() == [0.375, 15.5]
+    with pytest.raises(ConfigError, match="there is no per-unit gradient rule"):
+        clipped_sum(Scaled(), mean, [patient(0.5), patient(30.0)], 1.0, Engine.BOOKKEEPING)
+
+
 def test_a_pass_holds_gradients_of_1200_megabytes() -> None:
     assert units_at_once(nn.Linear(1000, 1000, bias=False)) == 300
     assert units_at_once(nn.Linear(100, 100, bias=False).requires_grad_(False)) > 0

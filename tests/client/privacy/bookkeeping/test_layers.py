@@ -20,6 +20,18 @@ def loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def assert_exact(network: nn.Module, units: list[UnitData]) -> None:
+    """With one row for each unit, and with two."""
+    assert_as_by_loop(network, units)
+    assert_as_by_loop(network, in_pairs(units))
+
+
+def in_pairs(units: list[UnitData]) -> list[UnitData]:
+    """Units of two rows each."""
+    pairs = zip(units[::2], units[1::2], strict=True)
+    return [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in pairs]
+
+
+def assert_as_by_loop(network: nn.Module, units: list[UnitData]) -> None:
     network = network.double().train()
     free = clipped_sum_by_loop(network, loss, units, 1e9)
     clip = float(free.norms.median())
@@ -31,7 +43,7 @@ def assert_exact(network: nn.Module, units: list[UnitData]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10 * scale)
 
 
-def rows(*shape: int, units: int = 3) -> list[UnitData]:
+def rows(*shape: int, units: int = 4) -> list[UnitData]:
     torch.manual_seed(1)
     return [(torch.randn(1, *shape).double(), torch.randn(1).double()) for _ in range(units)]
 
@@ -122,7 +134,7 @@ def test_other_layers_are_exact(layer: nn.Module, shape: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("padding_idx", [None, 2])
 def test_embeddings_are_exact(padding_idx: int | None) -> None:
     torch.manual_seed(0)
-    units = [(torch.randint(0, 5, (1, 3, 2)), torch.randn(1).double()) for _ in range(3)]
+    units = [(torch.randint(0, 5, (1, 3, 2)), torch.randn(1).double()) for _ in range(4)]
     assert_exact(nn.Embedding(5, 4, padding_idx=padding_idx), units)
 
 
@@ -133,14 +145,18 @@ def test_frozen_parameters_are_left_out() -> None:
     assert_exact(network, rows(1, 8, 8))
 
 
-def test_a_unit_that_is_not_finite_is_dropped_and_changes_no_other() -> None:
+@pytest.mark.parametrize("rows_each", [1, 2])
+def test_a_unit_that_is_not_finite_is_dropped_and_changes_no_other(rows_each: int) -> None:
     # Each kind of layer: deferred and instantiated convolutions, norm, slope, linear.
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.PReLU(), nn.Conv2d(8, 16, 3, 2), nn.Flatten(), nn.Linear(144, 2)
     ).double()  # fmt: skip
-    units = rows(1, 9, 9)
-    broken = [units[0], (torch.full_like(units[1][0], float("nan")), units[1][1]), units[2]]
+    units = rows(1, 9, 9, units=3 * rows_each)
+    units = units if rows_each == 1 else in_pairs(units)
+    damaged = units[1][0].clone()
+    damaged[0] = float("nan")  # one row of the unit
+    broken = [units[0], (damaged, units[1][1]), units[2]]
     with_broken = clipped_sum_by_bookkeeping(network, loss, broken, 0.1)
     without = clipped_sum_by_bookkeeping(network, loss, [units[0], units[2]], 0.1)
     assert with_broken.norms.isfinite().tolist() == [True, False, True]
@@ -261,7 +277,7 @@ def test_a_weight_used_outside_its_layer_is_refused() -> None:
 
 
 def test_units_folded_into_rows_are_refused() -> None:
-    with pytest.raises(ConfigError, match="6 rows for 3 units"):
+    with pytest.raises(ConfigError, match="8 rows for 4 images"):
         clipped_sum_by_bookkeeping(Folding().double(), loss, rows(4), 1.0)
 
 

@@ -149,6 +149,15 @@ def test_one_backward_pass_equals_one_for_each_unit(name: str) -> None:
     assert not any("forward" in vars(module) for module in network.modules() if list(module.parameters(recurse=False)))
 
 
+@pytest.mark.parametrize("name", ["unet", "unet-3d-group", "unet-standardised", "resnet18", "transformer", "reused"])
+def test_one_backward_pass_equals_one_for_each_unit_of_three_images(name: str) -> None:
+    network, singles = prepared(name)
+    units = [(torch.cat([images, -images, 2 * images]), labels.repeat_interleave(3, 0)) for images, labels in singles]
+    reference = clipped_sum_by_loop(network, functional.cross_entropy, units, CLIP)
+    measured = clipped_sum_by_bookkeeping(network, functional.cross_entropy, units, CLIP)
+    assert max(disagreement(measured, reference)) < TOLERANCE
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in OPACUS_CANNOT | LIKE_ANOTHER])
 def test_one_backward_pass_equals_opacus(name: str) -> None:
