@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import math
@@ -220,7 +221,7 @@ class _Seed:
     def _digest(self, name: str, study: Study) -> str:
         """Names all that can change a cell's numbers, except the images themselves."""
         settings = self.settings
-        parts = [name, study.digest, settings.failures.model_dump_json()]
+        parts = [importlib.metadata.version("medfl"), name, study.digest, settings.failures.model_dump_json()]
         parts += [settings.partition.model_dump_json() if settings.partition else ""]
         parts += [site.model_dump_json() for site in settings.sites]
         parts += [settings.curious_server.model_dump_json()] if settings.curious_server else []

@@ -222,7 +222,7 @@ def _folded(
 
 def _grouped(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, units: int) -> Tensor:
     """The units become groups of one convolution, so that their weight gradients are not summed."""
-    stacked = weight.detach().to(g.dtype).expand(units, *weight.shape).reshape(-1, *weight.shape[1:])
+    stacked = g.new_empty(units * len(weight), *weight.shape[1:])  # tells the shape; its values are not read
     grouped = _Geometry(at.stride, at.padding, at.dilation, False, at.output_padding, at.groups * units)
     x, g = (rows.view(units, -1, *rows.shape[1:]).transpose(0, 1).flatten(1, 2) for rows in (x, g))
     return _backward(g, x, stacked, grouped, (False, True, False))[1].view(units, *weight.shape)
