@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -201,7 +201,7 @@ def _instantiated(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, units: in
         product = _by_offset(*_folded(weight, x, g, at, units))
         return torch.stack([_kernel_last(one) for one in product]).view(units, *weight.shape)
     if weight.numel() < x[0].numel():  # a gradient for each row takes less than the rows themselves
-        return by_unit(_grouped(weight, x, g, at, len(x)), units)
+        return by_unit(_grouped(weight, x, g, at, x.shape[0]), units)
     return _grouped(weight, x, g, at, units)
 
 
@@ -213,7 +213,7 @@ def _folded(
     ``x`` and ``g`` (rows, channels, *space) become views (units, channels, rows of each, *space). With one row for each
     unit everything stays as it is.
     """
-    if len(x) == units:
+    if x.shape[0] == units:
         return weight, x, g, at
     x, g = (rows.view(units, -1, *rows.shape[1:]).transpose(1, 2) for rows in (x, g))
     longer = _Geometry([1, *at.stride], [0, *at.padding], [1, *at.dilation], False, [0, *at.output_padding], at.groups)
@@ -222,7 +222,7 @@ def _folded(
 
 def _grouped(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, units: int) -> Tensor:
     """The units become groups of one convolution, so that their weight gradients are not summed."""
-    stacked = g.new_empty(units * len(weight), *weight.shape[1:])  # tells the shape; its values are not read
+    stacked = g.new_empty(units * weight.shape[0], *weight.shape[1:])  # tells the shape; its values are not read
     grouped = _Geometry(at.stride, at.padding, at.dilation, False, at.output_padding, at.groups * units)
     x, g = (rows.view(units, -1, *rows.shape[1:]).transpose(0, 1).flatten(1, 2) for rows in (x, g))
     return _backward(g, x, stacked, grouped, (False, True, False))[1].view(units, *weight.shape)
@@ -261,20 +261,28 @@ def _by_offset(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:
     """dW[o, i, k] = sum over t of g[o, t] x[i, stride t + dilation k - padding]: (units, *kernel, outputs, inputs)."""
     outputs, inputs, *kernel = weight.shape
     x = functional.pad(x, [side for pad in reversed(at.padding) for side in (pad, pad)])
-    rows, product = g.flatten(2), x.new_empty(len(x), *kernel, outputs, inputs)
+    rows, product = g.flatten(2), x.new_empty(x.shape[0], *kernel, outputs, inputs)
     for place, window in enumerate(_windows(kernel, g.shape[2:], at)):
-        seen = x[(slice(None), slice(None), *window)].reshape(len(x), inputs, -1)
-        torch.bmm(rows, seen.mT, out=product.view(len(x), -1, outputs, inputs)[:, place])
+        seen = x[(slice(None), slice(None), *window)].reshape(x.shape[0], inputs, -1)
+        torch.bmm(rows, seen.mT, out=product.view(x.shape[0], -1, outputs, inputs)[:, place])
     return product
 
 
-def _windows(kernel: Sequence[int], positions: Sequence[int], at: _Geometry) -> Iterator[tuple[slice, ...]]:
+def _windows(kernel: Sequence[int], positions: Sequence[int], at: _Geometry) -> list[tuple[slice, ...]]:
     """For each offset in the kernel, where it meets the padded input over all output positions."""
+    return _windows_of(tuple(kernel), tuple(positions), tuple(at.stride), tuple(at.dilation))
+
+
+@cache
+def _windows_of(
+    kernel: tuple[int, ...], positions: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> list[tuple[slice, ...]]:
+    windows = []
     for offset in itertools.product(*map(range, kernel)):
-        starts = [k * dilation for k, dilation in zip(offset, at.dilation, strict=True)]
-        yield tuple(
-            slice(a, a + step * (n - 1) + 1, step) for a, step, n in zip(starts, at.stride, positions, strict=True)
-        )
+        starts = [k * step for k, step in zip(offset, dilation, strict=True)]
+        axes = zip(starts, stride, positions, strict=True)
+        windows.append(tuple(slice(start, start + step * (n - 1) + 1, step) for start, step, n in axes))
+    return windows
 
 
 def _kernel_last(gradient: Tensor) -> Tensor:
@@ -302,14 +310,14 @@ def _squared_norms(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tenso
     products = columns.mT @ columns
     if not _is_pointwise(weight, at):
         products = _seen_by_kernel(products.view(-1, *x.shape[2:], *x.shape[2:]), weight.shape[2:], positions, at)
-    return (products.view(len(x), rows.shape[2], -1) * (rows.mT @ rows)).sum((1, 2))
+    return (products.view(x.shape[0], rows.shape[2], -1) * (rows.mT @ rows)).sum((1, 2))
 
 
 def _seen_by_kernel(products: Tensor, kernel: Sequence[int], positions: Sequence[int], at: _Geometry) -> Tensor:
     """From (units, *space, *space) of the input to (units, *positions, *positions) of the output."""
     sides = [side for pad in reversed(at.padding) for side in (pad, pad)]
     products = functional.pad(products, sides * 2)
-    seen = products.new_zeros(len(products), *positions, *positions)
+    seen = products.new_zeros(products.shape[0], *positions, *positions)
     for window in _windows(kernel, positions, at):
         seen += products[(slice(None), *window, *window)]
     return seen

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -66,7 +66,7 @@ def clipped_sum_by_bookkeeping(
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
-    with torch.autocast(outputs.device.type, enabled=False):
+    with _exact(outputs):
         return tape.settle(parameters, clip_norm)
 
 
@@ -76,6 +76,12 @@ def _losses(loss: LossFunction, outputs: Tensor, labels: Sequence[Tensor]) -> Te
         return loss.each(outputs, torch.cat(list(labels)))
     of_units = zip(outputs.tensor_split(len(labels)), labels, strict=True)
     return torch.stack([loss(output, label) for output, label in of_units])
+
+
+def _exact(values: Tensor) -> AbstractContextManager[None]:
+    """Inside, nothing is rounded by autocast: norms and clipped sums are of the numbers as they are."""
+    kind = values.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class _Tape:
@@ -159,7 +165,7 @@ class _Layer(torch.autograd.Function):
         if any(t.dtype != g.dtype and t.is_floating_point() for t in saved):  # under autocast the two can differ
             saved = tuple(t.to(g.dtype) if t.is_floating_point() else t for t in saved)
         once = all(tape.uses[parameter] == 1 for parameter in parameters_of(module))
-        with torch.autocast(g.device.type, enabled=False):  # norms and clipped sums are of the numbers as they are
+        with _exact(g):
             towards, found = rule.backward(
                 module, saved, g, units=tape.units, wants_input=ctx.needs_input_grad[0], defer=once
             )

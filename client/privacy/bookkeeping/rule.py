@@ -91,12 +91,14 @@ def at_least_single(values: Tensor) -> Tensor:
 
 def _by_row(of_units: Tensor, values: Tensor) -> Tensor:
     """(units,) -> (rows, 1, ...), to go with ``values`` (rows, ...)."""
-    return of_units.repeat_interleave(len(values) // len(of_units)).view(-1, *[1] * (values.dim() - 1))
+    each = values.shape[0] // of_units.shape[0]
+    of_rows = of_units if each == 1 else of_units.repeat_interleave(each)
+    return of_rows.view(-1, *[1] * (values.dim() - 1))
 
 
 def by_unit(of_rows: Tensor, units: int) -> Tensor:
     """Sum over each unit's rows: (rows, ...) -> (units, ...)."""
-    return of_rows if len(of_rows) == units else of_rows.view(units, -1, *of_rows.shape[1:]).sum(1)
+    return of_rows if of_rows.shape[0] == units else of_rows.view(units, -1, *of_rows.shape[1:]).sum(1)
 
 
 def sum_over_positions(g: Tensor) -> Tensor:
