@@ -30,6 +30,7 @@ from medfl.shared.algorithms.settings import FedAvgSettings
 from medfl.shared.errors import DataError, TrainingError
 from medfl.shared.files import write_whole
 from medfl.shared.initial_weights import read_initial, shelve
+from medfl.shared.logs import quiet_libraries
 from medfl.shared.metrics import headline
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.study import Study
@@ -77,6 +78,7 @@ def run_experiment(
         DataError: a site's data cannot be used. TrainingError, ConfigError: the study cannot be run.
     """
     started = time.monotonic()
+    quiet_libraries()
     torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
     folder = settings.output / f"{settings.study.name}-{settings.study.digest[:8]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError, TrainingError
 from medfl.shared.secagg.exchange import Phase
 from medfl.shared.study import Study
+from medfl.simulations import load_simulation
 from medfl.simulations.baselines import alone_and_ensemble, best_threshold, mean_mask, pooled, trivial
 from medfl.simulations.cli import main
 from medfl.simulations.config import SimulationSettings
@@ -114,6 +116,21 @@ def test_one_command_gives_a_table_and_a_folder(tmp_path: Path, capsys: pytest.C
         with safe_open(folder / f"seed-{seed}" / "model.safetensors", framework="numpy") as model:
             assert model.metadata()["round"] == "2"
         assert len((folder / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_notebook_hears_nothing_of_the_libraries(tmp_path: Path) -> None:
+    said: list[logging.LogRecord] = []
+    flower = logging.getLogger("flwr")
+    loud = logging.Handler()
+    loud.emit = said.append  # type: ignore[method-assign]
+    flower.handlers[:], level = [loud], flower.level
+    flower.setLevel(logging.INFO)
+    try:
+        run_experiment(load_simulation(simulation(tmp_path, STUDY, seeds=[0])))
+    finally:
+        flower.setLevel(level)
+        flower.handlers[:] = []
+    assert said == []
 
 
 def test_the_same_file_gives_the_same_scores(tmp_path: Path) -> None:
