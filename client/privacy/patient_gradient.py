@@ -33,7 +33,7 @@ _VALUES_AT_ONCE = 300_000_000
 
 # Patients with so many images, or fewer, go through the network together, so many images at a time: passes of four
 # images cost a tenth more than one of all, passes of eight half of that.
-_FEW_ROWS, _ROWS_AT_ONCE = 8, 32
+_FEW_ROWS, _ROWS_AT_ONCE = 8, 16
 
 
 @dataclass(frozen=True, slots=True)
