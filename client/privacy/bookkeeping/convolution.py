@@ -236,12 +236,13 @@ def _goes_by_offset(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry, units: 
     outputs, inputs, *kernel = weight.shape
     if at.groups != 1 or len(kernel) != 2 or math.prod(kernel) == 1 or outputs * inputs < _WIDE:
         return False
-    folded = _folded(weight, x, g, at, units)
-    shapes = (weight.shape, folded[1].shape[1:], folded[2].shape[1:])
-    key = (*shapes, *at.stride, *at.padding, *at.dilation, g.dtype, g.device)
+    each = x.shape[0] // units
+    key = (weight.shape, each, x.shape[1:], g.shape[1:], *at.stride, *at.padding, *at.dilation, g.dtype, g.device)
     if key not in _by_offset_is_faster:
-        by_offset, grouped = partial(_by_offset, *folded), partial(_grouped, weight, x, g, at, units)
-        _by_offset_is_faster[key] = _seconds(by_offset) < _seconds(grouped)
+        x, g = x[: 2 * each], g[: 2 * each]  # of two units, which takes little memory
+        units = x.shape[0] // each
+        by_offset = partial(_by_offset, *_folded(weight, x, g, at, units))
+        _by_offset_is_faster[key] = _seconds(by_offset) < _seconds(partial(_grouped, weight, x, g, at, units))
     return _by_offset_is_faster[key]
 
 
