@@ -8,7 +8,8 @@ import torch
 from monai.utils.misc import set_determinism
 from scipy import stats
 
-from medfl.client.privacy.randomness import SUMMED, SecureGenerator, noisy
+from medfl.client.privacy import randomness
+from medfl.client.privacy.randomness import SUMMED, Function, SecureGenerator, noisy
 
 # p values below this reject: a right generator fails once in ten million runs.
 REJECT = 1e-7
@@ -21,8 +22,12 @@ def accepts(draws: np.ndarray, scale: float) -> bool:
     return bool(stats.kstest(draws / scale, "norm").pvalue > REJECT and variance > REJECT)
 
 
+@pytest.mark.parametrize("functions", [randomness._BY_NUMPY, randomness._BY_TORCH], ids=["numpy", "torch"])
 @pytest.mark.parametrize(("scale", "accepted"), [(1.0, True), (2 / 3, False), (3 / 2, False), (0.97, False)])
-def test_normals_are_accepted_at_their_scale_only(scale: float, accepted: bool) -> None:
+def test_normals_are_accepted_at_their_scale_only(
+    scale: float, accepted: bool, functions: tuple[Function, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(randomness, "_functions", lambda: functions)
     draws = SecureGenerator().normal(100_000).numpy()
     assert accepts(draws, scale) is accepted
 
@@ -36,12 +41,13 @@ def test_released_noise_is_accepted_at_noise_multiplier_times_clip_only(factor: 
 
 def test_normals_are_independent_within_and_between_chunks() -> None:
     draws = SecureGenerator().normal(400_000).numpy()
-    for lag in (1, 2, 4095, 4096, 4097, 8192, 12_288, 16_384):  # neighbours, the same four mixed, the next chunk
+    chunk = randomness._CHUNK
+    for lag in (1, 2, chunk - 1, chunk, chunk + 1, 2 * chunk, 3 * chunk, 4 * chunk):  # the same four mixed, the next
         assert abs(np.corrcoef(draws[:-lag], draws[lag:])[0, 1]) < 5.5 / np.sqrt(len(draws))
         assert abs(np.corrcoef(draws[:-lag] ** 2, draws[lag:] ** 2)[0, 1]) < 5.5 / np.sqrt(len(draws))
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 16_383, 16_384, 16_385, 50_000])
+@pytest.mark.parametrize("count", [0, 1, 7, 65_535, 65_536, 65_537, 200_000])
 def test_any_number_of_normals_can_be_had(count: int) -> None:
     generator = SecureGenerator()
     parts = torch.cat([generator.normal(count), generator.normal(3)])
