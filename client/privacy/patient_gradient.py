@@ -119,16 +119,18 @@ def _sums_of_alike(
     if engine is not Engine.LOOP and (rows == 1 or (engine is Engine.BOOKKEEPING and _gains(rows, len(patients)))):
         together = clipped_sum_by_bookkeeping if engine is Engine.BOOKKEEPING else clipped_sum_by_opacus
         most = units_at_once(network) if rows == 1 else min(units_at_once(network), _ROWS_AT_ONCE // rows)
+        full = False
         try:
             return [together(network, loss, group, clip_norm) for group in _groups(patients, most)]
         except ConfigError:
             if rows == 1:
                 raise
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not (full := out_of_memory(error)):
                 raise
+        if full:  # not above: the exception holds the tensors of the failed attempt
+            free_memory()
             log.warning("memory ran out: the step's patients are taken one after the other")
-        free_memory()
     return [clipped_sum_by_loop(network, loss, patients, clip_norm)]
 
 

@@ -31,9 +31,9 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.timeout(560)
 @pytest.mark.usefixtures("one_thread")
 def test_whoever_is_killed_the_model_is_that_of_an_undisturbed_federation_to_the_last_bit(tmp_path: Path) -> None:
-    study, found = studies(4)[EXACT], Found()
+    study, found = studies(12)[EXACT], Found()
     places = prepare(tmp_path, [study])
-    Disturbed(places, [study], random.Random(7), found).run(pause_s=(1.0, 3.0), limit_s=500, kills=6)
+    Disturbed(places, [study], random.Random(7), found).run(pause_s=(0.5, 2.5), limit_s=500, kills=6)
     ended(places, study, found)
     assert found.wrong == []
     assert sum(found.kills.values()) >= 4

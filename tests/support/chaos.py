@@ -147,7 +147,7 @@ class Disturbed:
         began = time.monotonic()
         running = {name: self._start(name) for name in (*SITES, COORDINATOR)}
         try:
-            next_kill = began + 8.0 if pause_s else float("inf")
+            next_kill = float("inf")
             while running[COORDINATOR].poll() is None:
                 time.sleep(0.05)
                 for name in SITES:
@@ -157,6 +157,8 @@ class Disturbed:
                 if time.monotonic() > began + limit_s:
                     self._found.wrong.append(f"the studies did not end within {limit_s:.0f} s")
                     return
+                if pause_s and next_kill == float("inf") and self._somebody_was_asked():
+                    next_kill = time.monotonic() + self._draw.uniform(*pause_s)
                 if pause_s and time.monotonic() > next_kill and kills > 0:
                     kills -= 1
                     self._kill(self._victim(), running)
@@ -178,6 +180,9 @@ class Disturbed:
             return Command("medfl.server.cli", arguments, home / "medfl-server.log")
         home = self._places.hospital(name)
         return Command("medfl.client.cli", ["--site", str(home / "site.yaml")], home / "medfl-client.log")
+
+    def _somebody_was_asked(self) -> bool:
+        return any(audit_file(self._places.hospital(name) / "state").exists() for name in SITES)
 
     def _victim(self) -> str:
         """Drawn at random, and each once before any is drawn again."""
