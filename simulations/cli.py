@@ -75,9 +75,9 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.output is not None:
         settings = settings.model_copy(update={"output": options.output})
     console = Console()
-    quiet_libraries()
     with LoadingBar(console) as loading:
         if options.check:
+            quiet_libraries()
             sites = load_sites(settings, settings.study, choose_device(settings.device), loading)
             for name, data in sites.items():
                 console.print(f"{name}: {data.report.patients} patients, {sum(data.report.examples.values())} images")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,15 @@ def test_a_study_keeps_its_network_and_another_study_takes_its_place() -> None:
     other = bench.open(classes_study(seed=1))
     assert other.network is not first.network
     assert bench.open(classes_study()).network is not first.network
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("meta", 0)])
+def test_training_on_a_cpu_keeps_freed_memory(device: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr("medfl.client.workbench.keep_freed_buffers", lambda: told.append(True))
+    with suppress(NotImplementedError):  # a meta tensor has no values to begin with
+        make_bench(classes_study(), torch.device(device))
+    assert len(told) == kept
 
 
 def test_the_update_is_what_changed() -> None:

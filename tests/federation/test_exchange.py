@@ -54,6 +54,19 @@ def test_identical_replies_of_several_sites_all_arrive(lab: Lab) -> None:
         assert held(link) == 0
 
 
+def test_a_site_that_has_trained_gives_its_free_memory_back_before_it_waits(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[str] = []
+    monkeypatch.setattr("medfl.client.node.give_back_freed_buffers", lambda: given_back.append("all"))
+    with lab.federation(sites=1) as (link, ids), link.run(None, name="study", digest=DIGEST) as run:
+        run.grid.send_and_receive([question(ids["north"])], timeout=60)
+        assert given_back == []  # a secure sum is a dozen such messages
+        content = RecordDict({"config": ConfigRecord({"text": "hello"})})
+        run.grid.send_and_receive([Message(content, ids["north"], "train")], timeout=60)
+        until(lambda: given_back == ["all"])
+
+
 def test_the_same_message_sent_twice_is_answered_twice(lab: Lab) -> None:
     with lab.federation(sites=1) as (link, ids), link.run(None, name="study", digest=DIGEST) as run:
         message = question(ids["north"])

@@ -89,6 +89,20 @@ def test_the_sum_is_divided_by_the_expected_patients_and_not_by_those_drawn() ->
     assert step(one_weight(), [patient(0.5)] * 8) == pytest.approx(8 * 0.5 / 4)
 
 
+def test_a_step_leaves_no_sum_without_noise_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[Tensor] = []
+    really = patient_gradient.clipped_sum
+
+    def seen(*arguments: object) -> ClippedSum:
+        found = really(*arguments)  # type: ignore[arg-type]
+        sums.append(found.flat)
+        return found
+
+    monkeypatch.setattr(patient_gradient, "clipped_sum", seen)
+    released = step(one_weight(), [patient(0.5)], noise=1.0)
+    assert sums[0].tolist() == [released] == [pytest.approx(1.5 / 4, abs=1e-4)]
+
+
 def test_an_empty_batch_releases_pure_noise() -> None:
     network = nn.Linear(100, 100)
     facts = private_gradients(

@@ -141,6 +141,13 @@ def test_any_shape_and_size_is_divided_and_keeps_its_type() -> None:
         assert released.eq(1.5).all()
 
 
+def test_in_place_nothing_is_left_of_the_sum_without_noise() -> None:
+    total = torch.full((40_000,), 6.0)
+    released = noisy(total, 1.0, NoNoise(), divisor=4.0, in_place=True)  # type: ignore[arg-type]
+    assert released.data_ptr() == total.data_ptr()
+    assert total.eq(1.5).all()
+
+
 def test_two_sums_closer_than_the_grid_cannot_be_told_apart() -> None:
     # The grid for scale 1 is 2^-20, about 1e-6.
     a = noisy(torch.tensor([0.25], dtype=torch.float64), 1.0, NoNoise())  # type: ignore[arg-type]

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medfl.client.privacy.bookkeeping import engine
 from medfl.client.privacy.bookkeeping.engine import clipped_sum_by_bookkeeping
-from medfl.client.privacy.clipped import UnitData, clipped_sum_by_loop
+from medfl.client.privacy.clipped import UnitData, clipped_sum_by_loop, empty_sum
 from medfl.shared.errors import ConfigError
 from medfl.shared.standardised import standardise_convolutions
 
@@ -77,6 +78,21 @@ def test_padding_modes_are_exact(
 ) -> None:
     conv = nn.Conv2d(2, 3, kernel, padding=padding, padding_mode=mode)  # type: ignore[arg-type]
     assert_exact(nn.Sequential(nn.Conv2d(1, 2, 1), conv), rows(1, 6, 6))
+
+
+def test_a_pointwise_layer_that_pads_or_skips_is_exact() -> None:
+    # As many positions before as after, and not the same ones: 3 of the padded 5, every second one.
+    assert_exact(nn.Conv2d(2, 3, 1, stride=2, padding=1), rows(2, 3, 3))
+
+
+def test_what_the_network_does_not_use_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "empty_sum", lambda parameters: empty_sum(parameters).fill_(float("nan")))
+    network = nn.Sequential(nn.Linear(4, 2)).double()
+    network.spare = nn.Linear(3, 3).double()  # type: ignore[assignment]
+    network.forward = lambda x: network[0](x)  # type: ignore[method-assign]
+    sums = clipped_sum_by_bookkeeping(network, loss, rows(4), 1.0).sums
+    assert [bool(part.any()) for part in sums] == [True, True, False, False]
+    assert all(part.isfinite().all() for part in sums)
 
 
 @pytest.mark.parametrize("output_padding", [0, 1])
