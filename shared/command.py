@@ -7,6 +7,7 @@ import getpass
 import importlib.metadata
 import logging
 import os
+import select
 import signal
 import sys
 import textwrap
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 INTERRUPTED = 130
+READER_LEFT = 141
+"""What a shell reports for a program whose output was cut off, as by ``| head``."""
 WIDTH = 80
 """Columns of a terminal."""
 
@@ -105,7 +108,9 @@ def on_termination(stop: Callable[[], None]) -> None:
 def run(prog: str, work: Callable[[], int]) -> int:
     """Call ``work`` and turn what it raises into a line on standard error and an exit status."""
     try:
-        return work()
+        status = work()
+        sys.stdout.flush()
+        return status
     except MedFLError as error:
         for line in str(error).splitlines():
             print(f"{prog}: {line}", file=sys.stderr)
@@ -117,7 +122,23 @@ def run(prog: str, work: Callable[[], int]) -> int:
         print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
+        if _nobody_reads():
+            return READER_LEFT
         # The name may be a patient's file: only what the system says is shown, the rest with --verbose.
         print(f"{prog}: the operating system refused: {error.strerror or type(error).__name__}", file=sys.stderr)
         logging.getLogger("medfl").debug("where", exc_info=True)
         return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output leads nowhere any more. What is still to be written is dropped then, without a word."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # not a file of the system
+        return False
+    end = select.poll()
+    end.register(output, 0)  # errors are told without being asked for
+    if not end.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True

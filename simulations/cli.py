@@ -83,7 +83,12 @@ def _simulate(options: argparse.Namespace) -> int:
                 console.print(f"{name}: {data.report.patients} patients, {sum(data.report.examples.values())} images")
             console.print("all is well: run the same command without --check")
             return 0
-        experiment = run_experiment(settings, sweep=options.sweep, reporter=reporter_for(console), loading=loading)
+        try:
+            experiment = run_experiment(settings, sweep=options.sweep, reporter=reporter_for(console), loading=loading)
+        except KeyboardInterrupt:
+            if options.sweep:
+                console.print("\nwhat is finished stays: the same command goes on from there")
+            raise
     print_table(console, experiment)
     print_spend(console, experiment)
     print_attacks(console, experiment)

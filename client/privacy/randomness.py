@@ -52,7 +52,7 @@ class SecureGenerator:
         self._lengths = torch.empty(2, _CHUNK, dtype=torch.float64)
         self._angles, self._cosines = torch.empty(2, _CHUNK), torch.empty(2, _CHUNK)
         self._pairs = torch.empty(2, 2, _CHUNK, dtype=torch.float64)
-        self._halves = torch.empty(2, 2, _CHUNK, dtype=torch.float64)
+        self._sums = torch.empty(2, _CHUNK, dtype=torch.float64)
         self._ready = torch.empty(SUMMED, _CHUNK, dtype=torch.float64)
         self._given = self._ready.numel()  # how many of the ready normals were given out
 
@@ -116,10 +116,11 @@ class SecureGenerator:
         sin(angles, angles)
         torch.mul(angles[:, :-1], self._lengths[:, :-1], out=self._pairs[1, :, 1:])
         torch.mul(angles[:, -1:], self._lengths[:, -1:], out=self._pairs[1, :, :1])
-        torch.add(self._pairs[:, 0], self._pairs[:, 1], out=self._halves[0])
-        torch.sub(self._pairs[:, 0], self._pairs[:, 1], out=self._halves[1])
-        torch.add(self._halves[:, 0], self._halves[:, 1], out=out[:2])
-        torch.sub(self._halves[:, 0], self._halves[:, 1], out=out[2:])
+        sums = torch.add(self._pairs[:, 0], self._pairs[:, 1], out=self._sums)
+        differences = self._pairs[:, 0].sub_(self._pairs[:, 1])
+        for half, (one, other) in enumerate((sums, differences)):
+            torch.add(one, other, out=out[half])
+            torch.sub(one, other, out=out[2 + half])
 
 
 def _by_numpy(function: np.ufunc, values: torch.Tensor, out: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ plain step of its own turn, so that a machine that slows down slows both. ``plai
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -135,10 +136,12 @@ def variants(case: Case, device: str, wanted: Collection[str] | None = None) -> 
 
 
 def peak_megabytes(case: Case, variant: str, device: str) -> float:
-    """Peak memory of three steps above what the process held before the network was built.
+    """Peak memory of a network, its data and three steps, above what the process held after one step like them.
 
-    On the CPU :func:`_peak_alone` has the C library give every larger buffer back as soon as it is free: what counts is
-    what is in use, as PyTorch counts it on a GPU, and not how the heap happens to fall into pieces.
+    That step, of another network of the same size, is there because code is paid for once: pages of libraries, and the
+    kernels that oneDNN writes for each shape. On the CPU :func:`_peak_alone` has the C library give every larger buffer
+    back as soon as it is free: what counts is what is in use, as PyTorch counts it on a GPU, and not how the heap
+    happens to fall into pieces.
     """
     if device == "cuda":
         step = variants(case, device, [variant])[variant]
@@ -146,8 +149,8 @@ def peak_megabytes(case: Case, variant: str, device: str) -> float:
         for _ in range(3):
             step()
         return torch.cuda.max_memory_allocated() / 1e6
-    tiny = replace(case, units=1, size=32)
-    variants(tiny, device, [variant])[variant]()  # libraries are loaded, kernels are chosen
+    variants(case, device, [variant])[variant]()
+    gc.collect()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     step = variants(case, device, [variant])[variant]

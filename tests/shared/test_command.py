@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -89,3 +90,36 @@ print("stopped")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.stdout == "stopped\n", done.stderr
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # of the one, the last flush tells; of the many, the printing
+def test_output_that_nobody_reads_ends_the_command_without_a_word(lines: int) -> None:
+    code = f"""
+from medfl.shared.command import run
+def work():
+    input()
+    for _ in range({lines}): print("a line of a report")
+    return 0
+raise SystemExit(run("medfl-x", work))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    assert process.stderr.read() == ""
+    assert process.wait(240) == 141
+
+
+def test_a_connection_that_broke_is_told_while_somebody_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(BrokenPipeError(32, "Broken pipe")) == 1
+    assert capsys.readouterr().err == "medfl-x: the operating system refused: Broken pipe\n"

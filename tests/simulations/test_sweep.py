@@ -16,6 +16,7 @@ from small_simulation import example, simulation
 from medfl.shared.errors import ConfigError
 from medfl.simulations import Experiment, load_simulation, run_experiment
 from medfl.simulations import experiment as module
+from medfl.simulations.cli import main
 from medfl.simulations.findings import findings
 from medfl.simulations.report import references, write_report
 from medfl.simulations.results import Cell
@@ -153,3 +154,27 @@ def test_scores_are_drawn_against_epsilon_beside_those_without_privacy(tmp_path:
 def test_importing_the_laboratory_does_not_import_torch() -> None:
     check = "import sys, medfl.simulations, medfl.simulations.cli; sys.exit(len({'torch', 'flwr'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_a_sweep_that_is_interrupted_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {"alone": False, "pooled": False, "trivial": False}
+    path = simulation(tmp_path, seeds=[0], baselines=few)
+    done = count_federations(monkeypatch)
+    counted = module.federate
+
+    def interrupted(study: Any, *arguments: Any, **more: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        return counted(study, *arguments, **more)
+
+    monkeypatch.setattr(module, "federate", interrupted)
+    assert main(["--config", str(path), "--sweep"]) == 130
+    printed = capsys.readouterr()
+    assert "what is finished stays: the same command goes on from there" in printed.out
+    assert printed.err.endswith("medfl-sim: interrupted\n")
+
+    monkeypatch.setattr(module, "federate", counted)
+    assert main(["--config", str(path), "--sweep"]) == 0
+    assert done == ["fedavg/0", "fedprox/0"]
