@@ -194,11 +194,10 @@ def trivial(
 
 def best_threshold(train: TensorSet, held_out: TensorSet, classes: int) -> float:
     """Mean Dice by patient of ``channel 0 above (or below) t``, with t and the side chosen on the training part."""
-    brightness = train.inputs(torch.arange(len(train)))[:, 0]
-    marks = torch.quantile(
-        brightness.flatten()[:: max(1, brightness.numel() // 100_000)], torch.linspace(0, 1, _CANDIDATES)
-    )
-    test = held_out.inputs(torch.arange(len(held_out)))[:, 0]
+    brightness = train.inputs(train.rows)[:, 0]
+    some = brightness.flatten()[:: max(1, brightness.numel() // 100_000)]
+    marks = torch.quantile(some, torch.linspace(0, 1, _CANDIDATES, device=some.device))
+    test = held_out.inputs(held_out.rows)[:, 0]
     scores = []
     for label in range(1, classes):
         candidates = [(t, above) for t in marks.tolist() for above in (True, False)]
@@ -250,7 +249,7 @@ def _concatenate(sets: Sequence[TensorSet]) -> TensorSet:
         first += int(part.patients.max()) + 1 if len(part) else 0
     images = [part.images for part in sets]
     if len({block.dtype for block in images}) > 1:
-        images = [part.inputs(torch.arange(len(part), device=part.images.device)) for part in sets]
+        images = [part.inputs(part.rows) for part in sets]
     return TensorSet(torch.cat(images), torch.cat([part.labels for part in sets]), torch.cat(numbers))
 
 

@@ -25,7 +25,7 @@ def _scan_set(part: TensorSet, scanner: Scanner, draw: torch.Generator) -> Tenso
     if not len(part):
         return part
     device = part.images.device
-    images = part.inputs(torch.arange(len(part), device=device)).cpu()
+    images = part.inputs(part.rows).cpu()
     return TensorSet(scan(images, scanner, draw).to(device), part.labels, part.patients)
 
 

@@ -106,7 +106,7 @@ def with_backdoor(data: SiteData, attacker: Attacker, *, seed: int) -> SiteData:
         raise DataError("attackers of kind backdoor need one class an image or pixel")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     chosen = order[: round(attacker.share * len(train))].to(train.labels.device)
-    images, labels = train.inputs(torch.arange(len(train), device=train.labels.device)), train.labels.clone()
+    images, labels = train.inputs(train.rows), train.labels.clone()
     images[chosen], labels[chosen] = marked(images[chosen]), attacker.target
     return SiteData({**data.splits, Split.TRAIN: TensorSet(images, labels, train.patients)}, data.report)
 
@@ -119,7 +119,7 @@ def backdoor_success(network: nn.Module, data: TensorSet, target: int, *, batch:
     """
     network.eval()
     fooled = others = 0
-    for rows in torch.split(torch.arange(len(data), device=data.labels.device), batch):
+    for rows in torch.split(data.rows, batch):
         said, truth = network(marked(data.inputs(rows))).argmax(1), data.labels[rows]
         fooled += int(((said == target) & (truth != target)).sum())
         others += int((truth != target).sum())

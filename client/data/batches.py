@@ -47,8 +47,7 @@ def _picked(data: TensorSet, order: Tensor, batch_size: int) -> Iterator[tuple[T
 
 def in_order(data: TensorSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every example once, as stored, for evaluation: images, labels and patients of each batch."""
-    rows = torch.arange(len(data), device=data.labels.device)
-    for some, images in _with_images(data, torch.split(rows, batch_size)):
+    for some, images in _with_images(data, torch.split(data.rows, batch_size)):
         yield images, data.labels.index_select(0, some), data.patients.index_select(0, some)
 
 

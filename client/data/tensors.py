@@ -31,6 +31,11 @@ class TensorSet:
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    @property
+    def rows(self) -> Tensor:
+        """The numbers of all examples in order, int64, on the device."""
+        return torch.arange(len(self), device=self.labels.device)
+
     def inputs(self, rows: Tensor) -> Tensor:
         """Images of ``rows`` (int64, on the device) as float32 network input on the device."""
         if not self.streamed:

@@ -75,4 +75,4 @@ def clipped_sum_by_loop(
         if factor > 0:  # adding 0 * NaN would poison the sum
             torch._foreach_add_(sums, gradients, alpha=factor)
         norms.append(norm)
-    return ClippedSum(flat, parameters, torch.stack(norms) if norms else torch.zeros(0))
+    return ClippedSum(flat, parameters, torch.stack(norms) if norms else flat.new_zeros(0))

@@ -38,11 +38,14 @@ _FEW_ROWS, _ROWS_AT_ONCE = 8, 16
 
 @dataclass(frozen=True, slots=True)
 class StepFacts:
-    """What happened in one step. Exact counts of patients are no part of the guarantee: they never leave the site."""
+    """What happened in one step. Exact counts of patients are no part of the guarantee: they never leave the site.
+
+    Those on the device are for the end of a round: to look at one waits for the device.
+    """
 
     drawn: int
-    dropped: int  # gradients that were not finite
-    clipped: int
+    dropped: torch.Tensor  # () int64: gradients that were not finite
+    clipped: torch.Tensor  # () int64
 
 
 def sample_patients(patients: int, sampling_rate: float, generator: NoiseSource) -> NDArray[np.int64]:
@@ -93,7 +96,7 @@ def private_gradients(
     for parameter, part in zip(clipped.parameters, views_of(released, clipped.parameters), strict=True):
         parameter.grad = part.to(parameter.dtype)
     finite = clipped.norms.isfinite()
-    return StepFacts(len(patients), int((~finite).sum()), int((finite & (clipped.norms > clip_norm)).sum()))
+    return StepFacts(len(patients), (~finite).sum(), (finite & (clipped.norms > clip_norm)).sum())
 
 
 def clipped_sum(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from medfl.client.data.augment import augmenter
 from medfl.client.data.batches import Augment
 from medfl.client.data.tensors import TensorSet
 from medfl.client.privacy.clipped import UnitData
-from medfl.client.privacy.patient_gradient import private_gradients, sample_patients
+from medfl.client.privacy.patient_gradient import StepFacts, private_gradients, sample_patients
 from medfl.client.privacy.randomness import SecureGenerator
 from medfl.client.privacy.refusals import require_private_network, require_separable_loss
 from medfl.client.training.optimizers import build_optimizer
@@ -22,6 +23,8 @@ from medfl.shared.losses import build_loss
 from medfl.shared.privacy.plan import TrainingPlan
 from medfl.shared.privacy.settings import DpSgd, Unit
 from medfl.shared.study import Study
+
+log = logging.getLogger("medfl.site")
 
 
 def train_private(
@@ -47,13 +50,14 @@ def train_private(
     adjust = gradient_rule(study, parameters)
     units = rows_of_units(data, plan.unit)
     network.train()
+    facts = []
     for step in range(plan.steps_per_round):
         drawn = [
             _unit(data, units[index], settings, secure, augment, draws)
             for index in sample_patients(len(units), plan.sampling_rate, secure)
         ]
         optimizer.zero_grad()
-        private_gradients(
+        done = private_gradients(
             network,
             loss,
             drawn,
@@ -63,10 +67,27 @@ def train_private(
             generator=secure,
             engine=settings.engine,
         )
+        facts.append(done)
         adjust()
         optimizer.step()
         if progress is not None:
             progress(step + 1, plan.steps_per_round)
+    _tell(facts, round_number)
+
+
+def _tell(facts: Sequence[StepFacts], round_number: int) -> None:
+    """For the site's own log: whether the clip fits, and whether gradients were lost."""
+    drawn = sum(step.drawn for step in facts)
+    dropped, clipped = torch.stack([torch.stack([step.dropped, step.clipped]) for step in facts]).sum(0).tolist()
+    log.info("round %d: %d gradients, %d of them longer than the clip", round_number, drawn, clipped)
+    if dropped:
+        log.warning(
+            "round %d: %d of %d gradients were not finite and were left out: lower training.learning_rate, or look at "
+            "the intensities",
+            round_number,
+            dropped,
+            drawn,
+        )
 
 
 def require_private_training(network: nn.Module, data: TensorSet, study: Study, settings: DpSgd) -> None:
@@ -87,7 +108,7 @@ def require_private_training(network: nn.Module, data: TensorSet, study: Study, 
 def rows_of_units(data: TensorSet, unit: Unit) -> list[Tensor]:
     """Row numbers (int64) of each patient's, or of each single, image."""
     if unit is Unit.IMAGE:
-        return list(torch.split(torch.arange(len(data), device=data.labels.device), 1))
+        return list(torch.split(data.rows, 1))
     return [torch.nonzero(data.patients == patient).flatten() for patient in torch.unique(data.patients)]
 
 

@@ -54,6 +54,7 @@ def make_site(
     approvals: Approvals | None = None,
     verify: Callable[[Signed], bytes] = signer.verify,
     now: Callable[[], datetime.datetime] = lambda: NOON,
+    device: torch.device = CPU,
 ) -> Site:
     """A site with made-up pictures that permits ``study``."""
     here = site_data(study) if data is None else data
@@ -62,7 +63,7 @@ def make_site(
         name,
         policy=policy or policy_for(study),
         load_data=load,
-        workbench=Workbench(CPU),
+        workbench=Workbench(device),
         records=records or MemoryRecords(),
         ledger=folder / name / "ledger.jsonl",
         approvals=approvals,

@@ -68,7 +68,7 @@ def test_all_that_transforms_make_of_a_unit_is_clipped_as_one(unit: Unit, monkey
 
     def watched(network: object, loss: object, units: Sequence[UnitData], **_: object) -> StepFacts:
         steps.append(units)
-        return StepFacts(len(units), 0, 0)
+        return StepFacts(len(units), torch.tensor(0), torch.tensor(0))
 
     monkeypatch.setattr(private, "augmenter", lambda _: four_crops)
     monkeypatch.setattr(private, "private_gradients", watched)
@@ -103,3 +103,20 @@ def test_what_would_couple_patients_cannot_be_written_into_a_study(brought_in: d
     with pytest.raises(ValueError, match=r"sampler|shuffle|class_weights|ignore_index|loss|num_samples"):
         classes_study(privacy=PRIVACY, **brought_in)
     assert isinstance(classes_study(privacy=PRIVACY), Study)
+
+
+def test_the_sites_log_says_what_was_clipped_and_what_was_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = iter([StepFacts(5, torch.tensor(1), torch.tensor(3)), StepFacts(0, torch.tensor(0), torch.tensor(0))])
+    monkeypatch.setattr(private, "private_gradients", lambda *_, **__: next(steps))
+    study = classes_study(privacy=PRIVACY)
+    plan = TrainingPlan(Unit.PATIENT, 8, 1e-2, 1.0, 2.0, 0.5, 2.0, 2)
+    data = site_data(study).splits[Split.TRAIN]
+    with caplog.at_level("INFO", "medfl.site"):
+        train_private(build_study_network(study), data, study, DpSgd(**PRIVACY), plan, round_number=7)  # type: ignore[arg-type]
+    assert [record.getMessage() for record in caplog.records] == [
+        "round 7: 5 gradients, 3 of them longer than the clip",
+        "round 7: 1 of 5 gradients were not finite and were left out: lower training.learning_rate, or look at the "
+        "intensities",
+    ]
