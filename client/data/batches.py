@@ -75,9 +75,9 @@ def _ahead(data: TensorSet, batches: list[Tensor]) -> Iterator[tuple[Tensor, Ten
         for number, rows in enumerate(batches):
             assert coming is not None  # noqa: S101 - one for each batch
             stored = coming.result()
-            coming = pool.submit(fetch, host[number + 1]) if number + 1 < len(host) else None
             if beside is not None:
                 here = torch.cuda.current_stream(device)
-                here.wait_stream(beside)
+                here.wait_stream(beside)  # before the next copy is begun: that one need not be waited for
                 stored.record_stream(here)
+            coming = pool.submit(fetch, host[number + 1]) if number + 1 < len(host) else None
             yield rows, as_input(stored)
