@@ -61,6 +61,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operations]:
     with monkeypatch.context() as changes, operations, calls:
         for name, value in on_cuda.items():
             changes.setattr(torch.cuda, name, value)
+        # of PyTorch with CUDA: its optimizers ask whether they are being captured into a graph
+        changes.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
         changes.setattr(torch, "Generator", _Generator)
         changes.setattr(Tensor, "record_stream", nothing)
         changes.setattr(torch.autograd, "_engine_run_backward", pretending_backward)
