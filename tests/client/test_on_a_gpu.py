@@ -13,6 +13,7 @@ from dicom_lab import KEY, hospital, spec
 from pretended_gpu import GPU, pretended_gpu
 from sites import evaluate, make_site, offer, policy_for, train
 from tiny import masks_study
+from torch import nn
 
 from medfl.client.data import batches
 from medfl.client.data.contact_sheet import write_contact_sheet
@@ -20,6 +21,8 @@ from medfl.client.data.load import load_site_data
 from medfl.client.data.settings import DicomSettings
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData
+from medfl.client.privacy.bookkeeping import convolution
+from medfl.client.privacy.bookkeeping.engine import clipped_sum_by_bookkeeping
 from medfl.client.privacy.patient_gradient import private_gradients
 from medfl.client.privacy.randomness import SecureGenerator
 from medfl.shared.algorithms.travel import build_study_network
@@ -95,6 +98,24 @@ def test_a_step_looks_at_the_gpu_once_however_many_layers_it_has(monkeypatch: py
             )
         looks.append(operations.looks)
     assert looks == [1, 1]  # whether a gradient was not finite
+
+
+def test_a_sum_whose_norms_were_had_apart_from_it_is_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    really, allowed = convolution._backward, []
+
+    def watched(*arguments: Any) -> Any:
+        allowed.append((arguments[-1], torch.backends.cudnn.allow_tf32))
+        return really(*arguments)
+
+    monkeypatch.setattr(convolution, "_backward", watched)
+    with pretended_gpu(monkeypatch):
+        # 16 positions are few beside 8 x 8 x 9 weights: the second layer's norms come from products of positions
+        network = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten()).to(GPU)
+        units = [(torch.rand(1, 1, 4, 4, device=GPU), torch.zeros(1, device=GPU)) for _ in range(2)]
+        clipped_sum_by_bookkeeping(network, lambda outputs, _: outputs.square().mean(), units, 1.0)
+    of_input, of_weight = (True, False, False), (False, True, False)
+    assert allowed == [(of_input, True), (of_weight, True), (of_weight, False)]
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_the_room_of_a_gpu_decides_where_images_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

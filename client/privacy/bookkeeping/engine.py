@@ -66,7 +66,7 @@ def clipped_sum_by_bookkeeping(
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
-    with _exact(outputs):
+    with _exact(outputs, convolutions=True):
         return tape.settle(parameters, clip_norm)
 
 
@@ -78,10 +78,28 @@ def _losses(loss: LossFunction, outputs: Tensor, labels: Sequence[Tensor]) -> Te
     return torch.stack([loss(output, label) for output, label in of_units])
 
 
-def _exact(values: Tensor) -> AbstractContextManager[None]:
-    """Inside, nothing is rounded by autocast: norms and clipped sums are of the numbers as they are."""
+def _exact(values: Tensor, *, convolutions: bool = False) -> AbstractContextManager[None]:
+    """Inside, norms and clipped sums are of the numbers as they are: rounded neither by autocast nor to TF32.
+
+    Gradients whose own norm is taken may be rounded as they are formed. So ``convolutions`` may be, which by default
+    PyTorch has a GPU do in TF32, except those that form a sum whose norms were had from elsewhere.
+    """
     kind = values.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    if kind == "cpu" and not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return _unrounded(kind, convolutions=convolutions)
+
+
+@contextmanager
+def _unrounded(kind: str, *, convolutions: bool) -> Iterator[None]:
+    products, library = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, library.allow_tf32
+    products.allow_tf32, library.allow_tf32 = False, before[1] and not convolutions
+    try:
+        with torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        products.allow_tf32, library.allow_tf32 = before
 
 
 class _Tape:
