@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 def write_whole(path: Path, content: bytes | memoryview, *, mode: int = PRIVATE_FILE) -> None:
@@ -15,6 +19,32 @@ def write_whole(path: Path, content: bytes | memoryview, *, mode: int = PRIVATE_
     Raises:
         OSError: the disk is full or read-only; ``path`` is then as it was.
     """
+    with _written_beside(path, content, mode) as beside:
+        os.replace(beside, path)
+    sync_folder(path.parent)
+
+
+def create_whole(path: Path, content: bytes | memoryview, *, mode: int = PRIVATE_FILE) -> None:
+    """As :func:`write_whole`, where nothing is at ``path``: whoever looks sees no file, or all of it.
+
+    Raises:
+        FileExistsError: something is there; it stays. OSError: the disk is full or read-only; nothing is there then.
+    """
+    with _written_beside(path, content, mode) as beside:
+        try:
+            os.link(beside, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():  # on a file system without links there is no step that does both
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+            os.replace(beside, path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def _written_beside(path: Path, content: bytes | memoryview, mode: int) -> Iterator[Path]:
+    """A synced file with ``content`` in the folder of ``path``; afterwards it is gone."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     sweep(path)
     try:
@@ -23,11 +53,9 @@ def write_whole(path: Path, content: bytes | memoryview, *, mode: int = PRIVATE_
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
+        yield beside
+    finally:
         beside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def sweep(path: Path) -> None:

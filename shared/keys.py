@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import stat
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from medfl.shared.errors import ConfigError
-from medfl.shared.files import PRIVATE_FILE, private_folder, write_whole
+from medfl.shared.files import PRIVATE_FILE, create_whole, private_folder, write_whole
 from medfl.shared.passphrase import passphrase as the_passphrase
 
 PUBLIC_FILE = 0o644
@@ -117,12 +116,7 @@ def write_new(path: Path, content: bytes, *, mode: int = PRIVATE_FILE) -> None:
     """
     try:
         private_folder(path.parent)
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))  # takes the name, so that nobody is robbed
-        try:
-            write_whole(path, content, mode=mode)
-        except OSError:
-            path.unlink()
-            raise
+        create_whole(path, content, mode=mode)
     except FileExistsError:
         raise ConfigError(f"{path}: exists and is not overwritten: move it away to replace it") from None
     except OSError as error:

@@ -38,7 +38,7 @@ CREATE INDEX consumed_models ON consumed (study, purpose, model);
 CREATE TABLE weights (study BLOB, epoch INTEGER, weight INTEGER, PRIMARY KEY (study, epoch));
 CREATE TABLE open_rounds (context BLOB PRIMARY KEY, study BLOB, purpose INTEGER, sealed BLOB);
 """
-_NONCE_BYTES = 12
+_KEY_BYTES, _NONCE_BYTES = 32, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,13 @@ def _open(folder: Path) -> tuple[sqlite3.Connection, bytes]:
                 "latest backup. Only if no round has ever been answered here, remove the key file to start anew",
                 reason=Reason.JOURNAL,
             )
-        return _connect(str(path)), read_private(key_file)
+        if len(key := read_private(key_file)) != _KEY_BYTES:
+            raise DataError(
+                f"{key_file} is damaged: restore the state folder from its latest backup. Without one, remove this "
+                "file: what was answered stays answered, and a sum that is open cannot be finished",
+                reason=Reason.JOURNAL,
+            )
+        return _connect(str(path)), key
     if not path.exists():
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, PRIVATE_FILE))
     database = _connect(str(path))
@@ -236,7 +242,7 @@ def _open(folder: Path) -> tuple[sqlite3.Connection, bytes]:
         _make_tables(database)
     else:  # a lost key, or killed between the two: what was answered stays answered; the open round cannot be finished
         database.execute("DELETE FROM open_rounds")
-    key = secrets.token_bytes(32)
+    key = secrets.token_bytes(_KEY_BYTES)
     write_new(key_file, key)
     return database, key
 

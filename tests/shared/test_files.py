@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from medfl.shared import files
-from medfl.shared.files import append_whole, private_folder, write_whole
+from medfl.shared.files import append_whole, create_whole, private_folder, write_whole
 
 
 def mode(path: Path) -> int:
@@ -53,6 +54,32 @@ def test_content_is_on_the_disk_before_the_name_points_to_it(tmp_path: Path, mon
         monkeypatch.setattr(files.os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
     write_whole(tmp_path / "a", b"x")
     assert calls == ["fsync", "replace", "fsync"]  # the content, the name, the folder
+
+
+def test_a_new_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
+    for name in ("fsync", "link"):
+        real = getattr(os, name)
+        watched = lambda *a, name=name, real=real: (seen.append((name, (tmp_path / "a").exists())), real(*a))  # noqa: E731
+        monkeypatch.setattr(files.os, name, watched)
+    create_whole(tmp_path / "a", b"x", mode=0o640)
+    assert seen == [("fsync", False), ("link", False), ("fsync", True)]
+    assert ((tmp_path / "a").read_bytes(), mode(tmp_path / "a")) == (b"x", 0o640)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["with links", "without links"])
+def test_a_new_file_replaces_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(files.os, "link", refused)
+    create_whole(tmp_path / "a", b"first")
+    with pytest.raises(FileExistsError):
+        create_whole(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_private_folder_and_the_parents_it_makes_are_for_the_owner_only(tmp_path: Path) -> None:

@@ -133,6 +133,14 @@ def test_what_is_kept_opens_under_its_own_context_only(tmp_path: Path) -> None:
         journal.kept(b"d" * 32)
 
 
+@pytest.mark.parametrize("damaged", [b"", b"half of it", bytes(33)])
+def test_a_key_file_that_is_no_key_is_told_with_the_way_out(tmp_path: Path, damaged: bytes) -> None:
+    Journal(tmp_path).close()
+    (tmp_path / "journal.key").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"journal\.key is damaged: restore the state folder"):
+        Journal(tmp_path)
+
+
 @pytest.mark.parametrize("made", ["an empty file", "all but the key"])
 def test_a_journal_that_was_killed_while_it_was_made_starts_anew(tmp_path: Path, made: str) -> None:
     if made == "an empty file":
