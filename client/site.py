@@ -44,7 +44,7 @@ from medfl.shared.messages import (
     TrainReply,
     WeightRequest,
 )
-from medfl.shared.privacy.settings import NoPrivacy, Unit
+from medfl.shared.privacy.settings import ClientLevel, NoPrivacy, Unit
 from medfl.shared.secagg.exchange import PhaseRequest
 from medfl.shared.signing import Signed
 from medfl.shared.study import Study
@@ -109,7 +109,6 @@ class Site:
             records,
             ledger,
             ceilings=ceilings_of(policy),
-            smallest_sum=lambda: self._require_participant().smallest_sum,
             train_locally=train_locally,
         )
         self.work: Work | None = None  # the training in progress, for other threads
@@ -129,7 +128,7 @@ class Site:
         self._take_initial(study, offer)
         bench = self._bench(study)
         data = self._images.split(study, Split.TRAIN)
-        self._trainer.plan(study, bench, data)
+        self._trainer.plan(study, bench, data, survivors=self._survivors(study))
         self._records.remember(study)
         if log.isEnabledFor(logging.INFO):
             log.info("study %s accepted; what leaves: %s", study.name, told(study, self._policy))
@@ -147,7 +146,10 @@ class Site:
         study, bench = self._open(request)
         beside = study.demands.beside
         weights, shared = bench.parts(request.weights, beside.down(bench.layout.length))
+        survivors = self._survivors(study)
         asked = f"{request.round}/{weights_digest(request.weights)}"
+        if survivors:  # an answer with noise for more of them than are sure now is none
+            asked += f"/{survivors}"
         result = self._records.answer(study.digest, asked)
         if result is None:
             self._device_free()
@@ -157,9 +159,8 @@ class Site:
             data = self._images.split(study, Split.TRAIN)
             self.work = Work(study.digest)
             try:
-                result, kept = self._trainer.train(
-                    study, bench, data, request, given, self._between_batches(study, self.work)
-                )
+                look = self._between_batches(study, self.work)
+                result, kept = self._trainer.train(study, bench, data, request, given, look, survivors=survivors)
             finally:
                 self.work = None
             if kept is not None:
@@ -204,6 +205,11 @@ class Site:
             PolicyRefusal, ProtocolError, DataError: why not.
         """
         study = self._approved(request.study)
+        if not isinstance(study.privacy, NoPrivacy):
+            raise PolicyRefusal(
+                "the number of images was asked for, and under differential privacy every site weighs the same",
+                reason="weight is private",
+            )
         examples = len(self._images.split(study, Split.TRAIN).labels)
         return self._require_participant().hold_weight(study, request.encoding, examples)
 
@@ -284,6 +290,10 @@ class Site:
         if study.secure_aggregation.mode != "none" and isinstance(study.privacy, NoPrivacy):
             return self._require_participant().hold_scores(study, request, tally)
         return EvaluateReply(tally if self._releases(study) else {})
+
+    def _survivors(self, study: Study) -> int:
+        """Least number of sites whose sum is opened with this one; 0 where no noise is sized for it. PolicyRefusal."""
+        return self._require_participant().smallest_sum if isinstance(study.privacy, ClientLevel) else 0
 
     def _releases(self, study: Study) -> bool:
         """Whether this site's own numbers may leave. Under differential privacy never, whatever the policy says."""

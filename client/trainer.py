@@ -26,11 +26,7 @@ from medfl.shared.weights import Flat
 
 
 class Trainer:
-    """Trains for one site and keeps its ledger.
-
-    ``smallest_sum`` tells how many sites an opened sum with this one has at least; it raises PolicyRefusal at a site
-    that takes part in none.
-    """
+    """Trains for one site and keeps its ledger."""
 
     def __init__(
         self,
@@ -39,14 +35,12 @@ class Trainer:
         ledger: Path,
         *,
         ceilings: Ceilings,
-        smallest_sum: Callable[[], int],
         train_locally: TrainLocally = train_local,
     ) -> None:
         self._site = site
         self._records = records
         self._ledger_path = ledger
         self._ceilings = ceilings
-        self._smallest_sum = smallest_sum
         self._train_local = train_locally
         self._open_ledger: Ledger | None = None
 
@@ -65,8 +59,10 @@ class Trainer:
         if any(self._ledger_path.parent.glob(self._ledger_path.name + "*")):  # a lost file is a damage too
             self.ledger  # noqa: B018 - opens it
 
-    def plan(self, study: Study, bench: Bench, data: TensorSet) -> None:
+    def plan(self, study: Study, bench: Bench, data: TensorSet, *, survivors: int) -> None:
         """Fix in the ledger what each round of ``study`` will cost; nothing without differential privacy.
+
+        ``survivors``: least number of sites whose sum is opened with this one, for client-level privacy.
 
         Raises:
             ConfigError, DataError, PolicyRefusal: the study cannot keep its promise with this network or these images.
@@ -81,7 +77,7 @@ class Trainer:
                     study,
                     privacy,
                     patients=int(torch.unique(data.patients).numel()),
-                    survivors=self._smallest_sum(),
+                    survivors=survivors,
                     values=bench.layout.length,
                 )
             case NoPrivacy():
@@ -95,8 +91,10 @@ class Trainer:
         request: ModelRequest,
         given: Given,
         progress: Callable[[int, int], None],
+        *,
+        survivors: int,
     ) -> tuple[TrainReply, Flat | None]:
-        """The result of a round, and what the site keeps of it.
+        """The result of a round, and what the site keeps of it. ``survivors`` as for :meth:`plan`.
 
         ``progress(step, steps)`` is called between batches, and ends the training by raising.
 
@@ -129,7 +127,7 @@ class Trainer:
                     data,
                     given,
                     round_number=request.round,
-                    survivors=self._smallest_sum(),
+                    survivors=survivors,
                     encoding=request.encoding,
                     progress=progress,
                 )

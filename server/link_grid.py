@@ -37,6 +37,7 @@ from medfl.shared.errors import ProtocolError
 log = logging.getLogger("medfl.link")
 
 LOOK_AGAIN_S = 0.5  # replies ring a bell; lost nodes do not
+KEPT_S = 30.0  # so long after its time is over, nobody waits for a reply: what has come of it goes
 GRACE_S = 1.0  # after its time to live a message is reported as expired, unless its sender stopped waiting before
 
 hashed_once = no_object_id_recompute
@@ -65,6 +66,7 @@ class LinkGrid(Grid):
         self._max_object_bytes = max_object_bytes
         self._sent: dict[str, _Sent] = {}
         self._last_created_at = 0.0
+        self._look_at = 0.0  # when what nobody waits for is looked for again
 
     def set_run(self, run: Run) -> None:
         """Set by :meth:`Link.run`."""
@@ -105,6 +107,7 @@ class LinkGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies to ``message_ids`` that are complete now. What has been read is no longer held here."""
         wanted = [(message_id, self._sent[message_id]) for message_id in message_ids if message_id in self._sent]
+        self._drop_forsaken({message_id for message_id, _ in wanted})
         # The nodes are looked at first: a reply stored by a node that left afterwards still counts.
         left_at = self._left_at(wanted)
         self._find_replies(wanted)
@@ -174,6 +177,20 @@ class LinkGrid(Grid):
                 self._state.store_object(run_id, session, object_id, content)
         return message_id
 
+    def _drop_forsaken(self, wanted: set[str]) -> None:
+        """Let go of what is over and not ``wanted``: a reply that comes too late would be held until the run ends."""
+        now = time.time()
+        if abs(now - self._look_at) < GRACE_S:
+            return
+        self._look_at = now
+        forsaken = [
+            (message_id, sent)
+            for message_id, sent in list(self._sent.items())
+            if message_id not in wanted and _end(sent) + KEPT_S < now
+        ]
+        self._find_replies(forsaken)
+        self._forget(message_id for message_id, _ in forsaken)
+
     def _left_at(self, wanted: list[tuple[str, _Sent]]) -> dict[int, float]:
         """When each node last left, as a Unix time (0: never); infinity for a node that is not online now."""
         ids = {sent.instruction.metadata.dst_node_id for _, sent in wanted}
@@ -187,7 +204,8 @@ class LinkGrid(Grid):
         """Note which replies have begun to arrive."""
         ids = [message_id for message_id, sent in wanted if sent.reply is None]
         for message_id, reply in self._state.replies_to(ids).items():
-            self._sent[message_id].reply = reply
+            if (sent := self._sent.get(message_id)) is not None:
+                sent.reply = reply
 
     def _collect(self, sent: _Sent, left_at: Mapping[int, float]) -> Message | None:
         """The complete reply, an error in its place, or None while there is hope."""
@@ -196,7 +214,7 @@ class LinkGrid(Grid):
         unfinished: Message | None = None
         if left_at[order.dst_node_id] > order.created_at:
             unfinished = _error(sent, ErrorCode.NODE_UNAVAILABLE)
-        elif order.created_at + order.ttl + GRACE_S < time.time():
+        elif _end(sent) + GRACE_S < time.time():
             unfinished = _error(sent, ErrorCode.MESSAGE_UNAVAILABLE)
         if sent.reply is None:
             return unfinished
@@ -232,6 +250,11 @@ class LinkGrid(Grid):
             self._state.object_store.delete(message_id)
             if sent is not None and sent.reply:
                 self._state.object_store.delete(sent.reply)
+
+
+def _end(sent: _Sent) -> float:
+    """When its time to live is over, as a Unix time."""
+    return sent.instruction.metadata.created_at + sent.instruction.metadata.ttl
 
 
 def _error(sent: _Sent, code: int) -> Message:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from flwr.app import Message
 
 from medfl.server.adaptive_clip import Clip
+from medfl.server.clips import Clips
 from medfl.server.collector import TRAINED, Collected, Configure, Evaluated
 from medfl.server.safeguards import shortened
 from medfl.server.secagg.finish import finish
@@ -16,7 +17,6 @@ from medfl.server.secagg.round import summed
 from medfl.server.secure_exchange import GridExchange
 from medfl.server.stage import Stages
 from medfl.server.weight_sum import SecureParts, WeightSum, is_ready
-from medfl.shared.algorithms.needs import Beside
 from medfl.shared.messages import (
     EvaluateReply,
     Kind,
@@ -27,8 +27,7 @@ from medfl.shared.messages import (
 from medfl.shared.metrics import EXAMPLES, LOSS, tally_names
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.announcement import Purpose
-from medfl.shared.secagg.clipping import clip_by_class, clip_by_tensor, merge, widened
-from medfl.shared.secagg.encoding import Encoding, Segment
+from medfl.shared.secagg.encoding import Encoding
 from medfl.shared.secagg.rings import Ring
 from medfl.shared.secagg.roster import Roster
 from medfl.shared.study import Study
@@ -54,7 +53,7 @@ class SecureCollector:
         settings = study.secure_aggregation
         self._ring = Ring(settings.ring_bits)
         self._demands = study.demands
-        self._segments = _segments(layout, study)
+        self._clips = Clips(study, layout, None if parts.memory is None else parts.memory.with_name("clips.json"))
         self._private = not isinstance(study.privacy, NoPrivacy)
         self._weights = WeightSum(study, stages, parts)
         self._clip = _clip(study, parts)
@@ -86,8 +85,7 @@ class SecureCollector:
             self._stages.void("round %d: %s", number, void)
             collected.outcomes |= self._words(void, ready)
             return collected
-        collected.weight_of_all = reference
-        self._take(total, collected, weights, ready)
+        self._take(total, encoding, collected, weights, ready)
         return collected
 
     def evaluate(self, number: int, weights: Flat, cohort: Mapping[int, str], configure: Configure) -> Evaluated:
@@ -143,14 +141,16 @@ class SecureCollector:
         except SumVoid as void:
             self._stages.void("the masked sum from before the restart could not be finished: %s", void)
             return None
-        self._take(total, collected, weights, cohort)
+        self._take(total, pending.encoding, collected, weights, cohort)
         return collected
 
     def settled(self) -> None:
         """The sum is in a checkpoint: what was kept to finish it can go."""
         self._parts.store.forget(bytes.fromhex(self._study.digest))
 
-    def _take(self, total: SecureSum, collected: Collected, weights: Flat, cohort: Mapping[int, str]) -> None:
+    def _take(
+        self, total: SecureSum, encoding: Encoding, collected: Collected, weights: Flat, cohort: Mapping[int, str]
+    ) -> None:
         survivors = {self._roster.name(site) for site in total.survivors}
         for site in cohort.values():
             if site not in survivors and collected.outcomes.get(site, TRAINED) == TRAINED:
@@ -161,25 +161,19 @@ class SecureCollector:
         collected.replies = [virtual_reply(weights, mean, total.weight, self._demands)]
         collected.relative = self._demands.takes_updates
         collected.tally, collected.weight = dict(total.scalars), total.weight
+        collected.weight_of_all = encoding.reference
         if self._clip is not None:
             self._clip.follow(total.scalars, sites=len(survivors))
             collected.tally = {}
         collected.received_bytes = len(survivors) * total.mean.size * int(self._ring) // 8
-        values = len(total.survivors) * total.mean.size
-        if self._ring is Ring.BITS_16 and self._layout.length == total.mean.size:
-            self._segments = clip_by_tensor(self._layout, total.mean)  # narrow rings need each tensor's own clip
-            return
-        wider = widened(self._segments, clipped=total.clipped, contributed=values)
-        if wider != self._segments:
-            log.warning("%.2g %% of the values were clipped: the clip is doubled", 100 * total.clipped / values)
-            self._segments = wider
+        self._clips.follow(total, encoding.segments)
 
     def _train_encoding(self, reference: int) -> Encoding:
         rounding = self._ring is Ring.BITS_16
         if self._private:  # nothing exact goes with a private update
             names = () if self._clip is None else self._clip.names
-            return Encoding(self._ring, self._segments, reference, names, stochastic=rounding)
-        return Encoding(self._ring, self._segments, reference, (LOSS, EXAMPLES), stochastic=rounding)
+            return Encoding(self._ring, self._clips.segments, reference, names, stochastic=rounding)
+        return Encoding(self._ring, self._clips.segments, reference, (LOSS, EXAMPLES), stochastic=rounding)
 
     def _sum_of_weights(self, number: int, cohort: Mapping[int, str]) -> tuple[int, Mapping[int, str]]:
         """The reference of the encoding, and the sites that it counts."""
@@ -212,7 +206,7 @@ class SecureCollector:
 
     def _exchange(self, cohort: Mapping[int, str]) -> GridExchange:
         nodes = {self._ids[site]: node for node, site in cohort.items() if site in self._ids}
-        size = sum(segment.length for segment in self._segments) * int(self._ring) // 8
+        size = sum(segment.length for segment in self._clips.segments) * int(self._ring) // 8
         deadline_s = self._study.secure_aggregation.phase_deadline_s
         return GridExchange(self._stages, nodes, deadline_s=deadline_s, vector_bytes=size)
 
@@ -223,16 +217,3 @@ def _clip(study: Study, parts: SecureParts) -> Clip | None:
         return None
     memory = None if parts.memory is None else parts.memory.with_name("clip.json")
     return Clip(study.privacy, study.privacy.adaptive_clip, memory)
-
-
-def _segments(layout: Layout, study: Study) -> tuple[Segment, ...]:
-    """Clips of the model, and after it of what the study's strategy sends beside it."""
-    settings, beside = study.secure_aggregation, study.demands.beside
-    model = clip_by_class(layout, weights=settings.clip, statistics=settings.statistics_clip)
-    match beside:
-        case Beside.NOTHING:
-            return model
-        case Beside.ONE_VALUE:
-            return merge([*model, Segment(1, settings.statistics_clip)])
-        case Beside.A_MODEL:
-            return merge([*model, *model])

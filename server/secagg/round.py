@@ -25,6 +25,7 @@ log = logging.getLogger("medfl.server")
 T = TypeVar("T")
 
 _ATTEMPTS = 3
+_AHEAD = 16  # and its powers: how far numbers go ahead of those that sites have seen from a coordinator before it
 
 
 class _TooFew(Exception):
@@ -92,6 +93,14 @@ class SecureRound:
                 pending = self._until_survivors(self._announcement(number, attempt, cohort), exchange, refusals)
             except _TooFew as few:
                 self._log(few, cohort, refusals)
+                replayed = [site for site, why in refusals.items() if why.reason == Reason.REPLAYED]
+                if replayed and len(few.left) < self._roster.minimum_cohort:
+                    # Restored from a backup, the coordinator counts from where it was then.
+                    log.warning("sites have seen higher numbers of sums than this coordinator knows: it goes far ahead")
+                    number = self._store.begin(plan.study, plan.purpose, ahead=_AHEAD ** (attempt + 1))
+                    for site in replayed:
+                        del refusals[site]
+                    continue
                 cohort = self._next_cohort(cohort, few.left, refusals)
                 if len(cohort) < self._roster.minimum_cohort:
                     break

@@ -24,8 +24,11 @@ log = logging.getLogger("medfl.server")
 class Store(Protocol):
     """The coordinator's memory for secure sums. Whether it outlives the process is for the implementation to say."""
 
-    def begin(self, study: bytes, purpose: Purpose) -> int:
-        """A round number that was never announced for ``study`` and ``purpose``; forgets their earlier pending sum."""
+    def begin(self, study: bytes, purpose: Purpose, *, ahead: int = 1) -> int:
+        """A round number that was never announced for ``study`` and ``purpose``; forgets their earlier pending sum.
+
+        It is so far ``ahead`` of the last one.
+        """
         ...
 
     def keep(self, pending: PendingSum) -> None:
@@ -47,9 +50,9 @@ class MemoryStore:
     def __init__(self) -> None:
         self._rounds: dict[tuple[bytes, Purpose], int] = {}
 
-    def begin(self, study: bytes, purpose: Purpose) -> int:
+    def begin(self, study: bytes, purpose: Purpose, *, ahead: int = 1) -> int:
         """The next round number."""
-        number = self._rounds.get((study, purpose), 0) + 1
+        number = self._rounds.get((study, purpose), 0) + ahead
         self._rounds[study, purpose] = number
         return number
 
@@ -70,7 +73,7 @@ class FolderStore:
     def __init__(self, folder: Path) -> None:
         self._folder = private_folder(folder)
 
-    def begin(self, study: bytes, purpose: Purpose) -> int:
+    def begin(self, study: bytes, purpose: Purpose, *, ahead: int = 1) -> int:
         """The next round number, on disk before it is used.
 
         Raises:
@@ -86,7 +89,7 @@ class FolderStore:
             raise DataError(
                 f"{path} cannot be read: restore it from the backup; its numbers may be too high, never too low"
             ) from None
-        rounds[purpose] = rounds.get(purpose, 0) + 1
+        rounds[purpose] = rounds.get(purpose, 0) + ahead
         write_whole(path, json.dumps({str(key.value): number for key, number in rounds.items()}).encode())
         return rounds[purpose]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import numpy as np
@@ -16,19 +16,20 @@ _FLOOR = 1e-3  # of the largest clip: a tensor that stood still may move again
 CLIPPED_TOO_OFTEN = 1e-4
 """Share of clipped values above which the next round needs a larger clip."""
 
+LARGEST = 256.0
+"""No clip becomes more than so many times the study's own: whoever says that values were clipped cannot be named."""
+
 
 def clip_by_class(layout: Layout, *, weights: float, statistics: float) -> tuple[Segment, ...]:
     """Segments of ``layout`` with one clip for weights and one for running statistics of normalisation layers."""
-    return merge(
-        Segment(prod(shape), statistics if name.rpartition(".")[2] in _STATISTICS else weights)
-        for name, shape in layout.tensors
-    )
+    return merge(Segment(prod(shape), statistics if _is_statistic(name) else weights) for name, shape in layout.tensors)
 
 
-def clip_by_tensor(layout: Layout, aggregate: Flat) -> tuple[Segment, ...]:
+def clip_by_tensor(layout: Layout, aggregate: Flat, *, weights: float, statistics: float) -> tuple[Segment, ...]:
     """Segments of ``layout`` with clips at 4 times each tensor's largest value in the last public ``aggregate``.
 
-    No clip falls below a thousandth of the largest one.
+    No clip falls below a thousandth of the largest one, and none is above 256 times the study's, ``weights`` for
+    weights and ``statistics`` for running statistics.
     """
     largest, start = [], 0
     sizes = [prod(shape) for _, shape in layout.tensors]
@@ -36,15 +37,22 @@ def clip_by_tensor(layout: Layout, aggregate: Flat) -> tuple[Segment, ...]:
         largest.append(float(np.abs(aggregate[start : start + size]).max(initial=0.0)))
         start += size
     ceiling = max(largest, default=0.0) or 1.0
+    limits = [LARGEST * (statistics if _is_statistic(name) else weights) for name, _ in layout.tensors]
     return merge(
-        Segment(size, _HEADROOM * max(value, _FLOOR * ceiling)) for size, value in zip(sizes, largest, strict=True)
+        Segment(size, min(limit, _HEADROOM * max(value, _FLOOR * ceiling)))
+        for size, value, limit in zip(sizes, largest, limits, strict=True)
     )
 
 
-def widened(segments: Iterable[Segment], *, clipped: float, contributed: float) -> tuple[Segment, ...]:
-    """``segments`` with doubled clips when more than 0.01 % of the ``contributed`` values were ``clipped``."""
-    double = contributed > 0 and clipped / contributed > CLIPPED_TOO_OFTEN
-    return tuple(Segment(segment.length, segment.clip * (2 if double else 1)) for segment in segments)
+def widened(segments: Sequence[Segment], first: Sequence[Segment]) -> tuple[Segment, ...]:
+    """``segments`` with doubled clips, none above 256 times that of the ``first`` round."""
+    return tuple(
+        Segment(now.length, min(2 * now.clip, LARGEST * then.clip)) for now, then in zip(segments, first, strict=True)
+    )
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rpartition(".")[2] in _STATISTICS
 
 
 def merge(segments: Iterable[Segment]) -> tuple[Segment, ...]:

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sites import call, evaluate, offer, policy_for, train
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sites import call, evaluate, offer, policy_for, start, train
 from sites import make_site as any_site
-from tiny import classes_study
+from tiny import LOGISTIC_VALUES, classes_study
 
+from medfl.client.participant import Participant
 from medfl.client.privacy.ledger import Ceilings, Ledger
 from medfl.client.records import FolderRecords
+from medfl.client.secagg.enrolment import Enrolment, Rules
+from medfl.client.secagg.journal import Journal
+from medfl.client.secagg.session import SecureSite
 from medfl.client.site import Site
 from medfl.shared.errors import Code
-from medfl.shared.messages import EvaluateReply, Failure, HeadsReply, HeadsRequest, Kind, Log, OfferAccepted, TrainReply
+from medfl.shared.messages import (
+    EvaluateReply,
+    Failure,
+    HeadsReply,
+    HeadsRequest,
+    Kind,
+    Log,
+    ModelRequest,
+    OfferAccepted,
+    Ready,
+    TrainReply,
+    WeightRequest,
+)
+from medfl.shared.secagg.encoding import Encoding, Segment
+from medfl.shared.secagg.rings import Ring
+from medfl.shared.secagg.roster import Member, make_roster
 from medfl.shared.study import Study
 
 PRIVACY: dict[str, Any] = {
@@ -114,3 +135,47 @@ def test_the_learning_rate_falls_to_half_in_the_middle_of_a_cosine() -> None:
     assert training.learning_rate_of(1, 4) == pytest.approx(0.4)
     assert training.learning_rate_of(3, 4) == pytest.approx(0.2)
     assert classes_study().training.learning_rate_of(3, 4) == 0.5
+
+
+def secure_site(study: Study, folder: Path, *, least: int) -> Site:
+    """A site of a consortium of five that sums with at least so many."""
+    keys = [Ed25519PrivateKey.generate() for _ in range(5)]
+    members = [Member(n, f"site-{n}", key.public_key().public_bytes_raw()) for n, key in enumerate(keys, 1)]
+    enrolment = Enrolment(1, keys[0], make_roster("five", 1, members, minimum_cohort=3), Rules(least))
+    policy = policy_for(study, max_epsilon_per_study=1e4, max_epsilon_total=1e4, max_delta=1e-2)
+    site = any_site(study, folder, policy=policy, records=FolderRecords(folder / "records"))
+    site._participant = Participant(SecureSite(enrolment, Journal(None)))
+    return site
+
+
+def test_noise_that_was_sized_for_more_sites_than_are_sure_now_is_made_anew_and_charged(tmp_path: Path) -> None:
+    study = classes_study(
+        privacy={"mode": "client-level", "epsilon": 50.0, "delta": 1e-3, "noise_multiplier": 2.0},
+        secure_aggregation={"mode": "msa1"},
+        rounds={"count": 2, "minimum_sites": 3},
+    )
+    encoding = Encoding(Ring(study.secure_aggregation.ring_bits), (Segment(LOGISTIC_VALUES, 8.0),), 5)
+    request = ModelRequest(study.digest, 1, start(study), encoding=encoding.to_bytes())
+    charges = []
+    for least in (5, 5, 3):  # a share for five sites; the same again after a restart; three are enough now
+        site = secure_site(study, tmp_path, least=least)
+        assert OfferAccepted.parse(offer(site, study)) == OfferAccepted()
+        assert Ready.parse(call(site, Kind.TRAIN, request.record())) == Ready()
+        site.close()
+        rows = (tmp_path / "north" / "ledger.jsonl").read_text().splitlines()
+        charges.append(sum(json.loads(row)["kind"] == "charge" for row in rows))
+    assert charges == [1, 1, 2]
+
+
+@pytest.mark.parametrize("privacy", [PRIVACY, {"mode": "client-level", "epsilon": 50, "noise_multiplier": 2}])
+def test_the_number_of_images_of_a_private_study_is_given_to_no_sum(privacy: dict[str, Any], tmp_path: Path) -> None:
+    study = classes_study(
+        privacy={**privacy, "delta": 1e-2},
+        secure_aggregation={"mode": "msa1"},
+        rounds={"count": 2, "minimum_sites": 3},
+    )
+    site = secure_site(study, tmp_path, least=3)
+    offer(site, study)
+    request = WeightRequest(study.digest, Encoding(Ring.BITS_32, (), 0).to_bytes())
+    failure = Failure.parse(call(site, Kind.WEIGHT, request.record()))
+    assert (failure.code, failure.reason) == (Code.REFUSED, "weight is private")
