@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.supercore.task_identity import TaskIdentity
 
 from medfl.client.notice import Notice
+from medfl.server import link_grid
 from medfl.server.link import Link, OpenRun
 from medfl.shared.errors import Code, PolicyRefusal, ProtocolError, TrainingError
 
@@ -116,6 +117,32 @@ def test_an_instruction_not_fetched_in_time_is_withdrawn(lab: Lab) -> None:
         release.set()
         assert len(run.grid.send_and_receive([question(node, "third")], timeout=60)) == 1
         assert done == ["first", "third"]
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_let_go_while_the_run_goes_on(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_grid, "KEPT_S", 0.1)
+    answered = threading.Event()
+
+    def app(message: Message, context: Context) -> Message:
+        answered.set()
+        return echo(message, context)
+
+    with lab.federation(app, sites=1) as (link, ids), link.run(None, name="study", digest=DIGEST) as run:
+        message = question(ids["north"], "hello")
+        message.metadata.ttl = 10.0
+        (identity,) = run.grid.push_messages([message])
+        assert answered.wait(60)
+        until(lambda: bool(link._state.replies_to([identity])))
+        assert held(link) > 0
+        run.grid._sent[identity].instruction.metadata.ttl = 0.1  # whoever asked has waited for so long
+
+        def let_go() -> bool:
+            run.grid.pull_messages(["of another exchange"])
+            return held(link) == 0
+
+        until(let_go)
 
 
 def test_an_exception_in_the_app_reaches_the_coordinator_as_a_code_only(lab: Lab) -> None:
