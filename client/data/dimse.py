@@ -54,7 +54,7 @@ _LONGEST_ANSWER_S = 5.0  # archives give up an association that is silent for 10
 
 @contextmanager
 def dimse(settings: DimseSettings) -> Iterator[DimseArchive]:
-    """An association with the PACS, released at the end.
+    """An association with the PACS, released at the end; every failure of the library is a NetworkError.
 
     Raises:
         NetworkError: the PACS cannot be reached or rejects the association.
@@ -88,6 +88,10 @@ def dimse(settings: DimseSettings) -> Iterator[DimseArchive]:
     try:
         with quiet():
             yield archive
+    except RuntimeError:  # the library asks nothing once the association is gone
+        raise NetworkError("the PACS has ended the association: it may be busy, or has stopped") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise NetworkError("the PACS's answer over DIMSE is not understood: check data.query and the PACS") from None
     finally:
         if association.is_established:
             association.release()
@@ -178,6 +182,7 @@ class DimseArchive:
 
     def _matches(self, query: Dataset) -> list[Dataset]:
         """Answers to a C-FIND. Without a final success the list is not complete: that is an error, not "no studies"."""
+        self._need("C-FIND", StudyRootQueryRetrieveInformationModelFind)
         out = []
         for status, identifier in self.association.send_c_find(query, StudyRootQueryRetrieveInformationModelFind):
             code = status.get("Status")
@@ -199,8 +204,10 @@ class DimseArchive:
         request.QueryRetrieveLevel = "SERIES"
         request.StudyInstanceUID, request.SeriesInstanceUID = series.study, series.series
         if self.settings.retrieve == "get":
+            self._need("C-GET", StudyRootQueryRetrieveInformationModelGet)
             self._finish(self.association.send_c_get(request, StudyRootQueryRetrieveInformationModelGet))
             return
+        self._need("C-MOVE", StudyRootQueryRetrieveInformationModelMove)
         assert self.settings.port is not None  # noqa: S101 - the settings guarantee it
         try:
             server: Any = self.entity.start_server(
@@ -232,6 +239,17 @@ class DimseArchive:
             else "it may not allow C-GET: try data.retrieve: move"
         )
         raise NetworkError(f"the PACS does not send a series (status {code if code is None else hex(code)}): {hint}")
+
+    def _need(self, service: str, model: str) -> None:
+        """Raise NetworkError where the PACS has not accepted ``service``, which the library would not even ask for."""
+        if any(context.abstract_syntax == model for context in self.association.accepted_contexts):
+            return
+        hint = (
+            "try data.retrieve: move"
+            if service == "C-GET"
+            else f"have it allowed for {self.settings.ae_title!r} (data.ae_title)"
+        )
+        raise NetworkError(f"the PACS does not offer {service}: {hint}")
 
     def receive(self, event: Any) -> int:
         """Keep one instance as it came, without decoding it. Answers the status of the C-STORE."""
