@@ -110,16 +110,20 @@ class DicomwebArchive:
             filters["StudyDescription"] = query.study_description
         if query.from_date or query.to_date:
             filters["StudyDate"] = f"{query.from_date or ''}-{query.to_date or ''}"
-        found = 0
-        while found < query.max_studies:
+        seen: set[str] = set()
+        offset = 0
+        while left := query.max_studies - len(seen):
             page = self.client.search_for_studies(
-                fields=["PatientID"], search_filters=filters, limit=min(_PAGE, query.max_studies - found), offset=found
+                fields=["PatientID"], search_filters=filters, limit=min(_PAGE, left), offset=offset
             )
-            for item in page:
-                yield from self._series(Dataset.from_json(item))
-            found += len(page)
-            if not page:
+            offset += len(page)
+            studies = {str(study.StudyInstanceUID): study for study in map(Dataset.from_json, page)}
+            new = [uid for uid in studies if uid not in seen][:left]
+            if not new:  # the end, or an archive that does not know offsets and begins again
                 return
+            seen.update(new)
+            for uid in new:
+                yield from self._series(studies[uid])
 
     def _series(self, study: Dataset) -> Iterator[RemoteSeries]:
         fields = ["NumberOfSeriesRelatedInstances", "BodyPartExamined"]
@@ -139,11 +143,15 @@ class DicomwebArchive:
 
     def fetch(self, series: RemoteSeries, store: Store, pace: Pace) -> None:
         """Instance by instance, those that are missing."""
+        seen: set[str] = set()
         offset = 0
         while page := self.client.search_for_instances(series.study, series.series, limit=_PAGE, offset=offset):
             offset += len(page)
-            for item in page:
-                instance = str(Dataset.from_json(item).SOPInstanceUID)
+            new = {str(Dataset.from_json(item).SOPInstanceUID) for item in page} - seen
+            if not new:  # an archive that does not know offsets begins again
+                break
+            seen |= new
+            for instance in sorted(new):
                 if store.has(instance):
                     continue
                 pace.check_hours()
