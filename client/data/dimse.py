@@ -35,7 +35,7 @@ from medfl.client.data.dicom import PLANAR, SEGMENTATIONS, STRUCTURE_SET, VOLUME
 from medfl.client.data.guard import quiet
 from medfl.client.data.pacs import LABEL_MODALITIES, Pace, RemoteSeries, Store
 from medfl.client.data.settings import DicomTls, DimseSettings
-from medfl.shared.errors import ConfigError, NetworkError
+from medfl.shared.errors import ConfigError, DataError, NetworkError
 
 _STORAGE = sorted(
     {uid for table in (VOLUMES, PLANAR) for classes in table.values() for uid in classes}
@@ -153,6 +153,7 @@ class DimseArchive:
     _store: Store | None = field(default=None, repr=False)
     _wanted: str = field(default="", repr=False)  # series that is being fetched
     _pace: Pace | None = field(default=None, repr=False)
+    _refused: DataError | None = field(default=None, repr=False)  # by this machine's disk, and no fault of the PACS
 
     def find(self) -> Iterator[RemoteSeries]:
         """Series of the matching studies. Some archives answer once for each instance: each UID counts once."""
@@ -231,6 +232,8 @@ class DimseArchive:
         code = None
         for status, _ in answers:
             code = status.get("Status")
+        if self._refused is not None:
+            raise self._refused
         if code == _SUCCESS:
             return
         hint = (
@@ -262,6 +265,7 @@ class DimseArchive:
         try:
             if not self._store.has(instance):
                 self._store.put(instance, event.encoded_dataset())
-        except OSError:
+        except DataError as refused:
+            self._refused = refused
             return _OUT_OF_SPACE
         return _SUCCESS

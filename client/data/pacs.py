@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from math import inf
@@ -18,10 +18,12 @@ from medfl.client.data.case import Findings
 from medfl.client.data.headers import Progress
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import DicomwebSettings, DimseSettings, FetchSettings
+from medfl.client.trouble import in_words
 from medfl.shared.errors import DataError, NetworkError
 
 LABEL_MODALITIES = frozenset({"SEG", "RTSTRUCT"})
 _COMPLETE = ".complete"
+_LEFT_BEHIND_S = 3600  # an instance is written within seconds: what is older is of a process that was killed
 
 T = TypeVar("T")
 
@@ -86,42 +88,72 @@ class Pace:
         self._next = max(self._next, moment) + 60 / self.fetch.instances_per_minute
 
 
+@contextmanager
+def _local() -> Iterator[None]:
+    """What this machine's disk refuses as a DataError: it is not the network's failure, and no use to try again."""
+    try:
+        yield
+    except OSError as error:
+        known = in_words(error)
+        raise DataError(
+            f"data.fetch.folder cannot be used ({error.strerror or type(error).__name__}): free or repair the disk, or "
+            "correct its permissions. What was fetched is kept, the next start goes on",
+            reason=known.reason if known else "",
+        ) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The folder of one series. Names tell nothing; a file is there whole or not at all."""
+    """The folder of one series. Names tell nothing; a file is there whole or not at all.
+
+    Each of its functions raises DataError where the disk is full or fails.
+    """
 
     folder: Path = field(repr=False)
 
     @classmethod
     def of(cls, root: Path, series: RemoteSeries) -> Store:
-        """The store of ``series`` under ``root``, made when it is not there."""
+        """The store of ``series`` under ``root``, made when it is not there, without what a killed process left."""
         folder = root / _name(series.series)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _local():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for left in folder.glob(".*"):
+                with suppress(FileNotFoundError):  # another process that fetches has given it its name
+                    if left.name != _COMPLETE and time.time() - left.stat().st_mtime > _LEFT_BEHIND_S:
+                        left.unlink()
         return cls(folder)
 
     def has(self, instance: str) -> bool:
         """Whether the SOP instance is here."""
-        return (self.folder / _name(instance)).exists()
+        with _local():
+            return (self.folder / _name(instance)).exists()
 
     def put(self, instance: str, content: bytes) -> None:
         """Keep one DICOM file."""
         temporary = self.folder / f".{secrets.token_hex(8)}"
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, self.folder / _name(instance))
+        with _local():
+            try:
+                handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                os.replace(temporary, self.folder / _name(instance))
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
 
     def __len__(self) -> int:
-        return sum(not path.name.startswith(".") for path in self.folder.iterdir())
+        with _local():
+            return sum(not path.name.startswith(".") for path in self.folder.iterdir())
 
     def is_complete(self, series: RemoteSeries) -> bool:
         """Whether all that the PACS announced has been fetched."""
-        marker = self.folder / _COMPLETE
-        return marker.exists() and series.instances in (None, len(self))
+        with _local():
+            return (self.folder / _COMPLETE).exists() and series.instances in (None, len(self))
 
     def complete(self) -> None:
         """Remember that everything is here."""
-        (self.folder / _COMPLETE).touch(mode=0o600)
+        with _local():
+            (self.folder / _COMPLETE).touch(mode=0o600)
 
 
 def _name(uid: str) -> str:
@@ -145,10 +177,11 @@ def fetch_all(
 
     Raises:
         NetworkError: the PACS failed ``attempts`` times in a row; what was fetched is kept, the next start goes on.
-        DataError: outside the allowed hours and nothing has been fetched yet.
+        DataError: outside the allowed hours and nothing has been fetched yet, or the disk is full or fails.
     """
     fetch = settings.fetch
-    fetch.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _local():
+        fetch.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _allowed(fetch, now()):
         if not any(fetch.folder.iterdir()):
             raise DataError(
