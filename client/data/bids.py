@@ -15,7 +15,7 @@ from pathlib import Path
 from medfl.client.data.admission import may_show_face
 from medfl.client.data.case import Findings, Quarantine
 from medfl.client.data.headers import age_band
-from medfl.client.data.names import Contradiction, meaning_of_values, without_value
+from medfl.client.data.names import Contradiction, as_text, meaning_of_values, without_value
 from medfl.client.data.nifti_case import NiftiCase
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import BidsSettings
@@ -45,6 +45,7 @@ def find_bids(
         subject = session.relative_to(settings.folder).parts[0]
         findings.studies += 1
         try:
+            as_text(subject)
             if opted_out(key.pseudonym(subject)) or opted_out(key.pseudonym(subject.removeprefix("sub-"))):
                 raise Quarantine("opted out")
             images = tuple(

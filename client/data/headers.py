@@ -100,7 +100,10 @@ def scan(
     findings: Findings,
     progress: Progress | None = None,
 ) -> list[Header]:
-    """Headers of all DICOM files under ``folder``, in the order of names. DICOMDIR and linked folders are left out."""
+    """Headers of all DICOM files under ``folder``, in the order of names. DICOMDIR and linked folders are left out.
+
+    A linked folder is counted and not followed: it may lead round in a circle, or out of what was configured.
+    """
     headers = []
     paths = _files(folder, findings)
     for done, path in enumerate(paths):
@@ -121,15 +124,25 @@ def scan(
 def _files(folder: Path, findings: Findings) -> list[Path]:
     """Regular files to any depth: opening a pipe would wait for ever."""
 
-    def cannot(error: OSError) -> None:
+    def cannot(error: OSError | None = None) -> None:
         findings.quarantined["folder that cannot be read"] += 1
 
-    return sorted(
-        path
-        for root, _, names in os.walk(folder, onerror=cannot)
-        for name in names
-        if name.upper() != "DICOMDIR" and not name.startswith(".") and (path := Path(root, name)).is_file()
-    )
+    found = []
+    for root, folders, names in os.walk(folder, onerror=cannot):
+        if linked := sum(os.path.islink(os.path.join(root, name)) for name in folders):
+            findings.quarantined["linked folder"] += linked
+        closed = False
+        for name in names:
+            if name.upper() == "DICOMDIR" or name.startswith("."):
+                continue
+            try:
+                if (path := Path(root, name)).is_file():
+                    found.append(path)
+            except OSError:  # the folder lists its names and does not let one at them
+                closed = True
+        if closed:
+            cannot()
+    return sorted(found)
 
 
 def _text(value: object) -> str:

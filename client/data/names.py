@@ -21,6 +21,19 @@ _FULL = frozenset({255, 65535})  # what paints white where there are two classes
 _NOT_LOOKED_AT = "ignore"  # nnU-Net's name of that label
 
 
+def as_text(name: str) -> str:
+    """``name``, part of a file's name, if an opt-out list could name it too: lists are UTF-8, files may be otherwise.
+
+    Raises:
+        Quarantine: it is not UTF-8.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise Quarantine("patient whose name here is not UTF-8") from None
+    return name
+
+
 class Contradiction(ValueError):
     """A list of labels cannot mean what it says; ``str`` says why."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from medfl.client.data.admission import may_show_face
 from medfl.client.data.case import Findings, Quarantine
-from medfl.client.data.names import Contradiction, aliased, meaning_of_values, without_value
+from medfl.client.data.names import Contradiction, aliased, as_text, meaning_of_values, without_value
 from medfl.client.data.nifti_case import NiftiCase
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import NnunetSettings
@@ -63,7 +63,7 @@ def find_nnunet(
             match = re.fullmatch(settings.patient, name)
             if match is None or not match[1]:
                 raise Quarantine("case whose name has no patient (data.patient)")
-            patient = key.pseudonym(match[1])
+            patient = key.pseudonym(as_text(match[1]))
             if opted_out(patient):
                 raise Quarantine("opted out")
             if name not in masks:

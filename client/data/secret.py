@@ -31,8 +31,11 @@ class SiteKey:
         return hmac.digest(self.material, b"medfl/" + purpose.encode(), hashlib.sha256)
 
     def pseudonym(self, patient: str) -> str:
-        """32 hexadecimal digits that stand for ``patient`` at this site only; case and outer spaces do not matter."""
-        name = patient.strip().upper().encode()
+        """32 hexadecimal digits that stand for ``patient`` at this site only; case and outer spaces do not matter.
+
+        ``patient`` may be part of a file's name that is not UTF-8, as Python gives it: the bytes count then.
+        """
+        name = patient.strip().upper().encode("utf-8", "surrogateescape")
         return hmac.digest(self.derive("patient"), name, hashlib.sha256).hex()[:32]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -139,3 +140,11 @@ def test_heads_are_counted_for_a_person_unless_they_are_defaced(tmp_path: Path) 
     image = tmp_path / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
     image.rename(image.with_name("sub-01_rec-defaced_T1w.nii.gz"))
     assert report_of(settings).review == {"a face may be recognisable": 3}
+
+
+def test_a_subject_whom_no_opt_out_list_could_name_is_left_out(tmp_path: Path) -> None:
+    settings = dataset(tmp_path)
+    for below in ("", "derivatives/manual/"):
+        os.rename(tmp_path / below / "sub-01", os.fsencode(tmp_path / below) + b"/sub-M\xfcller")
+    report = report_of(settings)
+    assert (report.patients, report.quarantined) == (3, {"patient whose name here is not UTF-8": 1})

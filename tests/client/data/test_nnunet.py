@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,14 @@ def test_where_every_case_is_left_out_the_line_says_why(tmp_path: Path) -> None:
     settings = nnunet(tmp_path).model_copy(update={"patient": "patient(.*)"})
     with pytest.raises(DataError, match=r"left out: case whose name has no patient \(data.patient\) \(10\)"):
         load_site_data(settings, VOLUMES, task="segmentation", key=KEY)
+
+
+def test_a_case_whom_no_opt_out_list_could_name_is_left_out(tmp_path: Path) -> None:
+    nnunet(tmp_path)
+    fields = {"source": "nnunet", "folder": tmp_path, "split": {"min_patients": 3}}
+    settings = NnunetSettings.model_validate(fields)
+    for folder, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+        new = os.fsencode(tmp_path / folder) + b"/M\xfcller" + ending.encode()
+        os.rename(tmp_path / folder / f"case_001{ending}", new)
+    report = load_site_data(settings, VOLUMES, task="segmentation", key=KEY).report
+    assert (report.patients, report.quarantined) == (9, {"patient whose name here is not UTF-8": 1})
