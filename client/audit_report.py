@@ -24,7 +24,7 @@ _KINDS = {
     "evaluate": "scores",
 }
 _COLUMNS = (
-    *("row", "time", "event", "study", "name", "kind", "phase", "round", "bytes", "sha256", "form"),
+    *("row", "time", "time_in_log", "event", "study", "name", "kind", "phase", "round", "bytes", "sha256", "form"),
     *("epsilon", "epsilon_total", "outcome", "code", "reason"),
     *("release", "configuration", "roster", "epoch", "members", "hash"),
 )
@@ -53,7 +53,7 @@ class Report:
         """Of the period."""
         first = "" if self.since is None else self.since.isoformat()
         last = "9" if self.until is None else self.until.isoformat()
-        return [row for row in self.inspection.rows if first <= str(row["time"])[:10] <= last]
+        return [row for row in self.inspection.rows if first <= written(row)[:10] <= last]
 
     @property
     def period(self) -> str:
@@ -68,6 +68,34 @@ class Report:
         if self.inspection.problem is None:
             return f"The log verifies: {head.rows} rows, hash of the last one {head.digest}"
         return f"THE LOG DOES NOT VERIFY: {self.inspection.problem}. Only the {head.rows} rows before that are shown"
+
+    @property
+    def jumps(self) -> str:
+        """Of this machine's clock, over the whole log, in words; empty where it never ran backwards."""
+        pairs = zip(self.inspection.rows, self.inspection.rows[1:], strict=False)
+        back = [(one, other) for one, other in pairs if written(other) < written(one)]
+        if not back:
+            return ""
+        one, other = max(back, key=lambda pair: _ran_back(*pair))
+        more = f", the furthest of {len(back)} times" if len(back) > 1 else ""
+        return (
+            f"THE CLOCK OF THIS MACHINE RAN BACK from {written(one)[:19]} (row {one['row']}) to {written(other)[:19]} "
+            f"(row {other['row']}){more}. Days here are what it said: what left before a jump may stand under another "
+            "day. A report without --from and --to has every row"
+        )
+
+
+def written(row: Row) -> str:
+    """When the clock said that ``row`` was written: its time in the log never runs backwards, as a clock may."""
+    return str(row.get("clock_said", row["time"]))
+
+
+def _ran_back(one: Row, other: Row) -> datetime.timedelta:
+    try:
+        first, then = (datetime.datetime.fromisoformat(written(row)).replace(tzinfo=None) for row in (one, other))
+        return first - then  # both in UTC
+    except ValueError:  # no row of ours; one that somebody forged must not end the report
+        return datetime.timedelta(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +128,7 @@ def write_report(report: Report, out: Path | None) -> list[str]:
     Raises:
         ConfigError: ``out`` ends otherwise.
     """
-    lines = [f"site {report.site}, {report.period}", report.state]
+    lines = [f"site {report.site}, {report.period}", report.state, *filter(None, [report.jumps])]
     if out is None:
         return lines + [_total_line(total) for total in totals(report)]
     match out.suffix:
@@ -116,7 +144,8 @@ def write_report(report: Report, out: Path | None) -> list[str]:
 
 def as_csv(report: Report) -> str:
     """Every row of the period, for a spreadsheet."""
-    return rows_as_csv(report.rows, _COLUMNS)
+    rows = ({**row, "time": written(row), "time_in_log": row["time"]} for row in report.rows)
+    return rows_as_csv(rows, _COLUMNS)
 
 
 def as_html(report: Report) -> str:
@@ -130,6 +159,7 @@ def as_html(report: Report) -> str:
         f"<h1>What left site {html.escape(report.site)}</h1>",
         f"<p>{html.escape(report.period)}</p>",
         f'<p class="{"bad" if report.inspection.problem else "good"}">{html.escape(report.state)}</p>',
+        *(f'<p class="bad">{html.escape(jumps)}</p>' for jumps in filter(None, [report.jumps])),
         "<h2>By study</h2>",
         _table(
             ("study", "received", "bytes", "sent", "bytes", "results masked", "results in clear", "refused", "epsilon"),
@@ -140,7 +170,7 @@ def as_html(report: Report) -> str:
             ("time (UTC)", "study", "round", "what", "bytes", "protected how", "SHA-256"),
             [
                 (
-                    str(row["time"])[:19],
+                    written(row)[:19],
                     names[row.get("study", "")],
                     row.get("round", ""),
                     _what(row),
@@ -156,7 +186,7 @@ def as_html(report: Report) -> str:
             ("time (UTC)", "study", "round", "what", "answer"),
             [
                 (
-                    str(row["time"])[:19],
+                    written(row)[:19],
                     names[row.get("study", "")],
                     row.get("round", ""),
                     _what(row),
@@ -170,7 +200,7 @@ def as_html(report: Report) -> str:
             ("time (UTC)", "event", "release", "SHA-256 of the site file", "roster"),
             [
                 (
-                    str(row["time"])[:19],
+                    written(row)[:19],
                     row["event"],
                     row.get("release", ""),
                     row.get("configuration", ""),

@@ -19,7 +19,7 @@ from consortium import found_consortium_folder
 from waiting import wait_for
 
 from medfl.client.audit import Audit, Price
-from medfl.client.audit_report import Report, as_csv, as_html, totals
+from medfl.client.audit_report import Report, as_csv, as_html, totals, write_report
 from medfl.client.cli import main
 from medfl.client.config import load_site
 from medfl.client.trust import site_rosters
@@ -85,6 +85,46 @@ def test_a_period_holds_both_its_days_and_knows_names_from_before_it(path: Path)
     assert len(report(path, 4).rows) == 1
     assert report(path, 5).rows == []
     assert "verifies: 7 rows" in report(path, 5).state  # of the whole log
+
+
+@pytest.fixture
+def jumped(tmp_path: Path) -> Path:
+    """One result in October 2026, one while the clock said 2036, then three in November."""
+    path, said = tmp_path / "jumped" / "audit.jsonl", []
+    audit = Audit(path, clock=lambda: said[-1])
+    for moment in ((2026, 10, 1), (2036, 1, 1), *((2026, 11, day) for day in (3, 4, 5))):
+        said.append(datetime.datetime(*moment, 12, tzinfo=datetime.UTC))
+        audit.leaves(Passage("train", LUNGS, 1), Answer("trained"), form=Form.CLEAR, content=Content(1000, "9" * 64))
+    audit.close()
+    return path
+
+
+def november(path: Path) -> Report:
+    return Report("north", inspected(path), datetime.date(2026, 11, 1), datetime.date(2026, 11, 30))
+
+
+def test_after_a_jump_of_the_clock_rows_count_on_the_day_that_the_clock_then_said(jumped: Path) -> None:
+    assert [row["row"] for row in november(jumped).rows] == [3, 4, 5]
+    assert totals(november(jumped))[0].sent_bytes == 3000
+    times = [row[0] for row in Cells(as_html(november(jumped))).rows if row[-1] == "9" * 64]
+    assert times == [f"2026-11-0{day}T12:00:00" for day in (3, 4, 5)]
+    first = next(csv.DictReader(io.StringIO(as_csv(november(jumped)))))
+    assert (first["time"][:10], first["time_in_log"][:10]) == ("2026-11-03", "2036-01-01")
+
+
+def test_a_report_says_that_the_clock_jumped_and_how_to_see_every_row(path: Path, jumped: Path) -> None:
+    told = write_report(november(jumped), None)
+    words = "RAN BACK from 2036-01-01T12:00:00 (row 2) to 2026-11-03T12:00:00 (row 3). Days"
+    assert words in told[2]
+    assert "without --from and --to has every row" in told[2]
+    assert words in as_html(november(jumped))
+    assert len(Report("north", inspected(jumped)).rows) == 5
+    forged = {**inspected(jumped).rows[-1], "clock_said": "+never"}
+    more = Report("north", chains.Inspection([*inspected(jumped).rows, forged], None))
+    assert "(row 3), the furthest of 2 times" in more.jumps
+    assert "'+never" in as_csv(more)
+    assert report(path).jumps == ""
+    assert "RAN BACK" not in as_html(report(path))
 
 
 class Cells(HTMLParser):
