@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import importlib.metadata
+import io
 import logging
 import os
 import select
@@ -107,6 +108,9 @@ def on_termination(stop: Callable[[], None]) -> None:
 
 def run(prog: str, work: Callable[[], int]) -> int:
     """Call ``work`` and turn what it raises into a line on standard error and an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names are any text, and a terminal may know few letters
     try:
         status = work()
         sys.stdout.flush()

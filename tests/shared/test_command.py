@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -118,6 +119,32 @@ raise SystemExit(run("medfl-x", work))
     process.stdin.close()
     assert process.stderr.read() == ""
     assert process.wait(240) == 141
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_has_no_letters_for_is_written_in_ascii_and_ends_nothing(encoding: str) -> None:
+    code = """
+import sys
+from medfl.shared.command import run
+from medfl.shared.errors import DataError
+def work():
+    print("lungs\u2026")
+    raise DataError("study \u03b5 has no data")
+raise SystemExit(run("medfl-x", work))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"},
+        capture_output=True,
+        timeout=240,
+    )
+    assert (done.returncode, done.stdout) == (4, b"lungs\\u2026\n")
+    assert done.stderr == b"medfl-x: study \\u03b5 has no data\n"
+
+
+def test_streams_that_cannot_be_reconfigured_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert run("medfl-x", lambda: 7) == 7
 
 
 def test_a_connection_that_broke_is_told_while_somebody_reads(capsys: pytest.CaptureFixture[str]) -> None:
