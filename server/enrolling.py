@@ -1,7 +1,8 @@
 """Who belongs to the consortium, changed: a site approved, revoked, renewed; each change is a new signed epoch.
 
 Certificates are on the disk before the roster that needs them, and the roster before the invitation that carries it:
-a command that is killed in between is simply given again.
+a command that is killed in between is simply given again. Every change also puts on the list of revoked certificates
+whatever an earlier one could not.
 """
 
 from __future__ import annotations
@@ -91,7 +92,6 @@ class Registrar:
             raise ConfigError("two requests have the same site name: each site needs its own")
         authority = self._authority()
         standings = [self.standing(request) for request in requests]
-        replaced = [r.site for r, standing in zip(requests, standings, strict=True) if standing == "replaced"]
         certificates = [self.certify(request, authority) for request in requests]
         before = self.rosters.newest()
         sites, next_id = dict(before.by_name), before.next_id
@@ -102,10 +102,8 @@ class Registrar:
                 keys = {"site_key": request.site_key, "node_key": request.node_key}
                 sites[request.site] = Site(id=number, name=request.site, **keys)
         if any(standing != "known" for standing in standings):
-            self._advance(before, sites=tuple(sites.values()), next_id=next_id, lowers=bool(replaced))
-        for request in requests:
-            if request.site in replaced:
-                self._revoke_certificates(request.site, authority, keep=request)
+            self._advance(before, sites=tuple(sites.values()), next_id=next_id, lowers="replaced" in standings)
+        self._revoke_certificates(authority, requests)
         return [
             Approved(request.site, self._invite(request.site, authority, certificate), standing)
             for request, certificate, standing in zip(requests, certificates, standings, strict=True)
@@ -114,18 +112,27 @@ class Registrar:
     def revoke(self, site: str) -> Membership:
         """Put a roster without ``site`` in force, and its certificates on the list of revoked ones.
 
+        For a site that has left and whose certificates are not all on the list, the second only.
+
         Raises:
             ConfigError: there is no such site, or a key cannot be had; the roster is in force even where only the
                 authority's key is missing.
         """
-        before = self.rosters.newest()
-        if site not in before.by_name:
-            known = ", ".join(sorted(before.by_name)) or "none"
+        membership = self.rosters.newest()
+        if site in membership.by_name:
+            left = tuple(entry for entry in membership.sites if entry.name != site)
+            membership = self._advance(membership, sites=left, lowers=True)
+        elif site not in self._outdated().values():
+            known = ", ".join(sorted(membership.by_name)) or "none"
             raise ConfigError(f"the consortium has no site {site[:80]}: its sites are {known}")
-        left = tuple(entry for entry in before.sites if entry.name != site)
-        after = self._advance(before, sites=left, lowers=True)
-        self._revoke_certificates(site, self._authority(), keep=None)
-        return after
+        try:
+            self._revoke_certificates(self._authority())
+        except (ConfigError, OSError) as error:
+            raise ConfigError(
+                f"site {site} is out of the consortium (roster epoch {membership.epoch}) and cut off. Its certificates "
+                f"are not on the list of revoked ones yet: {error}. Mend that and give revoke {site} again"
+            ) from None
+        return membership
 
     def certify(self, request: Request, authority: Authority) -> x509.Certificate:
         """Issue and record a certificate for the TLS key of ``request``. Raises ConfigError."""
@@ -174,10 +181,27 @@ class Registrar:
         write_whole(path, invitation.to_bytes(), mode=PUBLIC_FILE)
         return path
 
-    def _revoke_certificates(self, site: str, authority: Authority, *, keep: Request | None) -> None:
-        serials = revoked_serials(self._trust.revoked) if self._trust.revoked.exists() else set()
+    def _revoke_certificates(self, authority: Authority, requests: Sequence[Request] = ()) -> None:
+        """Bring the list of revoked certificates up to date with the roster in force and ``requests``, now approved."""
+        outdated = self._outdated(requests)
+        if outdated or not self._trust.revoked.exists():
+            pem = revocation_list(authority, self._listed() | outdated.keys())
+            write_whole(self._trust.revoked, pem, mode=PUBLIC_FILE)
+
+    def _outdated(self, requests: Sequence[Request] = ()) -> dict[int, str]:
+        """Serial numbers, with their sites, of certificates that TLS accepts and should not.
+
+        Those of sites that have left, and those for another key than is in the one of ``requests`` that has their name.
+        """
+        sites, listed = self.rosters.newest().by_name, self._listed()
+        keys = {request.site: request.tls_key for request in requests}
+        found: dict[int, str] = {}
         for path in self._trust.certificates.glob("*.pem"):
             certificate = load_certificate(path)
-            if common_name(certificate) == site and (keep is None or certificate.public_key() != keep.tls_key):
-                serials.add(certificate.serial_number)
-        write_whole(self._trust.revoked, revocation_list(authority, serials), mode=PUBLIC_FILE)
+            site = common_name(certificate)
+            if site not in sites or (site in keys and certificate.public_key() != keys[site]):
+                found[certificate.serial_number] = site
+        return {serial: site for serial, site in found.items() if serial not in listed}
+
+    def _listed(self) -> set[int]:
+        return revoked_serials(self._trust.revoked) if self._trust.revoked.exists() else set()

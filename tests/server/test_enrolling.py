@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from medfl.server import enrolling
 from medfl.server.cli import main
 from medfl.server.config import load_consortium
 from medfl.server.enrolling import Registrar
@@ -25,6 +26,15 @@ def registrar(tmp_path: Path) -> Registrar:
 
 def request(root: Path, site: str, keys: str = "keys") -> Request:
     return make_keys(root / site / keys, site)
+
+
+def revoked(root: Path) -> set[int]:
+    return revoked_serials(root / "fl" / "revoked.pem")
+
+
+def issued(root: Path, site: str) -> set[int]:
+    found = (root / "fl" / "certificates").glob(f"{site}-*.pem")
+    return {load_certificate(path).serial_number for path in found}
 
 
 def test_several_requests_make_one_epoch_and_each_gets_an_invitation(registrar: Registrar, tmp_path: Path) -> None:
@@ -64,9 +74,8 @@ def test_a_lost_key_is_replaced_under_the_same_id_and_the_old_certificate_revoke
     newest = registrar.rosters.newest()
     assert (newest.epoch, newest.floor) == (4, 4)  # nothing before it may be summed under
     assert newest.by_name["north"].id == 1
-    revoked = revoked_serials(tmp_path / "fl" / "revoked.pem")
-    assert revoked == {old.serial_number}
-    assert Invitation.read(second.invitation).certificate.serial_number not in revoked
+    assert revoked(tmp_path) == {old.serial_number}
+    assert Invitation.read(second.invitation).certificate.serial_number not in revoked(tmp_path)
 
 
 def test_a_revoked_site_is_gone_and_neither_its_id_nor_its_certificate_comes_back(
@@ -77,8 +86,7 @@ def test_a_revoked_site_is_gone_and_neither_its_id_nor_its_certificate_comes_bac
     assert (after.epoch, after.floor, [site.name for site in after.sites]) == (3, 3, ["north"])
     registrar.approve([request(tmp_path, "west")])
     assert registrar.rosters.newest().by_name["west"].id == 3
-    issued = [load_certificate(path) for path in (tmp_path / "fl" / "certificates").glob("south-*.pem")]
-    assert {certificate.serial_number for certificate in issued} == revoked_serials(tmp_path / "fl" / "revoked.pem")
+    assert revoked(tmp_path) == issued(tmp_path, "south")
     with pytest.raises(ConfigError, match="has no site south: its sites are north, west"):
         registrar.revoke("south")
 
@@ -102,12 +110,60 @@ def test_two_sites_do_not_share_a_key(registrar: Registrar, tmp_path: Path, twin
 def test_the_signing_key_alone_revokes_although_the_authority_is_offline(registrar: Registrar, tmp_path: Path) -> None:
     registrar.approve([request(tmp_path, "north")])
     (tmp_path / "fl" / "authority.key").unlink()
-    with pytest.raises(ConfigError, match=r"authority\.key"):
-        registrar.revoke("north")
-    assert registrar.rosters.newest().sites == ()  # cut off all the same
+    for _ in range(2):  # given again, it still says what is to be done
+        with pytest.raises(
+            ConfigError, match=r"north is out of the consortium \(roster epoch 3\).* not on the list.*authority\.key"
+        ):
+            registrar.revoke("north")
+        assert registrar.rosters.newest().sites == ()  # cut off all the same
     with pytest.raises(ConfigError, match=r"authority\.key"):
         registrar.approve([request(tmp_path, "south")])
     assert registrar.rosters.newest_epoch == 3
+
+
+def revoke_while_the_authority_is_offline(root: Path, registrar: Registrar, site: str) -> None:
+    offline = (root / "fl" / "authority.key").rename(root / "offline.key")
+    with pytest.raises(ConfigError, match="not on the list"):
+        registrar.revoke(site)
+    offline.rename(root / "fl" / "authority.key")
+    assert revoked(root) == set()
+
+
+def test_revoke_given_again_puts_on_the_list_what_it_could_not_before(registrar: Registrar, tmp_path: Path) -> None:
+    registrar.approve([request(tmp_path, name) for name in ("north", "south")])
+    revoke_while_the_authority_is_offline(tmp_path, registrar, "north")
+    assert registrar.revoke("north").epoch == 3
+    assert revoked(tmp_path) == issued(tmp_path, "north")
+    with pytest.raises(ConfigError, match="has no site north"):
+        registrar.revoke("north")
+
+
+@pytest.mark.parametrize("site", ["west", "north"])
+def test_the_next_approve_puts_on_the_list_what_a_revoke_could_not(
+    registrar: Registrar, tmp_path: Path, site: str
+) -> None:
+    registrar.approve([request(tmp_path, name) for name in ("north", "south")])
+    old = issued(tmp_path, "north")
+    revoke_while_the_authority_is_offline(tmp_path, registrar, "north")
+    registrar.approve([request(tmp_path, site, "new-keys")])
+    assert revoked(tmp_path) == old
+
+
+def test_an_approve_that_was_killed_after_its_roster_still_revokes_the_old_certificate_when_given_again(
+    registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registrar.approve([request(tmp_path, name) for name in ("north", "south")])
+    old, new = issued(tmp_path, "north"), request(tmp_path, "north", "new-keys")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(enrolling, "revocation_list", killed)
+    with pytest.raises(KeyboardInterrupt):
+        registrar.approve([new])
+    monkeypatch.undo()
+    assert registrar.approve([new])[0].what == "known"
+    assert revoked(tmp_path) == old
 
 
 def test_a_move_is_a_new_epoch_and_a_renewal_is_not(registrar: Registrar, tmp_path: Path) -> None:
