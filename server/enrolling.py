@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from pydantic import ValidationError
 
 from medfl.server.config import ConsortiumSettings
 from medfl.server.founding import address
@@ -86,7 +87,7 @@ class Registrar:
         """Certify every request and put all into one new roster; a request that is in it already is certified anew.
 
         Raises:
-            ConfigError: doubles, or the authority's or the signing key cannot be had.
+            ConfigError: doubles, more sites than a roster holds, or the authority's or the signing key cannot be had.
         """
         if len({request.site for request in requests}) != len(requests):
             raise ConfigError("two requests have the same site name: each site needs its own")
@@ -168,7 +169,13 @@ class Registrar:
         epoch = before.epoch + 1
         unchanged = {name: getattr(before, name) for name in Membership.model_fields}
         values = {**unchanged, **changes, "epoch": epoch, "floor": epoch if lowers else before.floor}
-        after = Membership.model_validate(values)
+        try:
+            after = Membership.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = "".join(f"{part}: " for part in first["loc"])
+            wrong = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"the roster of epoch {epoch} cannot be made: {where}{wrong}") from None
         return self.rosters.add(after.signed(load_site_key(self._trust.signing_key)))
 
     def _invite(self, site: str, authority: Authority, certificate: x509.Certificate) -> Path:

@@ -23,7 +23,7 @@ def threshold_of(cohort: int) -> int:
 def default_minimum_cohort(roster: int) -> int:
     """Smallest cohort for a roster of so many sites, unless the roster says otherwise.
 
-    >>> [default_minimum_cohort(n) for n in (3, 4, 5, 9, 16)]
-    [3, 3, 4, 5, 8]
+    >>> [default_minimum_cohort(n) for n in (3, 4, 5, 9, 16, 300)]
+    [3, 3, 4, 5, 8, 128]
     """
-    return SMALLEST_COHORT if roster <= 4 else max(4, -(-roster // 2))
+    return SMALLEST_COHORT if roster <= 4 else min(LARGEST_COHORT, max(4, -(-roster // 2)))

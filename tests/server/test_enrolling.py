@@ -166,6 +166,15 @@ def test_an_approve_that_was_killed_after_its_roster_still_revokes_the_old_certi
     assert revoked(tmp_path) == old
 
 
+def test_two_requests_of_one_command_with_one_node_key_are_told_in_words(registrar: Registrar, tmp_path: Path) -> None:
+    north = request(tmp_path, "north")
+    (tmp_path / "south" / "keys").mkdir(parents=True)
+    shutil.copy(tmp_path / "north" / "keys" / "node.key", tmp_path / "south" / "keys")
+    with pytest.raises(ConfigError, match="the roster of epoch 2 cannot be made: two sites have the same node key"):
+        registrar.approve([north, request(tmp_path, "south")])
+    assert registrar.rosters.newest_epoch == 1
+
+
 def test_a_move_is_a_new_epoch_and_a_renewal_is_not(registrar: Registrar, tmp_path: Path) -> None:
     certificate = tmp_path / "fl" / "coordinator.pem"
     before = load_certificate(certificate)

@@ -19,6 +19,12 @@ def test_a_minimum_that_is_not_given_follows_from_the_size() -> None:
     assert make_roster("c", 1, MEMBERS[:4]).minimum_cohort == 3
 
 
+@pytest.mark.parametrize(("sites", "minimum"), [(255, 128), (256, 128), (257, 128), (1000, 128)])
+def test_a_minimum_that_follows_from_the_size_is_never_more_than_can_be_summed(sites: int, minimum: int) -> None:
+    members = [Member(i, f"hospital-{i}", i.to_bytes(32, "big")) for i in range(1, sites + 1)]
+    assert make_roster("c", 1, members).minimum_cohort == minimum
+
+
 def test_the_order_of_members_does_not_matter_and_everything_else_does() -> None:
     assert make_roster(ROSTER.consortium, 3, reversed(MEMBERS)).digest == ROSTER.digest
     others = [
