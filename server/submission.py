@@ -20,6 +20,7 @@ from medfl.shared.keys import load_site_key
 from medfl.shared.signing import Document, Signed, load_signing_public_key, sign
 from medfl.shared.study import Study
 from medfl.strategies.build import needs_of
+from medfl.strategies.secure_aggregation import require_sums_come_about
 
 CONFIGURATION = "the configuration"
 """Who submits the studies that it names."""
@@ -34,11 +35,16 @@ def check_study(settings: ConsortiumSettings, study: Study, *, source: str) -> N
     needs_of(study)
     if study.initial_weights is not None:
         begin_apart(study, initial_of(settings, study))
-    sites = len(RosterFolder.of(settings).newest().sites)
+    roster = RosterFolder.of(settings).newest().roster
+    sites = len(roster.members)
     if study.rounds.minimum_sites > sites:
         raise ConfigError(
             f"{source}: rounds.minimum_sites: is {study.rounds.minimum_sites}, and the consortium has {sites} sites"
         )
+    try:
+        require_sums_come_about(study, roster)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     if study.last_day is not None and study.last_day < datetime.datetime.now(datetime.UTC).date():
         raise ConfigError(f"{source}: last_day: {study.last_day} is over: no site would train")
 

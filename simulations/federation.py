@@ -52,6 +52,7 @@ from medfl.simulations.misbehaviour import Answer, misbehaving
 from medfl.simulations.pace import PacedGrid, Rhythm
 from medfl.simulations.pool import PooledGrid
 from medfl.simulations.together import Together
+from medfl.strategies.secure_aggregation import require_sums_come_about
 
 
 @dataclass
@@ -236,6 +237,7 @@ def _secure_parts(
         Member(number, name, key.public_key().public_bytes_raw()) for number, (name, key) in enumerate(keys.items(), 1)
     ]
     roster = make_roster("simulation", 1, members, minimum_cohort=max(SMALLEST_COHORT, study.rounds.minimum_sites))
+    require_sums_come_about(study, roster)
     participants = {
         member.name: Participant(SecureSite(Enrolment(member.id, keys[member.name], roster), Journal(None)))
         for member in members

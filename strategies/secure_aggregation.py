@@ -13,6 +13,8 @@ from flwr.app import Message
 
 from medfl.shared.algorithms.needs import SUM_ONLY, Demands, Needs
 from medfl.shared.errors import ConfigError
+from medfl.shared.secagg.limits import LARGEST_COHORT
+from medfl.shared.secagg.roster import Roster
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.strategies.replies import as_reply
@@ -34,6 +36,28 @@ def require_sum_suffices(study: Study) -> None:
         )
     if demands.sees is Needs.SINGLE_UPDATES:
         raise ConfigError(f"strategy {name} compares single updates, which secure aggregation hides: {instead}")
+
+
+def require_sums_come_about(study: Study, roster: Roster) -> None:
+    """Look whether a round of ``study`` asks as many sites of ``roster`` as a secure sum can be over.
+
+    Raises:
+        ConfigError: it asks too many or too few; with what to set.
+    """
+    if study.secure_aggregation.mode == "none":
+        return
+    sites, least = len(roster.members), roster.minimum_cohort
+    asked = min(study.rounds.sites_per_round or sites, sites)
+    if least <= asked <= LARGEST_COHORT:
+        return
+    if sites < least:
+        way = "approve more sites first"
+    else:
+        way = f"set rounds.sites_per_round: {f'{least} or more' if asked < least else f'{LARGEST_COHORT} or fewer'}"
+    raise ConfigError(
+        f"a round would ask {asked} of the consortium's {sites} sites, and a secure sum is over {least} to "
+        f"{LARGEST_COHORT}: {way}"
+    )
 
 
 def virtual_reply(sent: Flat, mean: Flat, weight: float, demands: Demands) -> Message:

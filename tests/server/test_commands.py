@@ -122,6 +122,14 @@ def status_and_words(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
             ),
             "secure aggregation hides",
         ),
+        (
+            lambda root: (root / "fl" / "study.json").write_bytes(
+                classes_study(
+                    rounds={"minimum_sites": 2, "sites_per_round": 2}, secure_aggregation={"mode": "msa1"}
+                ).canonical()
+            ),
+            "study.json: a round would ask 2 of the consortium's 3 sites",
+        ),
     ],
 )
 def test_what_is_wrong_ends_with_status_two_and_a_line_that_names_it(

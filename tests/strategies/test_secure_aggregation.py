@@ -18,10 +18,12 @@ from flwr.serverapp.strategy import Strategy
 from medfl.shared.algorithms.needs import Demands
 from medfl.shared.errors import ConfigError
 from medfl.shared.messages import TENSOR, pack, request_config
+from medfl.shared.secagg.roster import Member, Roster, make_roster
+from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.strategies.build import build_strategy
 from medfl.strategies.replies import as_reply
-from medfl.strategies.secure_aggregation import require_sum_suffices, virtual_reply
+from medfl.strategies.secure_aggregation import require_sum_suffices, require_sums_come_about, virtual_reply
 
 SENT = np.array([1, 2], np.float32)
 UPDATES = {1: np.array([4, 0], np.float32), 3: np.array([0, -8], np.float32)}  # by weight
@@ -94,3 +96,46 @@ def test_every_strategy_runs_in_clear_and_those_of_the_mean_under_secure_aggrega
 ) -> None:
     training = {"optimizer": "sgd", "learning_rate": 0.1}
     require_sum_suffices(classes_study(strategy=strategy, training=training, secure_aggregation={"mode": mode}))
+
+
+def roster_of(sites: int) -> Roster:
+    return make_roster("c", 1, [Member(i, f"s{i}", i.to_bytes(32, "big")) for i in range(1, sites + 1)])
+
+
+CLIENT_LEVEL = {"mode": "client-level", "epsilon": 50, "delta": 1e-2, "clip_norm": 2.0, "noise_multiplier": 1.0}
+
+
+def summed_over(sites_per_round: int | None, *, mode: str = "msa1", private: bool = True) -> Study:
+    rounds = {"count": 2, "minimum_sites": 2, "sites_per_round": sites_per_round}
+    return classes_study(
+        rounds=rounds, secure_aggregation={"mode": mode}, privacy=CLIENT_LEVEL if private else {"mode": "none"}
+    )
+
+
+@pytest.mark.parametrize(("sites", "drawn"), [(3, None), (128, None), (129, 128), (300, 128), (9, 5), (9, 300)])
+def test_rounds_of_as_many_sites_as_a_secure_sum_is_over_are_taken(sites: int, drawn: int | None) -> None:
+    require_sums_come_about(summed_over(drawn), roster_of(sites))
+
+
+@pytest.mark.parametrize(
+    ("sites", "drawn", "words"),
+    [
+        (
+            129,
+            None,
+            "would ask 129 of the consortium's 129 sites, .* over 65 to 128: set .*sites_per_round: 128 or fewer",
+        ),
+        (300, 129, "would ask 129 of the consortium's 300 sites, .* over 128 to 128: set"),
+        (9, 4, "would ask 4 of the consortium's 9 sites, .* over 5 to 128: set .*sites_per_round: 5 or more"),
+        (2, None, "over 3 to 128: approve more sites first"),
+    ],
+)
+def test_rounds_of_more_or_fewer_sites_than_a_secure_sum_is_over_are_refused(
+    sites: int, drawn: int | None, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        require_sums_come_about(summed_over(drawn), roster_of(sites))
+
+
+def test_without_secure_sums_rounds_may_have_any_size() -> None:
+    require_sums_come_about(summed_over(None, mode="none", private=False), roster_of(300))
