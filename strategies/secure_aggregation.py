@@ -13,11 +13,14 @@ from flwr.app import Message
 
 from medfl.shared.algorithms.needs import SUM_ONLY, Demands, Needs
 from medfl.shared.errors import ConfigError
+from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.secagg.limits import LARGEST_COHORT
 from medfl.shared.secagg.roster import Roster
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.strategies.replies import as_reply
+
+_PRIVATE = "choose privacy mode dp-sgd or client-level"
 
 
 def require_sum_suffices(study: Study) -> None:
@@ -42,18 +45,29 @@ def require_sums_come_about(study: Study, roster: Roster) -> None:
     """Look whether a round of ``study`` asks as many sites of ``roster`` as a secure sum can be over.
 
     Raises:
-        ConfigError: it asks too many or too few; with what to set.
+        ConfigError: it asks too many or too few, or draws them where the sums are over those of the first round only;
+            with what to set.
     """
     if study.secure_aggregation.mode == "none":
         return
     sites, least = len(roster.members), roster.minimum_cohort
     asked = min(study.rounds.sites_per_round or sites, sites)
-    if least <= asked <= LARGEST_COHORT:
+    private = not isinstance(study.privacy, NoPrivacy)
+    if least <= asked <= LARGEST_COHORT and (private or asked == sites):
         return
+    if least <= asked <= LARGEST_COHORT:
+        # Sites scale their updates by one sum of weights; a second one would tell what the difference weighs.
+        raise ConfigError(
+            f"rounds.sites_per_round: draws {asked} of the consortium's {sites} sites, and without differential "
+            f"privacy secure sums are over sites of the first round only: {_PRIVATE}"
+            + (", or leave it out" if sites <= LARGEST_COHORT else "")
+        )
     if sites < least:
         way = "approve more sites first"
+    elif asked < least:
+        way = f"set rounds.sites_per_round: {least} or more"
     else:
-        way = f"set rounds.sites_per_round: {f'{least} or more' if asked < least else f'{LARGEST_COHORT} or fewer'}"
+        way = f"set rounds.sites_per_round: {LARGEST_COHORT} or fewer" + ("" if private else f", and {_PRIVATE}")
     raise ConfigError(
         f"a round would ask {asked} of the consortium's {sites} sites, and a secure sum is over {least} to "
         f"{LARGEST_COHORT}: {way}"

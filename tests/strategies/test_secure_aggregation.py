@@ -137,5 +137,22 @@ def test_rounds_of_more_or_fewer_sites_than_a_secure_sum_is_over_are_refused(
         require_sums_come_about(summed_over(drawn), roster_of(sites))
 
 
+@pytest.mark.parametrize(
+    ("sites", "drawn", "words"),
+    [
+        (9, 5, "draws 5 of the consortium's 9 sites, .* choose privacy mode dp-sgd or client-level, or leave it out$"),
+        (300, 128, "draws 128 of the consortium's 300 sites, .* choose privacy mode dp-sgd or client-level$"),
+        (129, None, "128 or fewer, and choose privacy mode dp-sgd or client-level$"),
+    ],
+)
+def test_without_differential_privacy_sites_are_not_drawn_for_secure_sums(
+    sites: int, drawn: int | None, words: str
+) -> None:
+    # The weights are summed once, over the first round's sites: of two draws too few are in both.
+    with pytest.raises(ConfigError, match=words):
+        require_sums_come_about(summed_over(drawn, private=False), roster_of(sites))
+
+
 def test_without_secure_sums_rounds_may_have_any_size() -> None:
-    require_sums_come_about(summed_over(None, mode="none", private=False), roster_of(300))
+    for drawn in (None, 2):
+        require_sums_come_about(summed_over(drawn, mode="none", private=False), roster_of(300))
