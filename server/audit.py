@@ -7,7 +7,8 @@ on the disk before anything goes out after it, and when :meth:`Audit.flush` has 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -66,14 +67,22 @@ class Audit:
         self._now(Event.STOPPED)
 
     def commanded(self, event: Event, study: str, name: str, *, by: str) -> None:
-        """A person has had a study submitted, stopped or resumed; ``by``: the account on this machine."""
-        self._now(event, study=study, name=name, by=by)
+        """A person has had a study submitted, stopped or resumed; ``by``: the account on this machine.
+
+        What the disk refuses is not done, but for a stop, which comes first: its row waits until there is space.
+        """
+        if event is not Event.TOLD_TO_STOP:
+            self._now(event, study=study, name=name, by=by)
+            return
+        with self._lock:
+            self._add(event, study=study, name=name, by=by)
+            self._write()
 
     def note_rosters(self, newest: int, at: Callable[[int], Membership | None]) -> None:
         """Which sites came, went or changed keys in rosters that the log does not tell of, up to epoch ``newest``."""
         before = at(self._roster_noted)
         known = {} if before is None else before.by_name
-        with self._lock:
+        with self._all_or_none():
             for epoch in range(self._roster_noted + 1, newest + 1):
                 if (roster := at(epoch)) is None:
                     continue
@@ -84,8 +93,7 @@ class Audit:
                         event = Event.REPLACED if name in known else Event.JOINED
                         self._add(event, site=name, key=site.fingerprint, epoch=epoch)
                 known = roster.by_name
-            self._write()
-            self._roster_noted = newest
+        self._roster_noted = newest
 
     def _look(self, row: Row) -> None:
         if row["event"] in (Event.JOINED, Event.REPLACED, Event.REVOKED):
@@ -101,10 +109,9 @@ class Audit:
 
     def leaves(self, messages: list[tuple[str, Passage, Content]]) -> None:
         """These are about to go to these sites."""
-        with self._lock:
+        with self._all_or_none():
             for site, passage, content in messages:
                 self._add(Event.OUT, site=site, bytes=content.bytes, sha256=content.sha256, **passage.fields())
-            self._write()
 
     def received(self, site: str, passage: Passage, answer: Answer, form: Form, content: Content | None) -> None:
         """``site`` has answered what ``passage`` is about. Durable after :meth:`flush`, or with the next other row."""
@@ -141,9 +148,23 @@ class Audit:
         self._chain.close()
 
     def _now(self, event: Event, **fields: str | int | None) -> None:
-        with self._lock:
+        with self._all_or_none():
             self._add(event, **fields)
-            self._write()
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """What is added inside is durable afterwards, or was never added: it was refused, or is tried again.
+
+        Rows that have waited since before stay in any case: what they tell of has happened.
+        """
+        with self._lock:
+            waited = len(self._waiting)
+            try:
+                yield
+                self._write()
+            except BaseException:
+                del self._waiting[waited:]
+                raise
 
     def _add(self, event: Event, **fields: str | int | None) -> None:
         known = {key: value for key, value in fields.items() if value is not None and value != ""}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +18,11 @@ import medfl.shared.environment  # noqa: F401 - before flwr
 # isort: split
 from flwr.app import Message, RecordDict
 
-from medfl.server.audit import Audit, seen_head
+from medfl.server.audit import Audit, Event, seen_head
 from medfl.server.audited_grid import AuditedGrid
 from medfl.server.cli import main
 from medfl.server.config import load_consortium
+from medfl.server.rosters import RosterFolder
 from medfl.shared import chain as chains
 from medfl.shared.audit_log import audit_file, inspected
 from medfl.shared.chain import Head, inspect
@@ -133,20 +136,68 @@ def test_a_reply_is_durable_at_the_next_pull_although_others_are_still_awaited(p
     assert len(rows(path)) == 2
 
 
-def test_nothing_goes_out_when_the_disk_refuses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = Watched(path, TrainReply(WEIGHTS, 3).record())
-
+@contextmanager
+def full_disk() -> Iterator[None]:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(chains, "write_whole", full)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chains, "write_whole", full)
+        yield
+
+
+def refused(work: Callable[[], object]) -> None:
     with pytest.raises(PolicyRefusal) as refusal:
-        watched.send(ModelRequest(STUDY, 1, WEIGHTS).record())
+        work()
     assert refusal.value.reason == "audit log unwritable"
+
+
+def test_nothing_goes_out_when_the_disk_refuses(path: Path) -> None:
+    watched = Watched(path, TrainReply(WEIGHTS, 3).record())
+    with full_disk():
+        refused(lambda: watched.send(ModelRequest(STUDY, 1, WEIGHTS).record()))
     assert watched.inner.asked == []
-    monkeypatch.undo()
-    watched.send(ModelRequest(STUDY, 1, WEIGHTS).record())  # space was made: what could not be written comes first
-    assert [row["event"] for row in rows(path)] == ["out", "out"]
+    watched.send(ModelRequest(STUDY, 1, WEIGHTS).record())  # space was made
+    assert [row["event"] for row in rows(path)] == ["out"]  # what did not leave is not told of
+
+
+def test_a_command_that_was_refused_for_want_of_space_is_not_told_of_later(path: Path) -> None:
+    audit = Audit(path)
+    with full_disk():
+        refused(lambda: audit.commanded(Event.SUBMITTED, STUDY, "lungs", by="alice"))
+    audit.started(release="1", configuration="ab" * 32)
+    assert [row["event"] for row in rows(path)] == ["started"]
+
+
+def test_a_stop_comes_first_and_is_told_of_once_there_is_space(path: Path) -> None:
+    audit = Audit(path)
+    with full_disk():
+        refused(lambda: audit.commanded(Event.TOLD_TO_STOP, STUDY, "lungs", by="alice"))
+    audit.flush()
+    assert [row["event"] for row in rows(path)] == ["study told to stop"]
+
+
+def test_who_was_approved_stands_in_the_log_once_however_often_the_disk_refused(tmp_path: Path, path: Path) -> None:
+    found_consortium_folder(tmp_path)
+    rosters = RosterFolder.of(load_consortium(tmp_path / "fl" / "consortium.yaml"))
+    audit = Audit(path)
+    with full_disk():
+        for _ in range(3):
+            refused(lambda: audit.note_rosters(rosters.newest_epoch, rosters.at))
+    audit.note_rosters(rosters.newest_epoch, rosters.at)
+    audit.note_rosters(rosters.newest_epoch, rosters.at)
+    told = [(row["event"], row["site"]) for row in rows(path)]
+    assert told == [("site approved", name) for name in ("north", "south", "west")]
+
+
+def test_what_came_in_is_kept_until_there_is_space(path: Path) -> None:
+    audit = Audit(path)
+    audit.received("north", Passage("train", STUDY, 1), Answer("trained"), Form.CLEAR, Content(10, "ef" * 32))
+    with full_disk():
+        refused(audit.flush)
+        refused(audit.stopped)
+    audit.flush()
+    assert [row["event"] for row in rows(path)] == ["in"]
 
 
 def test_what_the_coordinator_does_itself_stands_in_the_log(path: Path) -> None:
