@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from medfl.shared.files import PRIVATE_FILE, private_folder, sync_folder, write_
 
 Row = dict[str, Any]
 GENESIS = "0" * 64
+_DIGEST_BYTES = 32  # SHA-256
 MAX_ROW_BYTES = 64 * 1024
 _LOOKS, _LOOK_AGAIN_S = 50, 0.02  # at a chain that another process is writing: a row takes some 20 ms
 
@@ -67,12 +68,13 @@ def inspect(path: Path) -> Inspection:
         OSError: the files cannot be read.
     """
     for _ in range(_LOOKS):
+        rows: list[Row] = []
         announcement = _bytes_of(_announcement_of(path))
-        found = _examine(_bytes_of(path) or b"", announcement, _announcement_of(path).name)
+        found = _examine(path, announcement, see=rows.append)
         if found.problem is None or announcement == _bytes_of(_announcement_of(path)):
             break
         time.sleep(_LOOK_AGAIN_S)  # a row was written meanwhile: the two files were not of one moment
-    return Inspection([*found.rows, *found.pending], found.problem)
+    return Inspection([*rows, *found.pending], found.problem)
 
 
 class Chain:
@@ -92,12 +94,15 @@ class Chain:
         keep_rows: bool = True,
         look: Callable[[Row], None] = lambda row: None,
     ) -> None:
-        """``look`` is shown each row: those that are there, and every new one once it is durable."""
+        """``look`` is shown each row: those that are there, and every new one once it is durable.
+
+        It sees rows of a damaged chain too, before the damage is found and nothing comes of the chain.
+        """
         self._path, self._role, self._clock = path, role, clock
         self._announcement = _announcement_of(path)
         self.rows: list[Row] = []  # empty for whom only writes: a log of years need not be in memory
         self._keep_rows, self._look = keep_rows, look
-        self._digests: list[str] = []
+        self._digests = bytearray()  # of all rows, one after the other
         self._latest = ""  # time of the last row
         self._usable = True
         try:
@@ -122,13 +127,13 @@ class Chain:
     @property
     def head(self) -> Head:
         """Of the rows that are durable now."""
-        return Head(len(self._digests), self._digests[-1] if self._digests else GENESIS)
+        return Head(len(self._digests) // _DIGEST_BYTES, self._digests[-_DIGEST_BYTES:].hex() or GENESIS)
 
     def holds(self, head: Head) -> bool:
         """Whether this chain is ``head``'s chain or an extension of it."""
         if head.rows == 0:
             return head.digest == GENESIS
-        return head.rows <= len(self._digests) and self._digests[head.rows - 1] == head.digest
+        return head.rows <= self.head.rows and _digest_at(self._digests, head.rows) == head.digest
 
     def append(self, body: Mapping[str, Any]) -> Row:
         """Add a row and return it once it is durable. Times never run backwards along the chain.
@@ -193,23 +198,25 @@ class Chain:
     def _take(self, rows: Sequence[Row]) -> None:
         """Count ``rows``, which are durable."""
         for row in rows:
-            self._digests.append(row["hash"])
-            self._latest = row["time"]
-            self._look(row)
+            self._digests += bytes.fromhex(row["hash"])
+            self._see(row)
+
+    def _see(self, row: Row) -> None:
+        self._latest = row["time"]
+        self._look(row)
         if self._keep_rows:
-            self.rows += rows
+            self.rows.append(row)
 
     def _load(self) -> None:
-        content = self._path.read_bytes()
-        found = _examine(content, _bytes_of(self._announcement), self._announcement.name)
+        found = _examine(self._path, _bytes_of(self._announcement), see=self._see)
         if found.problem is not None:
             raise PolicyRefusal(
                 f"{self._path}: {found.problem}. {self._role.when_damaged}", reason=f"{self._role.name} damaged"
             )
-        self._take(found.rows)
+        self._digests = found.digests
         if found.pending:
             try:
-                os.ftruncate(self._file, content.rfind(b"\n") + 1)
+                os.ftruncate(self._file, found.whole_bytes)
                 self._write(b"".join(map(_line, found.pending)))
             except OSError as error:
                 raise self._unwritable(error) from None
@@ -226,49 +233,72 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class _Examined:
-    rows: list[Row]
+    digests: bytearray  # of the rows up to the first damage
+    whole_bytes: int = 0  # of the file: as far as its last whole row
     pending: Sequence[Row] = ()  # announced, and not wholly in the file yet
     problem: str | None = None
 
 
-def _examine(content: bytes, announcement: bytes | None, announced_in: str) -> _Examined:
-    """The rows of ``content``, the chain's file, held against its announcement."""
-    *lines, torn = content.split(b"\n")
-    rows: list[Row] = []
-    last = GENESIS
-    for number, line in enumerate(lines, start=1):
+def _examine(path: Path, announcement: bytes | None, *, see: Callable[[Row], None]) -> _Examined:
+    """Hold the chain's file against its announcement; ``see`` is shown each row up to the first damage.
+
+    One row at a time is in memory: a log of years is larger than the memory of some machines.
+    """
+    digests, whole, torn = bytearray(), 0, b""
+    last, number = GENESIS, 0
+    for line in _lines(path):
+        if not line.endswith(b"\n"):
+            torn = line
+            break
+        number += 1
         row = _parsed(line)
         if row is None or row.get("row") != number or row.get("hash") != _digest(row):
-            return _Examined(rows, problem=f"row {number} is not as it was written")
+            return _Examined(digests, problem=f"row {number} is not as it was written")
         if row.get("previous") != last:
             return _Examined(
-                rows,
+                digests,
                 problem=f"row {number} does not follow row {number - 1}: a row was changed, removed or inserted",
             )
-        rows.append(row)
         last = row["hash"]
+        digests += bytes.fromhex(last)
+        whole += len(line)
+        see(row)
+    announced_in = _announcement_of(path).name
     if announcement is None:
         missing = f"{announced_in} is missing, so lost rows could not be noticed"
-        return _Examined(rows, problem=missing if content else None)
+        return _Examined(digests, problem=missing if number or torn else None)
     announced = _announced(announcement)
     if announced is None:
-        return _Examined(rows, problem=f"{announced_in} is not as it was written")
+        return _Examined(digests, problem=f"{announced_in} is not as it was written")
     begins, ends = announced[0]["row"], announced[-1]["row"]
-    if not begins <= len(rows) + 1 <= ends + 1 or not _continues(rows, announced):
-        return _Examined(rows, problem=f"it has {len(rows)} whole rows, and row {ends} was written last")
-    pending = announced[len(rows) + 1 - begins :]
+    if not begins <= number + 1 <= ends + 1 or not _continues(digests, announced):
+        return _Examined(digests, problem=f"it has {number} whole rows, and row {ends} was written last")
+    pending = announced[number + 1 - begins :]
     if not pending:
-        return _Examined(rows, problem=f"row {len(rows) + 1} is torn and was never announced" if torn else None)
+        return _Examined(digests, problem=f"row {number + 1} is torn and was never announced" if torn else None)
     if not _line(pending[0]).startswith(torn):
-        return _Examined(rows, problem=f"row {len(rows) + 1} is torn and differs from its announcement")
-    return _Examined(rows, pending)
+        return _Examined(digests, problem=f"row {number + 1} is torn and differs from its announcement")
+    return _Examined(digests, whole, pending)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines that a file has now, with their ends; what is appended meanwhile is left for the next look."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        left = os.fstat(file.fileno()).st_size
+        while line := file.readline(left):
+            left -= len(line)
+            yield line
 
 
 def _announced(announcement: bytes) -> list[Row] | None:
     """The consecutive rows of an announcement, or None where it is not as it was written."""
     rows: list[Row] = []
     for line in announcement.removesuffix(b"\n").split(b"\n"):
-        row = _parsed(line)
+        row = _parsed(line + b"\n")
         if row is None or row.get("hash") != _digest(row) or not isinstance(row.get("row"), int):
             return None
         if rows and (row["row"], row["previous"]) != (rows[-1]["row"] + 1, rows[-1]["hash"]):
@@ -277,12 +307,19 @@ def _announced(announcement: bytes) -> list[Row] | None:
     return rows
 
 
-def _continues(rows: Sequence[Row], announced: Sequence[Row]) -> bool:
-    """Whether ``announced`` follow ``rows``, or are the last of them."""
+def _continues(digests: bytearray, announced: Sequence[Row]) -> bool:
+    """Whether ``announced`` follow the rows of ``digests``, or are the last of them."""
     begins = announced[0]["row"]
-    both = zip(rows[begins - 1 :], announced, strict=False)
-    before = rows[begins - 2]["hash"] if begins > 1 else GENESIS
-    return bool(before == announced[0]["previous"]) and all(row["hash"] == same["hash"] for row, same in both)
+    held = [_digest_at(digests, number) for number in range(begins, len(digests) // _DIGEST_BYTES + 1)]
+    before = _digest_at(digests, begins - 1) if begins > 1 else GENESIS
+    return before == announced[0]["previous"] and all(
+        digest == row["hash"] for digest, row in zip(held, announced, strict=False)
+    )
+
+
+def _digest_at(digests: bytearray, number: int) -> str:
+    """Hash of row ``number``, counted from 1; empty where there is none."""
+    return digests[(number - 1) * _DIGEST_BYTES : number * _DIGEST_BYTES].hex()
 
 
 def _announcement_of(path: Path) -> Path:
@@ -310,4 +347,4 @@ def _parsed(line: bytes) -> Row | None:
     except ValueError:
         return None
     # A row that parses to the same content but other bytes was edited too.
-    return row if isinstance(row, dict) and _line(row) == line + b"\n" else None
+    return row if isinstance(row, dict) and _line(row) == line else None

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -205,6 +206,7 @@ def test_an_older_head_is_held_and_a_foreign_or_newer_one_is_not(path: Path) -> 
     assert all(chain.holds(head) for head in heads)
     assert not chain.holds(Head(1, heads[2].digest))
     assert not chain.holds(Head(3, heads[2].digest))
+    assert not chain.holds(Head(3, ""))
     assert not chain.holds(Head(0, heads[2].digest))
 
 
@@ -260,6 +262,40 @@ def test_a_chain_that_keeps_no_rows_goes_on_and_knows_its_older_heads(path: Path
     assert all(chain.holds(head) for head in heads)
     chain.close()
     assert values(path) == [0, 1, 2, 3]
+
+
+def test_opening_and_examining_a_long_chain_takes_little_memory(path: Path) -> None:
+    chain = Chain(path, LOG, keep_rows=False)
+    chain.append_all([{"value": "x" * 1000}] * 2000)
+    chain.append({"value": 0})
+    chain.close()
+    seen: list[int] = []
+    tracemalloc.start()
+    try:
+        Chain(path, LOG, keep_rows=False, look=lambda row: seen.append(row["row"])).close()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert seen == list(range(1, 2002))
+    assert peak < path.stat().st_size / 8  # 2.3 MB; of each row 32 bytes stay
+
+
+def test_an_inspection_is_of_one_moment_although_rows_are_written_while_it_reads(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(path)
+    writer, parse = Chain(path, LOG), chains._parsed
+
+    def slow(line: bytes) -> chains.Row | None:
+        if writer.head.rows < 20:
+            writer.append({"value": writer.head.rows})
+        return parse(line)
+
+    monkeypatch.setattr(chains, "_parsed", slow)
+    monkeypatch.setattr(chains, "_LOOKS", 1)
+    found = inspect(path)
+    writer.close()
+    assert (found.problem, found.head.rows) == (None, 3)
 
 
 def test_a_row_and_its_announcement_are_fsynced_whole_before_appending_returns(
