@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from medfl.shared.config import LocalPath, LocalPort, Settings, load_settings
+from medfl.shared.config import Host, LocalPath, LocalPort, Settings, load_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.study import Name
 
@@ -16,7 +16,7 @@ from medfl.shared.study import Name
 class Listen(Settings):
     """The one address that sites dial."""
 
-    host: str = "0.0.0.0"  # noqa: S104 - hospitals dial in from outside; TLS and client certificates guard it
+    host: Host = "0.0.0.0"  # noqa: S104 - hospitals dial in from outside; TLS and client certificates guard it
     port: int = Field(default=9443, ge=0, le=65535)
     max_body_mb: float = Field(default=16.0, gt=0, le=1024)  # one request; models travel in pieces of 5 MiB
 

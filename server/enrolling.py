@@ -17,8 +17,8 @@ from cryptography import x509
 from pydantic import ValidationError
 
 from medfl.server.config import ConsortiumSettings
-from medfl.server.founding import address
 from medfl.server.rosters import RosterFolder
+from medfl.shared.addresses import address
 from medfl.shared.certificates import (
     Authority,
     common_name,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from medfl.shared.addresses import address
 from medfl.shared.certificates import create_authority, issue_server_certificate, revocation_list
 from medfl.shared.consortium import Membership, consortium_fingerprint
 from medfl.shared.errors import ConfigError
@@ -76,11 +77,7 @@ def found(
     write_new(folder / "roster" / "1.json", first.signed(load_signing_key(folder)).to_bytes(), mode=PUBLIC_FILE)
     private_folder(folder / "certificates")
     # Last: a folder with a configuration is a whole one.
-    config = _CONFIG.format(name=name, listen=listen, port=port)
+    quoted = f'"{listen}"' if ":" in listen else listen  # YAML does not take ::1 for text
+    config = _CONFIG.format(name=name, listen=quoted, port=port)
     write_whole(folder / "consortium.yaml", config.encode(), mode=PUBLIC_FILE)
     return consortium_fingerprint(authority.certificate, public)
-
-
-def address(host: str, port: int) -> str:
-    """``host:port``, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
+from medfl.shared.addresses import without_brackets
 from medfl.shared.errors import ConfigError
 
 
@@ -42,10 +43,14 @@ LocalPath = Annotated[Path, AfterValidator(_from_the_files_folder)]
 """A path that, when relative, counts from the folder of the configuration file; ``$NAME`` and ``~`` are expanded."""
 
 
+Host = Annotated[str, AfterValidator(without_brackets)]
+"""A name or an address to listen on; an IPv6 address with or without brackets."""
+
+
 class LocalPort(Settings):
     """Where a service for this machine listens: on loopback unless told otherwise, without authentication."""
 
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: int = Field(ge=0, le=65535)
 
 

@@ -8,6 +8,7 @@ from typing import Literal, Self
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from medfl.shared.addresses import address
 from medfl.shared.errors import NetworkError
 
 
@@ -32,7 +33,7 @@ class Health:
     def __enter__(self) -> Self:
         """Listen."""
         try:
-            self.port = self._server.add_insecure_port(f"{self._host}:{self.port}")
+            self.port = self._server.add_insecure_port(address(self._host, self.port))
         except RuntimeError:
             raise NetworkError(f"health: cannot listen on {self._host} port {self.port}: choose another port") from None
         self._server.start()

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from tiny import classes_study, masks_study
 
 from medfl.server.cli import main
-from medfl.server.config import ConsortiumSettings
+from medfl.server.config import ConsortiumSettings, load_consortium
 from medfl.server.coordinator import link_settings
 from medfl.server.enrolling import Registrar
 from medfl.server.founding import found
@@ -68,6 +68,12 @@ def test_what_cannot_name_or_reach_a_consortium_is_refused_before_anything_is_ma
     with pytest.raises(ConfigError, match=words):
         found(tmp_path / folder, hosts=[host], port=port)
     assert not (tmp_path / folder).exists()
+
+
+@pytest.mark.parametrize("listen", ["::1", "::", "[::1]", "10.0.0.7"])
+def test_a_consortium_that_listens_on_any_address_has_a_configuration_that_loads(tmp_path: Path, listen: str) -> None:
+    found(tmp_path / "fl", hosts=["fl.example.org"], port=9443, listen=listen)
+    assert load_consortium(tmp_path / "fl" / "consortium.yaml").listen.host == listen.strip("[]")
 
 
 def test_check_tells_the_digest_that_sites_approve_and_every_fingerprint_that_is_read_over_the_telephone(
