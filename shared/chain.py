@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from medfl.shared.errors import PolicyRefusal
+from medfl.shared.errors import DiskRefusal, PolicyRefusal
 from medfl.shared.files import PRIVATE_FILE, private_folder, sync_folder, write_whole
 
 Row = dict[str, Any]
@@ -82,7 +82,8 @@ class Chain:
 
     Raises:
         PolicyRefusal: reason ``ROLE busy`` when another process holds it, ``ROLE damaged`` when a row is not as
-            it was written, ``ROLE unwritable`` when the disk refuses.
+            it was written.
+        DiskRefusal: reason ``ROLE unwritable``.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Chain:
         """Add a row and return it once it is durable. Times never run backwards along the chain.
 
         Raises:
-            PolicyRefusal: reason ``ROLE unwritable``; no row was lost, and this one counts as not written.
+            DiskRefusal: reason ``ROLE unwritable``; no row was lost, and this one counts as not written.
         """
         return self.append_all([body])[0]
 
@@ -222,9 +223,9 @@ class Chain:
                 raise self._unwritable(error) from None
             self._take(found.pending)
 
-    def _unwritable(self, error: OSError) -> PolicyRefusal:
+    def _unwritable(self, error: OSError) -> DiskRefusal:
         why = error.strerror or str(error)
-        return PolicyRefusal(
+        return DiskRefusal(
             f"{self._path} cannot be written ({why}): free disk space or repair permissions. "
             "No row was lost, nothing released",
             reason=f"{self._role.name} unwritable",

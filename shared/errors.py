@@ -55,6 +55,15 @@ class PolicyRefusal(MedFLError):
     exit_status = 3
 
 
+class DiskRefusal(PolicyRefusal):
+    """What has to be on the disk before anything may happen cannot be written. It passes when there is space again.
+
+    To the other side a refusal as any other; its exit status is that of what a service manager tries again.
+    """
+
+    exit_status = 1
+
+
 class DataError(MedFLError):
     """Images, labels or splits cannot be used as they are. Never carries a patient or a file name."""
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from medfl.shared.errors import ConfigError, DataError, DiskRefusal, MedFLError, NetworkError, PolicyRefusal
+
 ROOT = Path(__file__).resolve().parents[1]
 UNITS = ("medfl-client@.service", "medfl-server.service")
 
@@ -43,9 +45,11 @@ def test_a_unit_exposes_little(name: str, tmp_path: Path) -> None:
 def test_a_unit_does_not_restart_what_only_a_person_can_mend(name: str) -> None:
     text = (ROOT / "configs" / name).read_text("utf-8")
     (statuses,) = re.findall(r"^RestartPreventExitStatus=(.*)$", text, re.MULTILINE)
-    assert "2" in statuses.split()  # configuration: see shared/errors.py
-    assert "1" not in statuses.split()
-    assert "5" not in statuses.split()
+    mended = {error.exit_status for error in (ConfigError, PolicyRefusal, DataError)}
+    assert set(map(int, statuses.split())) == mended
+    assert not mended & {error.exit_status for error in (MedFLError, DiskRefusal, NetworkError)}
+    told = (ROOT / "docs" / "operations.md").read_text("utf-8").partition("must mend is not restarted**")[2]
+    assert set(map(int, re.findall(r"(\d) \(", told.partition(". ")[0]))) == mended
 
 
 def test_the_consortium_lies_where_its_coordinator_may_write() -> None:

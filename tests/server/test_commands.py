@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from medfl.server.enrolling import Registrar
 from medfl.server.founding import found
 from medfl.server.rosters import RosterFolder
 from medfl.server.submission import initial_of, listed_studies
+from medfl.shared import chain as chains
 from medfl.shared.algorithms.travel import build_study_network
+from medfl.shared.audit_log import audit_file
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.initial_weights import digest_of
@@ -147,6 +150,23 @@ def test_what_is_wrong_ends_with_status_two_and_a_line_that_names_it(
     assert status == 2, err
     assert words in err
     assert all(line.startswith("medfl-server: ") for line in err.splitlines())
+
+
+def test_a_full_disk_ends_the_coordinator_with_a_status_that_is_tried_again_and_a_damaged_audit_log_does_not(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config(root).write_text(config(root).read_text().replace("host: 0.0.0.0, port: 9443", "host: 127.0.0.1, port: 0"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chains, "write_whole", full)
+        status, err = status_and_words(["--config", str(config(root))], capsys)
+    assert (status, "No space left on device" in err) == (1, True)
+    audit_file(root / "fl" / "state").write_text("nonsense\n")
+    status, err = status_and_words(["--config", str(config(root))], capsys)
+    assert (status, "row 1 is not as it was written" in err) == (3, True)
 
 
 def test_without_a_study_there_is_nothing_to_do(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
