@@ -18,9 +18,14 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 # Gaussians added up for one sample: one alone can be inverted from its low bits. The four go, with other signs, into
-# three more samples (an orthogonal mixture, so the samples stay independent); the low bits that are left after that
-# are cut off by :func:`noisy`. Source: Holohan & Braghin 2021, https://arxiv.org/abs/2107.10138, section 5.
+# three more samples (an orthogonal mixture, so the samples stay independent). Source: Holohan & Braghin 2021,
+# https://arxiv.org/abs/2107.10138, section 5. Who knows all four samples can undo the mixture: what the low bits of
+# lengths and angles are, :func:`noisy` hides.
 SUMMED = 4
+
+# Releases are multiples of about scale / 2^12, a thousand times the distance of two angles: with 2^20 the angles of
+# 65,536 samples together could be seen, and so whether the sum before the noise was the one that was guessed.
+GRID_BITS = 12
 
 _CHUNK = 16384  # samples made at once are SUMMED times this: fewer calls, and the working set stays in the caches
 
@@ -94,7 +99,7 @@ class SecureGenerator:
         """Fresh normals for ``out`` (SUMMED, _CHUNK): Box-Muller makes two from each length and angle; four are mixed.
 
         Lengths have 52 random bits and double precision, and so do the samples. Angles have 24 bits: they place a
-        sample to about 2^-22, and the three others that are mixed with it, and the grid of :func:`noisy`, cover that.
+        sample to about 2^-22, which the grid of :func:`noisy` covers.
         """
         self._stream.update_into(self._zeros, self._block)
         words = np.frombuffer(self._block, dtype=np.uint64, count=2 * _CHUNK).reshape(2, _CHUNK)
@@ -156,12 +161,12 @@ def noisy(
 ) -> torch.Tensor:
     """(``total`` plus Gaussian noise of standard deviation ``scale``) / ``divisor``, in the type of ``total``.
 
-    The sum is formed in float64 and rounded to multiples of about ``scale`` / 2^20. On this grid, outputs no longer
+    The sum is formed in float64 and rounded to multiples of about ``scale`` / 2^12. On this grid, outputs no longer
     show which floating-point numbers the sum before the noise could have been (Mironov 2012,
-    https://doi.org/10.1145/2382196.2382264); the rounding adds 1e-13 of the noise's variance. ``in_place`` writes over
+    https://doi.org/10.1145/2382196.2382264); the rounding adds 5e-9 of the noise's variance. ``in_place`` writes over
     ``total``, which must lie in one piece: nothing without noise is left then.
     """
-    grid = 2.0 ** (math.floor(math.log2(scale)) - 20)  # a power of two: scaling by it is exact
+    grid = 2.0 ** (math.floor(math.log2(scale)) - GRID_BITS)  # a power of two: scaling by it is exact
     flat = total.detach().view(-1) if in_place else total.detach().reshape(-1)
     out = flat if in_place else torch.empty_like(flat)
     # In pieces that stay in the cache; on another device in one piece, because each costs a transfer.

@@ -128,7 +128,7 @@ class NoNoise:
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 1.0, 700.0])
 def test_releases_lie_on_a_coarse_grid(scale: float) -> None:
     released = noisy(torch.randn(1000, dtype=torch.float64), scale, SecureGenerator()).numpy()
-    grid = 2.0 ** (np.floor(np.log2(scale)) - 20)
+    grid = 2.0 ** (np.floor(np.log2(scale)) - 12)
     assert (released / grid == np.round(released / grid)).all()
     assert len(np.unique(released)) > 900
 
@@ -149,7 +149,37 @@ def test_in_place_nothing_is_left_of_the_sum_without_noise() -> None:
 
 
 def test_two_sums_closer_than_the_grid_cannot_be_told_apart() -> None:
-    # The grid for scale 1 is 2^-20, about 1e-6.
+    # The grid for scale 1 is 2^-12, about 2.4e-4.
     a = noisy(torch.tensor([0.25], dtype=torch.float64), 1.0, NoNoise())  # type: ignore[arg-type]
     b = noisy(torch.tensor([0.25 + 1e-9], dtype=torch.float64), 1.0, NoNoise())  # type: ignore[arg-type]
     assert torch.equal(a, b)
+
+
+def angles_show(noise: torch.Tensor, *, blur: float) -> float:
+    """How far the angles of the pairs behind ``noise`` lie on the lattice of float32, in standard deviations.
+
+    Undoes the mixture of each block of four times 16,384 samples; ``blur`` is the standard deviation of what was
+    rounded away. Beyond 2 and up to pi, float32 numbers are 2^-22 apart.
+    """
+    samples = noise.numpy().reshape(SUMMED, -1)
+    sums, shifted = (samples[:2] + samples[2:]) / 2, (samples[:2] - samples[2:]) / 2
+    cosines = np.stack([sums[0] + sums[1], sums[0] - sums[1]])
+    sines = np.roll(np.stack([shifted[0] + shifted[1], shifted[0] - shifted[1]]), -1, axis=1)
+    lengths, angles = np.hypot(cosines, sines), np.abs(np.arctan2(sines, cosines))
+    seen = (angles > 2) & (lengths > 1)
+    weights = np.exp(-2 * np.pi**2 * (blur * 2.0**22 / lengths[seen]) ** 2)
+    waves = np.cos(2 * np.pi * angles[seen] * 2.0**22)
+    return float((weights * waves).sum() / np.sqrt((weights**2).sum() / 2))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.99])
+def test_who_undoes_the_mixture_of_a_release_finds_no_lattice_of_angles(scale: float) -> None:
+    generator, count = SecureGenerator(), SUMMED * 16384
+    assert angles_show(generator.normal(count), blur=1e-9) > 50  # before the grid they are plain to see
+    fine = 2.0 ** (np.floor(np.log2(scale)) - 20)
+    rounded = (generator.normal(count) * scale / fine).round() * fine / scale
+    assert scale == 1.0 or angles_show(rounded, blur=float(fine / scale) * 12**-0.5) > 8  # 2^-20 would not do
+
+    released = [noisy(torch.zeros(count, dtype=torch.float64), scale, generator) / scale for _ in range(20)]
+    found = [angles_show(one, blur=1e-7) for one in released]  # as if less were rounded away than is
+    assert abs(np.mean(found)) < 4 / np.sqrt(20)
