@@ -34,8 +34,11 @@ class Participant:
         self._hold(study, Purpose.SETUP, NO_MODEL, parsed, weight=weight)
         return Ready()
 
-    def hold_update(self, study: Study, request: ModelRequest, result: TrainReply) -> Ready:
-        """Hold a trained update. Under differential privacy every site weighs the same; nothing exact goes along."""
+    def hold_update(self, study: Study, request: ModelRequest, result: TrainReply, *, sent: str) -> Ready:
+        """Hold a trained update. Under differential privacy every site weighs the same; nothing exact goes along.
+
+        ``sent``: digest of the whole vector that was received, of which ``request`` holds the model.
+        """
         parsed = Encoding.parse(request.encoding)
         plain = isinstance(study.privacy, NoPrivacy)
         names = (LOSS, EXAMPLES) if plain else tuple(result.tally)
@@ -49,6 +52,8 @@ class Participant:
                 weight=result.examples if plain else 1,
                 vector=result.update,
                 scalars={name: result.tally[name] for name in names},
+                training=request.round,
+                sent=bytes.fromhex(sent),
             )
         )
         return Ready()
@@ -59,7 +64,8 @@ class Participant:
         names = tally_names(study.scoring, study.data.classes)
         _expect(parsed, ring=Ring.BITS_32, names=names, length=0)
         model = bytes.fromhex(weights_digest(request.weights))
-        self._hold(study, Purpose.EVALUATE, model, parsed, weight=1, scalars={name: tally[name] for name in names})
+        scores = {name: tally[name] for name in names}
+        self._hold(study, Purpose.EVALUATE, model, parsed, weight=1, scalars=scores, training=request.round)
         return Ready()
 
     def _hold(
@@ -71,9 +77,12 @@ class Participant:
         *,
         weight: int,
         scalars: Tally | None = None,
+        training: int = 0,
     ) -> None:
         digest = bytes.fromhex(study.digest)
-        self.secure.hold(Contribution(digest, purpose, model, encoding, weight, scalars=scalars or {}))
+        self.secure.hold(
+            Contribution(digest, purpose, model, encoding, weight, scalars=scalars or {}, training=training, sent=model)
+        )
 
 
 def _expect(encoding: Encoding, *, ring: Ring, names: tuple[str, ...], length: int) -> None:

@@ -146,8 +146,8 @@ class Site:
         study, bench = self._open(request)
         beside = study.demands.beside
         weights, shared = bench.parts(request.weights, beside.down(bench.layout.length))
-        survivors = self._survivors(study)
-        asked = f"{request.round}/{weights_digest(request.weights)}"
+        survivors, sent = self._survivors(study), weights_digest(request.weights)
+        asked = f"{request.round}/{sent}"
         if survivors:  # an answer with noise for more of them than are sure now is none
             asked += f"/{survivors}"
         result = self._records.answer(study.digest, asked)
@@ -168,7 +168,8 @@ class Site:
             self._records.keep_answer(study.digest, asked, result)
         self._permit_release(study)
         if study.secure_aggregation.mode != "none":
-            return self._require_participant().hold_update(study, replace(request, weights=weights), result)
+            model = replace(request, weights=weights)
+            return self._require_participant().hold_update(study, model, result, sent=sent)
         return result if self._releases(study) else replace(result, tally={})
 
     def _between_batches(self, study: Study, work: Work) -> Callable[[int, int], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flwr.app import Message
 
@@ -17,7 +17,9 @@ from medfl.server.secagg.round import summed
 from medfl.server.secure_exchange import GridExchange
 from medfl.server.stage import Stages
 from medfl.server.weight_sum import SecureParts, WeightSum, is_ready
+from medfl.shared.arrays import as_numpy
 from medfl.shared.messages import (
+    TENSOR,
     EvaluateReply,
     Kind,
     Ready,
@@ -73,6 +75,7 @@ class SecureCollector:
         encoding = self._train_encoding(reference)
         config = request_config(self._study.digest, number, encoding=encoding.to_bytes())
         messages = [message for message in configure(config) if message.metadata.dst_node_id in counted]
+        sent = self._sent(messages, weights)
         self._stages.run(number, "training", messages, cohort, collected.outcomes, take=is_ready, quorum=quorum)
         ready = {node: site for node, site in cohort.items() if collected.outcomes.get(site) == TRAINED}
         if len(ready) < max(quorum, self._roster.minimum_cohort):
@@ -80,7 +83,7 @@ class SecureCollector:
             return collected
         self._stages.reporter.stage(number, "secure sum", [], list(ready.values()))
         try:
-            total = self._summed(self._plan(Purpose.TRAIN, encoding, weights, ready), ready)
+            total = self._summed(self._plan(Purpose.TRAIN, encoding, weights, ready, number, sent), ready)
         except SumVoid as void:
             self._stages.void("round %d: %s", number, void)
             collected.outcomes |= self._words(void, ready)
@@ -112,7 +115,7 @@ class SecureCollector:
         if len(ready) < self._roster.minimum_cohort:
             return Evaluated({}, by_site, missed=True)
         try:
-            plan = self._plan(Purpose.EVALUATE, encoding, weights, ready)
+            plan = self._plan(Purpose.EVALUATE, encoding, weights, ready, number)
             total = self._summed(plan, ready)
         except SumVoid as void:
             self._stages.void("scores of round %d were not summed: %s", number, void)
@@ -192,9 +195,25 @@ class SecureCollector:
         able = {node: site for node, site in cohort.items() if site in chosen.sites}
         return able, {site: UNCONFIRMED for site in cohort.values() if site not in chosen.sites}
 
-    def _plan(self, purpose: Purpose, encoding: Encoding, weights: Flat, cohort: Mapping[int, str]) -> SumPlan:
-        model = bytes.fromhex(weights_digest(weights))
-        return SumPlan(bytes.fromhex(self._study.digest), purpose, self._site_ids(cohort), encoding, model)
+    def _plan(
+        self,
+        purpose: Purpose,
+        encoding: Encoding,
+        weights: Flat,
+        cohort: Mapping[int, str],
+        number: int,
+        sent: bytes | None = None,
+    ) -> SumPlan:
+        """``sent``: digest of the whole vector; absent where it was the model alone."""
+        study, model = bytes.fromhex(self._study.digest), bytes.fromhex(weights_digest(weights))
+        return SumPlan(study, purpose, self._site_ids(cohort), encoding, model, number, sent or model)
+
+    def _sent(self, messages: Sequence[Message], weights: Flat) -> bytes | None:
+        """Digest of the vector in ``messages``, the same in all; None where it is the model alone."""
+        if not messages or not self._demands.beside.down(weights.size):
+            return None
+        (arrays,) = messages[0].content.array_records.values()
+        return bytes.fromhex(weights_digest(as_numpy(arrays[TENSOR])))
 
     def _site_ids(self, cohort: Mapping[int, str]) -> tuple[int, ...]:
         return tuple(sorted(self._ids[site] for site in cohort.values() if site in self._ids))

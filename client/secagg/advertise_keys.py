@@ -12,6 +12,7 @@ from medfl.client.secagg.enrolment import Enrolment, other_roster
 from medfl.client.secagg.journal import History
 from medfl.shared.errors import PolicyRefusal, ProtocolError
 from medfl.shared.secagg.announcement import Announcement, Purpose
+from medfl.shared.secagg.hashing import DIGEST_BYTES
 from medfl.shared.secagg.limits import LARGEST_COHORT, threshold_of
 from medfl.shared.secagg.messages import Advert
 from medfl.shared.secagg.reasons import Reason
@@ -76,6 +77,12 @@ def _check_cohort(announcement: Announcement, enrolment: Enrolment) -> None:
 def _check_content(announcement: Announcement, contribution: Contribution) -> None:
     if announcement.model != contribution.model:
         raise ProtocolError("the sum is about another model than the one trained here", reason=Reason.OTHER_MODEL)
+    if (announcement.training, announcement.sent) != (contribution.training, contribution.sent):
+        raise ProtocolError(
+            "the sum is about another question than the one asked here: another round, or another vector beside the "
+            "model. Sites that are asked different things could be told apart in their sum",
+            reason=Reason.OTHER_MODEL,
+        )
     encoding = contribution.encoding
     if (announcement.encoding, announcement.ring, announcement.length) != (
         encoding.digest,
@@ -106,32 +113,34 @@ def _check_history(
             reason=Reason.WEIGHT_ROSE,
         )
     must_survive: set[int] = set()
-    for earlier in history.same_model:
+    for earlier in history.repeated:
         before = set(struct.unpack(f"<{len(earlier.survivors) // 2}H", earlier.survivors))
-        must_survive |= _check_repetition(
-            announcement, before, same_update=earlier.contribution == fingerprint, rules_of=enrolment
-        )
+        must_survive |= _check_repetition(announcement, before, earlier.contribution, fingerprint, enrolment)
     return frozenset(must_survive)
 
 
 def _check_repetition(
-    announcement: Announcement, before: set[int], *, same_update: bool, rules_of: Enrolment
+    announcement: Announcement, before: set[int], earlier: bytes, fingerprint: bytes, enrolment: Enrolment
 ) -> set[int]:
     """Two sums of the same updates that differ by one site reveal that site; so the sites must stay the same.
 
-    A sum of patient numbers may grow, because a site that joins late has to be counted.
+    So do updates that are all but the same, of one round and models that differ by a hair. A sum of patient numbers may
+    grow, because a site that joins late has to be counted.
     """
     now = set(announcement.cohort)
-    if same_update and (now == before or (announcement.purpose is Purpose.SETUP and now > before)):
+    if earlier == fingerprint and (now == before or (announcement.purpose is Purpose.SETUP and now > before)):
         return before
     if now < before:
-        if rules_of.rules.allow_shrunk_repeat and not same_update:
+        same_numbers = earlier[:DIGEST_BYTES] == fingerprint[:DIGEST_BYTES]  # however they are encoded
+        if enrolment.rules.allow_shrunk_repeat and not same_numbers:
             return set()
         raise PolicyRefusal(
-            f"this model was summed before over {len(before)} sites, and now over {len(now)} of them: the difference "
-            "would reveal the others; this site's rules allow it only after retraining and with allow_shrunk_repeat",
+            f"this round or model was summed before over {len(before)} sites, and now over {len(now)} of them: the "
+            "difference would reveal the others; this site's rules allow it only after retraining and with "
+            "allow_shrunk_repeat",
             reason=Reason.COHORT_SHRANK,
         )
     raise PolicyRefusal(
-        "an update of this model was summed before, with other sites or another update", reason=Reason.CONSUMED
+        "an update of this round or model was summed before, with other sites or another update",
+        reason=Reason.CONSUMED,
     )

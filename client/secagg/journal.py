@@ -33,7 +33,7 @@ CREATE TABLE marks (study BLOB PRIMARY KEY, rows INTEGER);
 CREATE TABLE seen (study BLOB, purpose INTEGER, round INTEGER, attempt INTEGER, PRIMARY KEY (study, purpose));
 CREATE TABLE consumed (
     study BLOB, purpose INTEGER, round INTEGER, model BLOB, roster BLOB, survivors BLOB, contribution BLOB,
-    PRIMARY KEY (study, purpose, round));
+    training INTEGER DEFAULT 0, PRIMARY KEY (study, purpose, round));
 CREATE INDEX consumed_models ON consumed (study, purpose, model);
 CREATE TABLE weights (study BLOB, epoch INTEGER, weight INTEGER, PRIMARY KEY (study, epoch));
 CREATE TABLE open_rounds (context BLOB PRIMARY KEY, study BLOB, purpose INTEGER, sealed BLOB);
@@ -52,11 +52,11 @@ class ConsumedRound:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What the journal says about one study, purpose and model."""
+    """What the journal says about one study and purpose, and of its sums about the same model or the same round."""
 
     last_seen: tuple[int, int]  # (round, attempt); (-1, -1) when none
     last_consumed: int  # round; -1 when none
-    same_model: tuple[ConsumedRound, ...]
+    repeated: tuple[ConsumedRound, ...]
     weight_ceiling: int | None  # of this study and roster epoch
     key: bytes = field(repr=False)  # of this journal's fingerprints
 
@@ -94,7 +94,7 @@ class Journal:
         return Head(rows[0] if rows else 0, identity.hex())
 
     def history(self, announcement: Announcement, *, epoch: int) -> History:
-        """What has been answered before of the announcement's study, purpose and model.
+        """What has been answered before of the announcement's study and purpose, and of its model or round.
 
         Patient numbers belong to one roster: with another they are counted anew.
         """
@@ -103,11 +103,12 @@ class Journal:
             seen = run("SELECT round, attempt FROM seen WHERE study=? AND purpose=?", study, purpose).fetchone()
             last = run("SELECT max(round) FROM consumed WHERE study=? AND purpose=?", study, purpose).fetchone()[0]
             same = run(
-                "SELECT round, survivors, contribution FROM consumed WHERE study=? AND purpose=? AND model=?"
-                " AND (purpose<>? OR roster=?) ORDER BY round",
+                "SELECT round, survivors, contribution FROM consumed WHERE study=? AND purpose=?"
+                " AND (model=? OR (training=? AND training>0)) AND (purpose<>? OR roster=?) ORDER BY round",
                 study,
                 purpose,
                 announcement.model,
+                announcement.training,
                 Purpose.SETUP,
                 announcement.roster,
             ).fetchall()
@@ -115,7 +116,7 @@ class Journal:
         return History(
             last_seen=seen or (-1, -1),
             last_consumed=-1 if last is None else last,
-            same_model=tuple(ConsumedRound(*row) for row in same),
+            repeated=tuple(ConsumedRound(*row) for row in same),
             weight_ceiling=weight[0] if weight else None,
             key=derive_key(self._key, context=b"", purpose=b"fingerprint"),
         )
@@ -145,7 +146,7 @@ class Journal:
         with self._transaction() as run:
             self._count(run, announcement.study)
             run(
-                "INSERT INTO consumed VALUES (?,?,?,?,?,?,?)",
+                "INSERT INTO consumed VALUES (?,?,?,?,?,?,?,?)",
                 announcement.study,
                 announcement.purpose,
                 announcement.round,
@@ -153,6 +154,7 @@ class Journal:
                 announcement.roster,
                 survivors,
                 contribution,
+                announcement.training,
             )
             self._keep(run, announcement, secret)
 
@@ -234,7 +236,10 @@ def _open(folder: Path) -> tuple[sqlite3.Connection, bytes]:
                 "file: what was answered stays answered, and a sum that is open cannot be finished",
                 reason=Reason.JOURNAL,
             )
-        return _connect(str(path)), key
+        database = _connect(str(path))
+        if all(column != "training" for _, column, *_ in database.execute("PRAGMA table_info(consumed)")):
+            database.execute("ALTER TABLE consumed ADD COLUMN training INTEGER DEFAULT 0")  # of an earlier release
+        return database, key
     if not path.exists():
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, PRIVATE_FILE))
     database = _connect(str(path))

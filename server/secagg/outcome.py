@@ -9,6 +9,7 @@ from medfl.shared.errors import ProtocolError
 from medfl.shared.secagg.announcement import Purpose
 from medfl.shared.secagg.encoding import Encoding
 from medfl.shared.secagg.exchange import SiteRefusal
+from medfl.shared.secagg.hashing import DIGEST_BYTES
 from medfl.shared.weights import Flat
 
 
@@ -21,6 +22,8 @@ class SumPlan:
     cohort: tuple[int, ...]  # ids of the sites that hold a contribution
     encoding: Encoding
     model: bytes
+    training: int = 0  # round of the study that they were asked for
+    sent: bytes = bytes(DIGEST_BYTES)  # digest of the whole vector that they were sent
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,8 @@ class SecureRound:
             encoding=plan.encoding.digest,
             model=plan.model,
             roster=self._roster.digest,
+            training=plan.training,
+            sent=plan.sent,
         )
 
     def _until_survivors(

@@ -38,6 +38,8 @@ class Announcement:
     encoding: bytes  # digest
     model: bytes  # digest of the weights that the updates start from
     roster: bytes  # digest
+    training: int = 0  # round of the study that sites were asked for; 0 in SETUP
+    sent: bytes = bytes(DIGEST_BYTES)  # digest of the whole vector that they were sent: the model and what is beside it
 
     def to_bytes(self) -> bytes:
         """The message."""
@@ -65,8 +67,11 @@ class Announcement:
             raise reader.error("names an unknown ring") from None
         length = reader.number("Q")
         encoding, model, roster = (reader.take(DIGEST_BYTES) for _ in range(3))
+        training, sent = reader.number("I"), reader.take(DIGEST_BYTES)
         reader.end()
-        return cls(study, purpose, number, attempt, cohort, threshold, ring, length, encoding, model, roster)
+        return cls(
+            study, purpose, number, attempt, cohort, threshold, ring, length, encoding, model, roster, training, sent
+        )
 
     def context(self) -> bytes:
         """Hash of all of the above, 32 bytes: in every key, signature and commitment of this attempt."""
@@ -85,4 +90,6 @@ class Announcement:
             self.encoding,
             self.model,
             self.roster,
+            struct.pack("<I", self.training),
+            self.sent,
         )

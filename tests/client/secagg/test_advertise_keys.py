@@ -11,7 +11,7 @@ from medfl.client.secagg.advertise_keys import advertise_keys
 from medfl.client.secagg.enrolment import Enrolment, Rules
 from medfl.shared.errors import ConfigError, PolicyRefusal, ProtocolError
 from medfl.shared.secagg.announcement import Purpose
-from medfl.shared.secagg.encoding import Encoding
+from medfl.shared.secagg.encoding import Encoding, Segment
 from medfl.shared.secagg.exchange import Phase
 from medfl.shared.secagg.messages import SurvivorList
 from medfl.shared.secagg.reasons import Reason
@@ -192,6 +192,38 @@ def test_a_shrunk_repetition_needs_both_the_sites_permission_and_retraining() ->
     assert refused(world, **smaller) == Reason.COHORT_SHRANK  # the same update
     world.hold(vector=np.zeros(40, np.float32))
     world.ask(1, ADVERTISE, world.announcement(**smaller))
+
+
+def test_numbers_that_are_only_encoded_anew_are_not_retrained_ones() -> None:
+    world = Consortium(5, rules=Rules(allow_shrunk_repeat=True))
+    Stage(world, Phase.CONFIRM_SURVIVORS)
+    clip = world.encoding.segments[0].clip
+    world.encoding = replace(world.encoding, segments=(Segment(40, np.nextafter(clip, 2)),))
+    world.hold(encoding=world.encoding)
+    assert refused(world, round=2, cohort=(1, 2, 3, 4), threshold=3) == Reason.COHORT_SHRANK
+    assert refused(world, round=2) == Reason.CONSUMED
+
+
+@pytest.mark.parametrize("asked", [{"training": 2}, {"sent": b"v" * 32}], ids=["another round", "another vector"])
+def test_sites_that_were_asked_different_things_are_not_in_one_sum(asked: dict[str, object]) -> None:
+    world = Consortium(5)
+    world.hold(training=1, sent=b"w" * 32)
+    same = {"training": 1, "sent": b"w" * 32}
+    assert refused(world, **{**same, **asked}) == Reason.OTHER_MODEL
+    Stage(world, Phase.UNMASK, **same)
+
+
+@pytest.mark.parametrize("purpose", [Purpose.TRAIN, Purpose.EVALUATE])
+def test_a_round_is_summed_once_however_little_the_model_differs(purpose: Purpose, tmp_path: Path) -> None:
+    world = Consortium(5, folder=tmp_path)
+    world.hold(training=3, purpose=purpose)
+    Stage(world, Phase.CONFIRM_SURVIVORS, training=3, purpose=purpose)
+    world.hold(model=b"n" * 32)
+    world.start(1)
+    again = {"round": 2, "model": b"n" * 32, "training": 3, "purpose": purpose}
+    assert refused(world, **again, cohort=(1, 2, 3, 4), threshold=3) == Reason.COHORT_SHRANK
+    world.hold(training=4)
+    Stage(world, Phase.UNMASK, **{**again, "training": 4})
 
 
 def test_patient_numbers_may_be_summed_again_when_a_site_joins_and_not_when_one_is_left_out() -> None:

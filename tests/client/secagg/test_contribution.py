@@ -19,7 +19,7 @@ def with_value(place: int, value: float) -> dict[str, Any]:
 
 def test_the_same_numbers_have_the_same_fingerprint_wherever_they_lie() -> None:
     apart = np.repeat(HELD.vector, 2)[::2]  # equal, and every other value of its memory
-    assert len(HELD.fingerprint(KEY)) == 32
+    assert len(HELD.fingerprint(KEY)) == 64
     assert replace(HELD, vector=apart).fingerprint(KEY) == HELD.fingerprint(KEY)
 
 
@@ -37,6 +37,12 @@ def test_the_same_numbers_have_the_same_fingerprint_wherever_they_lie() -> None:
 )
 def test_any_other_number_gives_another_fingerprint(change: dict[str, Any]) -> None:
     assert replace(HELD, **change).fingerprint(KEY) != HELD.fingerprint(KEY)
+
+
+def test_numbers_in_another_encoding_are_told_as_the_same_numbers() -> None:
+    other = replace(HELD, encoding=replace(HELD.encoding, reference=61)).fingerprint(KEY)
+    assert other[:32] == HELD.fingerprint(KEY)[:32]
+    assert replace(HELD, weight=11).fingerprint(KEY)[:32] != other[:32]
 
 
 def test_without_the_key_a_fingerprint_says_nothing() -> None:

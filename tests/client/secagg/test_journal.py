@@ -39,7 +39,7 @@ def test_everything_is_there_after_opening_it_again(tmp_path: Path) -> None:
     journal.close()
     again = Journal(tmp_path)
     assert history(again) == History((5, 2), 5, (ConsumedRound(5, b"\1\0\2\0", b"u" * 32),), 70, key)
-    assert history(again, model=b"other" * 6 + b"..").same_model == ()
+    assert history(again, model=b"other" * 6 + b"..").repeated == ()
     assert again.kept(announcement.context()) == b"shares"
 
 

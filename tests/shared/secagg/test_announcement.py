@@ -21,11 +21,13 @@ ANNOUNCEMENT = Announcement(
     encoding=b"\2" * 32,
     model=b"\3" * 32,
     roster=b"\4" * 32,
+    training=5,
+    sent=b"\5" * 32,
 )
 
 
 def test_the_context_of_a_known_announcement_is_known() -> None:
-    assert ANNOUNCEMENT.context().hex() == "ad54ed7a81d8647ebede6d3f363458f1ded9b11a1f5e154c9cf07b094e90fff9"
+    assert ANNOUNCEMENT.context().hex() == "2c6b9e37682e754327c50ce9691538fe91360b50a9fa3a3ad3d7e9197a262220"
 
 
 def test_the_hash_and_the_derived_key_of_known_inputs_are_known() -> None:
@@ -51,6 +53,8 @@ def test_parts_do_not_run_into_each_other() -> None:
         {"encoding": bytes(32)},
         {"model": bytes(32)},
         {"roster": bytes(32)},
+        {"training": 6},
+        {"sent": bytes(32)},
     ],
     ids=lambda change: next(iter(change)),
 )
