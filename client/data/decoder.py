@@ -5,8 +5,8 @@ Native decoders do: gdcm 3.2 aborts the whole process on some damaged JPEG and J
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
+import multiprocessing.util
 import os
 import resource
 import threading
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from medfl.client.data.case import Quarantine
 from medfl.client.data.guard import reading
+from medfl.shared.lifeline import end_with
 
 if TYPE_CHECKING:
     import pydicom
@@ -59,11 +60,11 @@ def decompress(datasets: Sequence[pydicom.FileDataset], paths: Sequence[Path]) -
 
 
 def end_decoder() -> None:
-    """Let the helper process go; the next compressed series starts another."""
+    """Let the helper process go, and wait until it has; the next compressed series starts another."""
     global _pool  # noqa: PLW0603 - one helper process at a time
     with _lock:
         if _pool is not None:
-            _pool.shutdown(wait=False, cancel_futures=True)
+            _pool.shutdown(wait=True, cancel_futures=True)
             _pool = None
 
 
@@ -73,8 +74,9 @@ def _decode(paths: list[Path]) -> list[Native]:
         if _pool is None:
             # Not a fork, which would copy locked threads and the GPU's context. The child imports no torch.
             context = multiprocessing.get_context("spawn")
-            _pool = ProcessPoolExecutor(1, mp_context=context, initializer=_in_a_cell)
-            atexit.register(end_decoder)
+            _pool = ProcessPoolExecutor(1, mp_context=context, initializer=_in_a_cell, initargs=(os.getpid(),))
+            # Not atexit: a worker process would first wait for its children to end, and this one for it.
+            multiprocessing.util.Finalize(None, end_decoder, exitpriority=100)
         pool = _pool
         try:
             return pool.submit(_in_child, paths).result(timeout=_SECONDS)
@@ -87,8 +89,9 @@ def _decode(paths: list[Path]) -> list[Native]:
             raise Quarantine("a decoder crashed" if crashed else "decoding did not end") from None
 
 
-def _in_a_cell() -> None:
+def _in_a_cell(parent: int) -> None:
     """Native decoders write to standard error, and believe a damaged header that asks for all memory."""
+    end_with(parent)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -26,6 +27,7 @@ from medfl.client.data.memo import FileMemo
 from medfl.client.data.preprocess import preprocess
 from medfl.client.data.tensors import narrowest
 from medfl.shared.data_spec import DataSpec
+from medfl.shared.lifeline import end_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +107,21 @@ def blocks(
     """The block of each job, or why there is none, in the order of ``jobs``.
 
     At most one case for each worker, and as many blocks, are in memory besides what the caller keeps.
+
+    Raises:
+        BrokenProcessPool: a worker was killed; what came before is in the cache.
     """
     if workers == 1:
         yield from (_one(job, None, cache, memo).result() for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locked threads and the GPU's context
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
         yield from (pending.result() for pending in _window(jobs, workers, pool, cache, memo))
+
+
+def _begin_worker(parent: int) -> None:
+    end_with(parent)
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True, slots=True)

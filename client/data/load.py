@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -76,12 +77,18 @@ def load_site_data(
             findings.quarantined += found.of_the_lost
             findings.unmatched += found.names_of_the_lost
             found = read([case for case in cases if case.patient not in found.lost])
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that reads images was killed, as happens when memory runs out: lower data.workers, which is "
+            f"{settings.workers}; what is cached by now is kept"
+        ) from None
     except DataError as error:
         raise _nothing(str(error), findings) from None
-    end_decoder()
-    if cache is not None and memo is not None:
-        memo.save()
-        cache.evict()
+    finally:
+        end_decoder()
+        if cache is not None and memo is not None:
+            memo.save()
+            cache.evict()
     findings.quarantined += found.quarantined
     findings.unmatched += found.unmatched
     findings.review += found.review

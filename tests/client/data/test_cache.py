@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medfl.client.data import ingest
+from medfl.client.data import load as loading
 from medfl.client.data.cache import EncryptedCache
 from medfl.client.data.dicom_cases import SeriesCase
 from medfl.client.data.ingest import Block, LeftOut, pack, unpack
@@ -230,6 +231,33 @@ def test_worker_processes_give_the_same_in_the_same_order(tmp_path: Path) -> Non
     hospital(tmp_path / "data")
     alone = load(tmp_path / "data", None)
     assert same(alone, load(tmp_path / "data", None, workers=2))
+
+
+class Fatal:
+    """A case whose worker is gone as soon as it comes there."""
+
+    patient, files, fingerprint, attributes = "someone", (), "", {}
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return os.abort, ()
+
+
+@pytest.mark.slow  # each worker imports torch and MONAI
+def test_a_worker_that_is_killed_is_told_in_words_and_what_was_read_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital(tmp_path / "data")
+    with monkeypatch.context() as patch:
+        found = loading.find_cases
+        patch.setattr(loading, "find_cases", lambda *given: [*found(*given), Fatal()])
+        with pytest.raises(DataError, match=r"memory runs out: lower data\.workers, which is 2"):
+            load(tmp_path / "data", tmp_path / "cache", workers=2)
+    read: list[str] = []
+    real = SeriesCase.read
+    monkeypatch.setattr(SeriesCase, "read", lambda case: (read.append(case.patient), real(case))[1])
+    monkeypatch.setattr("medfl.client.data.headers.read_file", None)  # headers are known too
+    load(tmp_path / "data", tmp_path / "cache")
+    assert len(read) <= 2  # the window behind the last block that was taken
 
 
 def test_blocks_wait_for_no_more_cases_than_workers() -> None:

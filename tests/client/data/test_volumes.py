@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -344,6 +348,59 @@ def test_the_decoders_process_ends_when_all_is_loaded(tmp_path: Path) -> None:
     # Not process.join: the pool's own thread reaps it, and the loser of the two sees no status for a moment.
     wait_for(lambda: process.exitcode is not None, 30)
     assert process.exitcode == 0
+
+
+def a_worker() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def compressed(folder: Path) -> list[Path]:
+    slices = ct()
+    for dataset in slices:
+        dataset.compress(RLELossless, generate_instance_uid=False)
+    return save(slices, folder)
+
+
+def test_a_worker_process_that_has_decoded_ends(tmp_path: Path) -> None:
+    pool = a_worker()
+    pool.submit(decoder._decode, compressed(tmp_path)).result()
+    (worker,) = pool._processes.values()
+    (its_decoder,) = children_of(worker.pid)
+    pool.shutdown(wait=False)
+    try:
+        wait_for(lambda: worker.exitcode is not None, 30)
+        assert worker.exitcode == 0
+    finally:  # else this process would wait for it too
+        for pid in {worker.pid, its_decoder} & running():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_decoder_ends_with_the_worker_process_that_is_killed(tmp_path: Path) -> None:
+    with a_worker() as pool:
+        pool.submit(decoder._decode, compressed(tmp_path)).result()
+        (worker,) = pool._processes.values()
+        (its_decoder,) = children_of(worker.pid)
+        worker.kill()
+        wait_for(lambda: its_decoder not in running(), 30)
+
+
+def running() -> set[int]:
+    """Ids of all processes; one that only waits to be reaped does not count."""
+    return set(parents())
+
+
+def children_of(pid: int) -> list[int]:
+    return [child for child, parent in parents().items() if parent == pid]
+
+
+def parents() -> dict[int, int]:
+    out = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                out[int(path.parent.name)] = int(parent)
+    return out
 
 
 def crash(paths: list[Path]) -> None:
