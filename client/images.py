@@ -20,7 +20,9 @@ class LoadData(Protocol):
 
 
 class Images:
-    """``current`` is the data less what may no longer be used: it is asked before every use."""
+    """``current`` gives the data less what may no longer be used: it is asked before every use, and what it gives is
+    held instead.
+    """
 
     def __init__(self, load: LoadData, current: Callable[[SiteData], SiteData] = lambda data: data) -> None:
         self._load, self._current = load, current
@@ -32,7 +34,10 @@ class Images:
         if held is None or held[0] != study.data_digest:
             self._held = None  # free the old images first
             self._held = held = (study.data_digest, self._load(study))
-        data = self._current(held[1]).splits.get(split)
+        current = self._current(held[1])
+        if current is not held[1] and self._held is held:  # else it was let go of just now
+            self._held = (held[0], current)
+        data = current.splits.get(split)
         if data is None or len(data) == 0:
             raise DataError(f"no {split.value} images for study {study.name}: run medfl-client with --check")
         return data

@@ -46,7 +46,7 @@ def find_bids(
         findings.studies += 1
         try:
             as_text(subject)
-            if opted_out(key.pseudonym(subject)) or opted_out(key.pseudonym(subject.removeprefix("sub-"))):
+            if opted_out(key.pseudonym(subject)):
                 raise Quarantine("opted out")
             images = tuple(
                 _only(_nifti_files(session, f"_{suffix}"), "a channel is missing") for suffix in settings.suffixes

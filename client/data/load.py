@@ -22,6 +22,7 @@ from medfl.client.data.decoder import end_decoder
 from medfl.client.data.headers import HEADER_FIELDS, Progress
 from medfl.client.data.ingest import Block, Job, LeftOut, blocks
 from medfl.client.data.memo import FileMemo
+from medfl.client.data.opt_out import opt_outs, read_list
 from medfl.client.data.report import DataReport, Range
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import (
@@ -66,7 +67,9 @@ def load_site_data(
     started = time.monotonic()
     findings = Findings()
     cache, memo = _open_cache(settings, cache_key or key, cache_dir)
-    cases = find_cases(settings, spec, task, key, findings, progress, memo)
+    opted_out = opt_outs(read_list(settings.opt_out), settings, key)
+    cases = find_cases(settings, spec, task, key, findings, opted_out, progress, memo)
+    opted_out.warn()
     if not cases:
         raise _nothing("no case has an image and a label that can be used", findings)
     read = partial(_Reading.of, spec=spec, settings=settings, key=key, cache=cache, memo=memo, progress=progress)
@@ -113,23 +116,39 @@ def load_site_data(
         intensity=statistics.intensity,
         subgroups=statistics.subgroups(),
         held=_where(splits, torch.device(device)),
+        opt_outs=opted_out.entries,
+        unknown_opt_outs=opted_out.unknown,
         seconds=time.monotonic() - started,
     )
-    return SiteData(splits, report, found.pseudonyms)
+    return SiteData(splits, report, found.pseudonyms, opted_out)
 
 
 def without_opted_out(data: SiteData, settings: DataSettings, key: SiteKey) -> SiteData:
     """``data`` less the patients who have opted out since it was loaded: to be asked for before every round.
 
+    Itself where the list is as it was. Else what comes back is meant to take its place: images are copied.
+
     Raises:
-        DataError: the list cannot be read, or nobody is left to train on.
+        DataError: the list cannot be read, the site's secret is another one, or nobody is left to train on.
     """
-    opted_out = _opt_out(settings.opt_out, key)
+    text = read_list(settings.opt_out)
+    before = data.opt_outs
+    if before is not None and not before.is_by(key):
+        raise DataError(
+            "the site's secret is not the one that the images were loaded with, so that nobody who opts out would be "
+            "found: start the node again"
+        )
+    if before is not None and before.is_of(text):
+        return data
+    opted_out = opt_outs(text, settings, key)
     gone = [number for number, pseudonym in enumerate(data.pseudonyms) if opted_out(pseudonym)]
+    for pseudonym in before.met if before is not None else ():
+        opted_out(pseudonym)
+    opted_out.warn()
     splits = {part: found.without(gone) for part, found in data.splits.items()}
     if not len(splits[Split.TRAIN]):
         raise DataError("no patient is left to train on: all have opted out")
-    return SiteData(splits, data.report, data.pseudonyms)
+    return SiteData(splits, data.report, data.pseudonyms, opted_out)
 
 
 def find_cases(
@@ -138,11 +157,14 @@ def find_cases(
     task: Task,
     key: SiteKey,
     findings: Findings,
+    opted_out: Callable[[str], bool],
     progress: Progress | None = None,
     memo: FileMemo | None = None,
 ) -> Sequence[Case]:
-    """Cases of whatever source ``settings`` names; what is left out is counted in ``findings``."""
-    opted_out = _opt_out(settings.opt_out, key)
+    """Cases of whatever source ``settings`` names; what is left out is counted in ``findings``.
+
+    ``opted_out`` says it of a patient's pseudonym.
+    """
     match settings:
         case DicomSettings():
             from medfl.client.data.dicom import find_dicom
@@ -179,20 +201,6 @@ def _open_cache(
     versions = [version("medfl"), version("pydicom")]
     context = json.dumps([versions, HEADER_FIELDS, getattr(settings, "series", {})], sort_keys=True)
     return cache, FileMemo.load(cache, context)
-
-
-def _opt_out(path: Path | None, key: SiteKey) -> Callable[[str], bool]:
-    """Whether a pseudonym is of a patient on the site's opt-out list; a list that cannot be read stops everything."""
-    if path is None:
-        return lambda pseudonym: False
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise DataError(
-            f"{path}: the opt-out list cannot be read (data.opt_out): nothing is loaded without it"
-        ) from None
-    refused = {key.pseudonym(line) for line in lines if line.strip() and not line.startswith("#")}
-    return refused.__contains__
 
 
 def _class_labels(label: frozenset[int] | None, spec: DataSpec, rows: int) -> Tensor:

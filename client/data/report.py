@@ -42,6 +42,8 @@ class DataReport:
     subgroups: Mapping[str, Mapping[str, int]]  # attribute -> value -> patients
     seconds: float
     held: str = ""  # where the tensors lie, for a person
+    opt_outs: int = 0  # entries of the opt-out list
+    unknown_opt_outs: int = 0  # of these: name no patient here
 
     def lines(self) -> list[str]:
         """The report as a table of two columns, at most 80 wide: what, and how much of it."""
@@ -69,6 +71,7 @@ class DataReport:
             ("examples", [", ".join(f"{split.value} {count}" for split, count in self.examples.items())]),
             ("left out", _counted(self.quarantined) or ["nothing"]),
             ("to look at", _counted(self.review) or ["nothing"]),
+            ("opt-out list", _looked_up(self.opt_outs, self.unknown_opt_outs)),
             ("other segments", _counted({repr(name): count for name, count in self.unmatched.items()})),
             ("classes", [f"{share:6.1%}  {name}" for name, share in self.class_balance.items()]),
             ("spacing in mm", [" x ".join(f"{r.low:.2f}..{r.high:.2f}" for r in self.spacing_mm) or "unknown"]),
@@ -78,6 +81,10 @@ class DataReport:
         for attribute, counts in self.subgroups.items():
             out.append((attribute, [f"{count:6d}  {value}" for value, count in sorted(counts.items())]))
         return [*out, ("held", [self.held or "nothing"]), ("seconds", [f"{self.seconds:.1f}"])]
+
+
+def _looked_up(entries: int, unknown: int) -> list[str]:
+    return [f"{unknown:6d}  of {entries} entries match no patient here"] if entries else []
 
 
 def _counted(reasons: Mapping[str, int]) -> list[str]:

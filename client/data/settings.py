@@ -38,7 +38,7 @@ class CacheSettings(Settings):
 class _Common(Settings):
     aliases: dict[str, str] = Field(default_factory=dict)  # name of a segment or class here -> name in the study
     split: SplitSettings = SplitSettings()
-    opt_out: LocalPath | None = None  # text file, one patient identifier a line; read again at every loading
+    opt_out: LocalPath | None = None  # text file, one patient identifier a line; read before every round
     cache: CacheSettings = CacheSettings()
     workers: int = Field(default=1, ge=1, le=256)  # processes that decode; each holds one case in memory
 

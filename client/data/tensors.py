@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from medfl.client.data.opt_out import OptOuts
 from medfl.client.data.report import DataReport
 from medfl.client.data.splits import Split
 
@@ -65,6 +66,7 @@ class SiteData:
     splits: Mapping[Split, TensorSet]
     report: DataReport
     pseudonyms: tuple[str, ...] = field(default=(), repr=False)  # by the patient's number
+    opt_outs: OptOuts | None = field(default=None, repr=False)  # the list by which it was last looked through
 
 
 def as_input(images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 from dicom_lab import KEY, hounsfield, lesion
 from nifti_lab import VOLUMES, as_nifti, truth, write
 
-from medfl.client.data.load import load_site_data
+from medfl.client.data.load import load_site_data, without_opted_out
 from medfl.client.data.report import DataReport
 from medfl.client.data.settings import BidsSettings
 from medfl.client.data.splits import Split
@@ -148,3 +148,19 @@ def test_a_subject_whom_no_opt_out_list_could_name_is_left_out(tmp_path: Path) -
         os.rename(tmp_path / below / "sub-01", os.fsencode(tmp_path / below) + b"/sub-M\xfcller")
     report = report_of(settings)
     assert (report.patients, report.quarantined) == (3, {"patient whose name here is not UTF-8": 1})
+
+
+@pytest.mark.parametrize("written", ["{}", "sub-{}", "SUB-{}", '"{}";'])
+def test_a_bids_subject_is_out_with_or_without_its_prefix_at_loading_and_between_rounds(
+    written: str, tmp_path: Path
+) -> None:
+    settings = dataset(tmp_path, subjects=6).model_copy(update={"opt_out": tmp_path / "out.txt"})
+    (tmp_path / "out.txt").write_text("")
+    data = load_site_data(settings, MR, task="segmentation", key=KEY)
+    number = int(data.splits[Split.TRAIN].patients[0])
+    subject = next(f"{n:02d}" for n in range(6) if KEY.pseudonym(f"sub-{n:02d}") == data.pseudonyms[number])
+    (tmp_path / "out.txt").write_text(written.format(subject))
+    assert number not in without_opted_out(data, settings, KEY).splits[Split.TRAIN].patients
+    again = load_site_data(settings, MR, task="segmentation", key=KEY)
+    assert again.report.quarantined == {"opted out": 1}
+    assert again.report.unknown_opt_outs == 0
