@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 class Quarantine(Exception):
     """A case cannot be read safely and is left out. ``str`` is a short stable reason that is counted and shown;
     it never holds a name, an identifier or a value from the file. ``unmatched`` are the names of its segments where
-    none is a class of the study: for this site's own people only.
+    none is a class of the study: for this site's own people only. ``passing``: it may be read another time, since the
+    disk or the memory failed and not the file; nothing remembers that.
     """
 
-    def __init__(self, reason: str, unmatched: tuple[str, ...] = ()) -> None:
+    def __init__(self, reason: str, unmatched: tuple[str, ...] = (), *, passing: bool = False) -> None:
         super().__init__(reason)
         self.unmatched = unmatched
+        self.passing = passing
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _decode(paths: list[Path]) -> list[Native]:
             pool.shutdown(wait=False, cancel_futures=True)
             _pool = None
             crashed = isinstance(error, BrokenProcessPool)
-            raise Quarantine("a decoder crashed" if crashed else "decoding did not end") from None
+            raise Quarantine("a decoder crashed" if crashed else "decoding did not end", passing=True) from None
 
 
 def _in_a_cell(parent: int) -> None:

@@ -49,6 +49,7 @@ class LeftOut:
 
     reason: str
     unmatched: tuple[str, ...] = ()
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Job:
             with reading("case that cannot be preprocessed"):
                 images, masks = preprocess(example, self.spec, held_out=self.held_out)
         except Quarantine as reason:
-            return LeftOut(str(reason), reason.unmatched)
+            return LeftOut(str(reason), reason.unmatched, reason.passing)
         return Block(
             _alone(narrowest(images)),
             None if masks is None else _alone(masks),
@@ -138,7 +139,8 @@ class _Pending:
             assert self.known is not None  # noqa: S101 - one of the two
             return self.known
         block = self.future.result()
-        if self.cache is not None and self.address is not None:
+        passing = isinstance(block, LeftOut) and block.passing
+        if self.cache is not None and self.address is not None and not passing:
             self.cache.put(self.address, pack(block))
         return block
 
@@ -160,7 +162,7 @@ def _one(job: Job, pool: Executor | None, cache: EncryptedCache | None, memo: Fi
         try:
             address = job.address(memo)
         except Quarantine as reason:
-            return _Pending(LeftOut(str(reason)), None, None, None)
+            return _Pending(LeftOut(str(reason), passing=reason.passing), None, None, None)
         content = cache.get(address)
         block = unpack(content) if content is not None else None
         if block is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from medfl.client.data.cache import EncryptedCache
 from medfl.client.data.case import Quarantine
+from medfl.client.data.guard import unreachable
 from medfl.client.data.headers import Header
 
 _ADDRESS = "file memo"
@@ -43,19 +44,21 @@ class FileMemo:
         """The header of ``path``, from ``read`` where it is not known.
 
         Raises:
-            Quarantine: what ``read`` raised, now or when the file was seen first.
+            Quarantine: what ``read`` raised, now or, unless that was passing, when the file was seen first.
         """
         facts = self._of(path)
         if facts.get("context") != self.context:
-            self._changed = True
-            facts["context"] = self.context
             try:
                 header = asdict(read(path))
                 del header["path"]
                 facts["header"] = header | {"referenced_series": sorted(header["referenced_series"])}
                 facts.pop("left out", None)
             except Quarantine as reason:
+                if reason.passing:
+                    raise
                 facts["left out"] = str(reason)
+            self._changed = True
+            facts["context"] = self.context
         if "left out" in facts:
             raise Quarantine(facts["left out"])
         known = facts["header"]
@@ -72,7 +75,7 @@ class FileMemo:
         """Hexadecimal SHA-256 of the file's content.
 
         Raises:
-            Quarantine: it has gone.
+            Quarantine: it cannot be read.
         """
         facts = self._of(path)
         if "digest" not in facts:
@@ -83,8 +86,8 @@ class FileMemo:
     def _of(self, path: Path) -> dict[str, Any]:
         try:
             stat = path.stat()
-        except OSError:
-            raise Quarantine("file is missing") from None
+        except OSError as error:
+            raise unreachable(error) from None
         # A change time cannot be set back by ordinary means, as a modification time can.
         signature = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         facts = self._facts.setdefault(str(path), {})
@@ -104,5 +107,5 @@ def content_digest(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        raise Quarantine("file is missing") from None
+    except OSError as error:
+        raise unreachable(error) from None

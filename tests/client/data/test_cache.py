@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import stat
@@ -20,6 +21,7 @@ from medfl.client.data import ingest
 from medfl.client.data import load as loading
 from medfl.client.data.cache import EncryptedCache
 from medfl.client.data.dicom_cases import SeriesCase
+from medfl.client.data.files import read_file
 from medfl.client.data.ingest import Block, LeftOut, pack, unpack
 from medfl.client.data.load import load_site_data, without_opted_out
 from medfl.client.data.secret import SiteKey
@@ -166,6 +168,40 @@ def test_a_second_start_reads_no_image_and_gives_the_same(tmp_path: Path, monkey
     assert same(first, second)
     assert second.report.quarantined == {"missing slices": 1}
     assert second.report.subgroups == plain.report.subgroups
+
+
+@pytest.mark.parametrize("where", ["headers", "pixels"])
+@pytest.mark.parametrize("fault", [OSError(errno.ESTALE, "Stale file handle"), MemoryError()])
+def test_whom_a_passing_fault_left_out_is_there_again_at_the_next_start(
+    fault: Exception, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital(tmp_path / "data", patients=11)
+    files = (tmp_path / "data" / "05").iterdir()
+
+    def failing(path: Path, **options: object) -> object:
+        if path.parent.name == "05":
+            raise fault
+        return read_file(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"medfl.client.data.{where}.read_file", failing)
+        report = load(tmp_path / "data", tmp_path / "cache").report
+    reason = "not enough memory" if isinstance(fault, MemoryError) else "file that cannot be read"
+    assert report.patients == 10
+    assert report.quarantined == {reason: len(list(files)) if where == "headers" else 1}
+    report = load(tmp_path / "data", tmp_path / "cache").report
+    assert (report.patients, report.quarantined) == (11, {})
+
+
+def test_a_file_that_no_reader_understands_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = hospital(tmp_path / "data", patients=11)
+    paths[0].write_bytes(b"no DICOM")
+    first = load(tmp_path / "data", tmp_path / "cache").report
+    monkeypatch.setattr("medfl.client.data.headers.read_file", None)
+    monkeypatch.setattr(SeriesCase, "read", None)
+    again = load(tmp_path / "data", tmp_path / "cache").report
+    assert first.quarantined["not a DICOM file"] == 1
+    assert again.quarantined == first.quarantined
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
