@@ -185,7 +185,8 @@ def load_data(
 ) -> SiteData:
     """Read the site's images as ``study`` wants them, onto ``device``. Raises DataError.
 
-    Each study has a cache of its own under ``cache_key`` (None: from the disk), so that it can be made unreadable.
+    Each study has a cache of its own under ``cache_key`` (None: from the disk) and the site's secret: without either it
+    cannot be read.
     """
     if cache_key is None:
         cache_key = FolderRecords(settings.state).cache_key(study.digest)

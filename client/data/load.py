@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import time
 from collections import Counter, defaultdict
@@ -56,8 +57,9 @@ def load_site_data(
 ) -> SiteData:
     """Find, read, check, preprocess and split the site's cases, and put them on ``device``.
 
-    ``cache_key`` opens the study's cache below ``cache_dir`` (None: ``key`` does). ``room`` is how many bytes of images
-    the device may hold; absent: all. Splits that it has no room for, training served first, stay in the host's memory.
+    ``cache_key`` and ``key`` together open the study's cache below ``cache_dir`` (None: ``key`` does). ``room`` is
+    how many bytes of images the device may hold; absent: all. Splits that it has no room for, training served first,
+    stay in the host's memory.
     A case that cannot be read safely is left out and counted by reason in the report.
 
     Raises:
@@ -66,7 +68,7 @@ def load_site_data(
     """
     started = time.monotonic()
     findings = Findings()
-    cache, memo = _open_cache(settings, cache_key or key, cache_dir)
+    cache, memo = _open_cache(settings, key if cache_key is None else _both(key, cache_key), cache_dir)
     opted_out = opt_outs(read_list(settings.opt_out), settings, key)
     cases = find_cases(settings, spec, task, key, findings, opted_out, progress, memo)
     opted_out.warn()
@@ -190,6 +192,11 @@ def find_cases(
 
             fetch_all(settings, key, findings, opted_out, progress)
             return find_dicom(settings, settings.fetch.folder, spec, task, key, findings, opted_out, progress, memo)
+
+
+def _both(site: SiteKey, study: SiteKey) -> SiteKey:
+    """A key that nobody has who has only one of the two: without either, what is cached is unreadable."""
+    return SiteKey(hmac.digest(site.derive("cache of a study"), study.material, "sha256"))
 
 
 def _open_cache(

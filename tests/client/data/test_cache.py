@@ -170,6 +170,33 @@ def test_a_second_start_reads_no_image_and_gives_the_same(tmp_path: Path, monkey
     assert second.report.subgroups == plain.report.subgroups
 
 
+@pytest.mark.parametrize("gone", ["site", "study"])
+def test_without_the_sites_secret_or_the_studys_key_nothing_cached_is_used(
+    gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital(tmp_path / "data", patients=11)
+    (tmp_path / "out.txt").write_text("")
+    settings = DicomSettings(source="dicom", folder=tmp_path / "data", opt_out=tmp_path / "out.txt")
+    read: list[str] = []
+    real = SeriesCase.read
+    monkeypatch.setattr(SeriesCase, "read", lambda case: (read.append(case.patient), real(case))[1])
+
+    def start(site: SiteKey, study: SiteKey) -> SiteData:
+        read.clear()
+        cached = tmp_path / "cache"
+        return load_site_data(settings, spec(), task="segmentation", key=site, cache_key=study, cache_dir=cached)
+
+    key, other = SiteKey(b"s" * 32), SiteKey(b"o" * 32)
+    start(KEY, key)
+    start(KEY, key)
+    assert read == []
+    (tmp_path / "out.txt").write_text("P05")
+    keys = {"site": (other, key), "study": (KEY, other)}[gone]
+    data = start(*keys)
+    assert len(read) == 10
+    assert data.report.quarantined == {"opted out": 7}  # the new secret's pseudonyms are asked for
+
+
 @pytest.mark.parametrize("where", ["headers", "pixels"])
 @pytest.mark.parametrize("fault", [OSError(errno.ESTALE, "Stale file handle"), MemoryError()])
 def test_whom_a_passing_fault_left_out_is_there_again_at_the_next_start(
