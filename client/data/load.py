@@ -70,7 +70,11 @@ def load_site_data(
     findings = Findings()
     cache, memo = _open_cache(settings, key if cache_key is None else _both(key, cache_key), cache_dir)
     opted_out = opt_outs(read_list(settings.opt_out), settings, key)
-    cases = find_cases(settings, spec, task, key, findings, opted_out, progress, memo)
+    try:
+        cases = find_cases(settings, spec, task, key, findings, opted_out, progress, memo)
+    finally:
+        if memo is not None:
+            memo.save()  # reading headers takes hours in a large archive: whatever comes next, they are known
     opted_out.warn()
     if not cases:
         raise _nothing("no case has an image and a label that can be used", findings)

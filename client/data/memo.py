@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from medfl.client.data.guard import unreachable
 from medfl.client.data.headers import Header
 
 _ADDRESS = "file memo"
+_SECONDS = 180  # between two times that it is saved while much is learnt
+_SHARE = 0.02  # of the time, at most, goes into saving: a memo of a million files takes seconds
 
 
 @dataclass(slots=True)
@@ -25,6 +28,7 @@ class FileMemo:
     context: str  # whatever else headers depend on; with another, they are read again
     _facts: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     _changed: bool = False
+    _due: float = field(default_factory=lambda: time.monotonic() + _SECONDS)
 
     @classmethod
     def load(cls, cache: EncryptedCache, context: str) -> FileMemo:
@@ -38,7 +42,17 @@ class FileMemo:
     def save(self) -> None:
         """Keep what was learnt; of two processes the last one counts."""
         if self._changed:
+            started = time.monotonic()
             self.cache.put(_ADDRESS, json.dumps(self._facts).encode())
+            self._changed = False
+            ended = time.monotonic()
+            self._due = ended + max(_SECONDS, (ended - started) / _SHARE)
+
+    def _learnt(self) -> None:
+        """Save from time to time, so that a start that is interrupted does not begin again."""
+        self._changed = True
+        if time.monotonic() >= self._due:
+            self.save()
 
     def header(self, path: Path, read: Callable[[Path], Header]) -> Header:
         """The header of ``path``, from ``read`` where it is not known.
@@ -57,8 +71,8 @@ class FileMemo:
                 if reason.passing:
                     raise
                 facts["left out"] = str(reason)
-            self._changed = True
             facts["context"] = self.context
+            self._learnt()
         if "left out" in facts:
             raise Quarantine(facts["left out"])
         known = facts["header"]
@@ -79,8 +93,8 @@ class FileMemo:
         """
         facts = self._of(path)
         if "digest" not in facts:
-            self._changed = True
             facts["digest"] = content_digest(path)
+            self._learnt()
         return str(facts["digest"])
 
     def _of(self, path: Path) -> dict[str, Any]:

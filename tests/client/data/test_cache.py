@@ -24,6 +24,7 @@ from medfl.client.data.dicom_cases import SeriesCase
 from medfl.client.data.files import read_file
 from medfl.client.data.ingest import Block, LeftOut, pack, unpack
 from medfl.client.data.load import load_site_data, without_opted_out
+from medfl.client.data.memo import FileMemo
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import DicomSettings
 from medfl.client.data.splits import Split
@@ -168,6 +169,60 @@ def test_a_second_start_reads_no_image_and_gives_the_same(tmp_path: Path, monkey
     assert same(first, second)
     assert second.report.quarantined == {"missing slices": 1}
     assert second.report.subgroups == plain.report.subgroups
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+def killed_at(case: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, int], None]:
+    """Progress that ends all at ``case``; as after a kill, nothing is saved then."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "reading images" and done == case:
+            monkeypatch.setattr(FileMemo, "save", lambda memo: None)
+            raise Killed
+
+    return progress
+
+
+def test_a_first_start_that_is_killed_leaves_all_headers_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital(tmp_path / "data", patients=11)
+    settings = DicomSettings(source="dicom", folder=tmp_path / "data")
+    start = partial(load_site_data, settings, spec(), task="segmentation", key=KEY, cache_dir=tmp_path / "cache")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        start(progress=killed_at(5, patch))
+    monkeypatch.setattr("medfl.client.data.headers.read_file", None)
+    assert start().report.patients == 11
+
+
+def test_what_is_learnt_is_saved_from_time_to_time_and_takes_a_fiftieth_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / f"{number}" for number in range(4)]
+    for path in files:
+        path.write_text("x")
+    now = [0.0]
+    kept = cache(tmp_path / "cache")
+    puts: list[float] = []
+
+    def slow(into: EncryptedCache, address: str, content: bytes) -> None:
+        puts.append(now[0])
+        now[0] += 10  # seconds
+
+    monkeypatch.setattr("medfl.client.data.memo.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(EncryptedCache, "put", slow)
+    memo = FileMemo.load(kept, "")
+    # due at 180; that takes 10 of at least 500 seconds, so the next one is due at 190 + 500
+    for path, moment in zip(files, (179.0, 180.0, 689.0, 690.0), strict=True):
+        now[0] = moment
+        memo.digest(path)
+    assert puts == [180.0, 690.0]
+    memo.digest(files[0])
+    memo.save()
+    assert puts == [180.0, 690.0]  # nothing was learnt since
 
 
 @pytest.mark.parametrize("gone", ["site", "study"])
