@@ -65,5 +65,5 @@ def test_a_mask_whose_name_is_not_utf_8_is_a_label_without_image(tmp_path: Path)
     settings = DicomSettings.model_validate(
         {"source": "dicom", "folder": tmp_path / "data", "labels": {"kind": "nifti", "folder": masks, "key": "patient"}}
     )
-    assert find_cases(settings, spec(), "segmentation", KEY, findings) == []
+    assert find_cases(settings, spec(), "segmentation", KEY, findings, lambda patient: False) == []
     assert findings.quarantined == {"label without image": 1, "no label": 1}
