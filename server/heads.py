@@ -17,7 +17,7 @@ from flwr.app import Message
 from medfl.server.audit import Audit
 from medfl.server.stage import Stages
 from medfl.shared.chain import Head
-from medfl.shared.errors import DataError
+from medfl.shared.errors import Code, DataError
 from medfl.shared.files import write_whole
 from medfl.shared.messages import HeadsReply, HeadsRequest, Kind, Log
 from medfl.shared.receipt import Receipt
@@ -25,6 +25,7 @@ from medfl.shared.receipt import Receipt
 log = logging.getLogger("medfl.server")
 
 _AGREED = "agreed"
+_RESTORED = "restored"  # so end the reasons of a site whose ledger or journal is older than was seen
 _DEADLINE_S = 60.0
 
 
@@ -73,6 +74,7 @@ class Heads:
     ) -> tuple[dict[int, str], dict[str, str]]:
         """The sites whose records are as they were seen, and a word about every other. Heads are durable on return.
 
+        A site with older records is waited for, and voids no study: its newest copy may be on its way.
         Sites that were cut off are waited for while fewer than ``quorum`` have answered.
         """
         messages = [
@@ -94,7 +96,7 @@ class Heads:
         if self._keeping is not None:
             write_whole(self._keeping.path, json.dumps({site: _entry(s) for site, s in self._seen.items()}).encode())
         agreed = {node: site for node, site in cohort.items() if outcomes.get(site) == _AGREED}
-        return agreed, {site: why for site, why in outcomes.items() if why != _AGREED}
+        return agreed, {site: _word(why) for site, why in outcomes.items() if why != _AGREED}
 
     def _name_of(self, kind: Log) -> str:
         return f"{kind.value} {self._study}" if kind is Log.JOURNAL else kind.value
@@ -131,6 +133,11 @@ class Heads:
         if self._keeping is not None:
             signed = self._keeping.countersign is not None
             self._keeping.audit.head_seen(site, head, study=self._study, round_number=number, signed=signed)
+
+
+def _word(why: str) -> str:
+    code, _, reason = why.partition(": ")
+    return f"waits: {reason}" if code == Code.REFUSED and reason.endswith(_RESTORED) else why
 
 
 def _entry(seen: _Seen) -> dict[str, object]:

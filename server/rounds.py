@@ -52,7 +52,8 @@ log = logging.getLogger("medfl.server")
 T = TypeVar("T")
 
 _VOID_ROUNDS = 5  # as many void rounds in a row, for what sites say and not for sites cut off, end the study
-_VOID_S = 1.0  # after a void round: who was cut off is about to be back
+_VOID_S = 1.0  # after a void round: who was cut off is about to be back,
+_LONGEST_VOIDS = 60  # times as long at most: after the third void round in a row each pause is twice the one before
 _SCORINGS = 3  # a study whose final model nobody has scored tells little: sites may be back the next time
 _DISK_S = 5.0  # between attempts to write to a full disk
 
@@ -127,7 +128,7 @@ class Rounds:
         return self._round, self._model
 
     def _run(self, evaluated: bool) -> Ending:
-        rounds, void, since = self._study.rounds, 0, time.monotonic()
+        rounds, void, in_a_row, since = self._study.rounds, 0, 0, time.monotonic()
         while not self._convergence.reached and (self._round < rounds.count or not evaluated):
             cohort = self._gathering.gather(self._round, quorum=self._quorum, until=since + rounds.patience_s)
             if self._stop.is_set():
@@ -144,7 +145,7 @@ class Rounds:
             if collected is None:
                 since = time.monotonic()
             elif collected.replies:
-                void, since = 0, time.monotonic()
+                void, in_a_row, since = 0, 0, time.monotonic()
                 evaluated = self._attempt(partial(self._report, began, cohort)) is not None
             elif self._admission.may_still_be(self._quorum) and not self._stop.is_set():
                 void += self._fault_of_sites(collected)
@@ -152,7 +153,8 @@ class Rounds:
                     return Ending.VOID_ROUNDS
                 if time.monotonic() > since + rounds.patience_s:
                     return Ending.NO_QUORUM
-                self._stop.wait(_VOID_S)
+                in_a_row += 1
+                self._stop.wait(_pause_s(in_a_row))
         return Ending.CONVERGED if self._convergence.reached else Ending.DONE
 
     def _fault_of_sites(self, collected: Collected) -> bool:
@@ -342,6 +344,11 @@ class Rounds:
             except OSError as error:  # a restart would score this round again, and lose nothing
                 log.warning("that round %d is scored cannot be written (%s): free space", number, error)
         return report
+
+
+def _pause_s(void_in_a_row: int) -> float:
+    """After so many void rounds, how long to the next one."""
+    return float(_VOID_S * min(_LONGEST_VOIDS, 2 ** max(0, void_in_a_row - 3)))
 
 
 def _is_fault(word: str) -> bool:

@@ -23,6 +23,7 @@ from medfl.server.audit import Audit
 from medfl.server.heads import HeadKeeping, Heads
 from medfl.server.pace import Pace
 from medfl.server.reporter import Silent
+from medfl.server.rounds import _is_fault
 from medfl.server.stage import Stages
 from medfl.shared.chain import Head, inspect
 from medfl.shared.errors import Code, DataError
@@ -113,9 +114,17 @@ def test_heads_are_remembered_over_a_restart_and_journals_by_study(world: World)
 
 
 def test_a_site_that_refuses_is_left_out_with_its_own_words(world: World) -> None:
-    world.sites["south"].refusal = Failure(Code.REFUSED, "ledger restored")
+    world.sites["south"].refusal = Failure(Code.REFUSED, "study not approved")
     agreed, words = world.heads().agree(1, world.cohort)
-    assert (list(agreed.values()), words) == (["north"], {"south": "refused: ledger restored"})
+    assert (list(agreed.values()), words) == (["north"], {"south": "refused: study not approved"})
+
+
+@pytest.mark.parametrize("what", ["ledger restored", "journal restored"])
+def test_a_site_with_older_records_waits_and_is_no_reason_to_end_the_study(what: str, world: World) -> None:
+    world.sites["south"].refusal = Failure(Code.REFUSED, what)
+    _, words = world.heads().agree(1, world.cohort)
+    assert words == {"south": f"waits: {what}"}
+    assert not _is_fault(words["south"])
 
 
 def test_an_audit_log_that_lost_what_was_seen_is_told_and_stands_in_the_coordinators_own(

@@ -691,3 +691,8 @@ def test_a_stop_while_records_are_compared_ends_the_study_and_waits_for_nobody()
     thread.start()
     thread.join(30)
     assert outcome == [Ending.STOPPED]
+
+
+def test_void_rounds_in_a_row_come_ever_slower_up_to_one_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds_module, "_VOID_S", 1.0)
+    assert [rounds_module._pause_s(n) for n in (1, 2, 3, 4, 5, 6, 9, 10, 1000)] == [1, 1, 1, 2, 4, 8, 60, 60, 60]
