@@ -13,6 +13,7 @@ from medfl.shared.algorithms.settings import FedAvgSettings
 from medfl.shared.config import LocalPath, Settings
 from medfl.shared.privacy.settings import NoPrivacy
 from medfl.shared.secagg.exchange import Phase
+from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.study import Name, Study
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -96,6 +97,17 @@ class Partition(Settings):
             raise ValueError("attackers, stragglers and held_out together must be fewer than sites")
         return self
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What its sites are called: ``site-1``, or ``site-001`` where they are hundreds."""
+        width = len(str(self.sites))
+        return tuple(f"site-{number:0{width}d}" for number in range(1, self.sites + 1))
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """Names of those that train."""
+        return self.names[: self.sites - self.held_out]
+
 
 class Failures(Settings):
     """How often a site does not answer, drawn for each site and each time it is asked."""
@@ -107,6 +119,15 @@ class Failures(Settings):
     # In training times of a usual site: who takes longer answers too late. Absent: rounds wait for the slowest.
     # Asynchronous strategies have none.
     deadline: Annotated[float, Field(ge=1, le=1e4)] | None = None
+
+    @model_validator(mode="after")
+    def _somebody_answers(self) -> Failures:
+        if self.drop_out + self.late >= 1:
+            raise ValueError("drop_out and late together must be below 1: no site would ever answer")
+        for phase, share in self.phases.items():
+            if share >= 1:
+                raise ValueError(f"phases.{phase.value} must be below 1: no secure sum would ever come about")
+        return self
 
 
 class CuriousServer(Settings):
@@ -180,13 +201,6 @@ class SimulationSettings(Settings):
             raise ValueError("sites must have names that differ from each other")
         if self.partition is not None and len(names) != 1:
             raise ValueError("partition divides the data of one site: list that one only")
-        if self.partition is None:
-            count = sum(not site.held_out and site.joins == 1 for site in self.sites)
-        else:
-            count = self.partition.sites - self.partition.held_out
-        needed = max(study.rounds.minimum_sites for study in self.studies().values())
-        if count < needed:
-            raise ValueError(f"study.rounds.minimum_sites is {needed}, there are {count} sites that train from round 1")
         if self.curious_server is not None and self.curious_server.site is not None and self.partition is None:
             away = {site.name for site in self.sites if site.held_out}
             if self.curious_server.site not in set(names) - away:
@@ -196,11 +210,44 @@ class SimulationSettings(Settings):
             reserved.add("fedavg")
         if taken := sorted(reserved & set(self.variants)):
             raise ValueError(f"variants: {taken[0]} is the name of a baseline: choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_can_succeed(self) -> SimulationSettings:
+        paces = self._paces()
+        for study in self._all_studies():
+            needed, why = _quorum(study)
+            if len(paces) < needed:
+                raise ValueError(f"{why}, there are {len(paces)} sites that train from round 1")
+            deadline = None if study.demands.asynchronous else self.failures.deadline
+            if deadline is not None and (punctual := sum(slowness <= deadline for slowness in paces)) < needed:
+                raise ValueError(
+                    f"{why}, and {punctual} of the {len(paces)} sites that train from round 1 answer within "
+                    f"failures.deadline, which is {deadline:g}: raise it, or lower slowness or minimum_sites"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _failures_can_be_simulated(self) -> SimulationSettings:
         for name, study in self.studies().items():
             self._refuse_hidden_attack(name, study)
         if self.failures.phases and all(s.secure_aggregation.mode == "none" for s in self.studies().values()):
             raise ValueError("failures.phases are those of a secure sum, and no study here has one: leave them out")
         return self
+
+    def _paces(self) -> list[float]:
+        """The slowness of each site that trains from round 1."""
+        if (how := self.partition) is None:
+            return [site.slowness for site in self.sites if not site.held_out and site.joins == 1]
+        usual = len(how.training) - how.stragglers
+        return [1.0] * usual + [how.slowness] * how.stragglers
+
+    def _all_studies(self) -> list[Study]:
+        """Every study that may be run among the sites: the file's own, its variants, and the plain mean beside them."""
+        studies = [self.study, *self.studies().values()]
+        if self.baselines.fedavg and not any(isinstance(study.strategy, FedAvgSettings) for study in studies):
+            studies.append(self.study.model_copy(update={"strategy": FedAvgSettings()}))
+        return studies
 
     def _refuse_hidden_attack(self, name: str, study: Study) -> None:
         attackers = [site.attacker for site in self.sites if site.attacker is not None]
@@ -221,6 +268,13 @@ class SimulationSettings(Settings):
         if not self.variants:
             return {self.study.strategy.name: self.study}
         return {name: varied(self.study, name, changes) for name, changes in self.variants.items()}
+
+
+def _quorum(study: Study) -> tuple[int, str]:
+    """How many answers a round of ``study`` takes, and what says so."""
+    if study.secure_aggregation.mode != "none" and study.rounds.minimum_sites < SMALLEST_COHORT:
+        return SMALLEST_COHORT, f"a secure sum takes {SMALLEST_COHORT} sites"
+    return study.rounds.minimum_sites, f"study.rounds.minimum_sites is {study.rounds.minimum_sites}"
 
 
 def unfit_for_ray(study: Study) -> str | None:

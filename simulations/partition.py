@@ -39,8 +39,7 @@ def partition(data: SiteData, how: Partition, *, seed: int) -> dict[str, SiteDat
                 f"partition: {patients} {split.value} patients are too few for {how.sites} sites: ask for fewer sites, "
                 "or change data.split of the site they come from"
             )
-    width = len(str(how.sites))
-    return {f"site-{number:0{width}d}": SiteData(part, data.report) for number, part in enumerate(parts, 1)}
+    return {name: SiteData(part, data.report) for name, part in zip(how.names, parts, strict=True)}
 
 
 def _shares(data: SiteData, how: Partition, rng: np.random.Generator) -> NDArray[np.float64]:
