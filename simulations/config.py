@@ -138,7 +138,7 @@ class CuriousServer(Settings):
 
 
 class Baselines(Settings):
-    """What stands beside the federation, each with the same number of optimizer steps."""
+    """What stands beside the federation; each takes as many optimizer steps as a site that is in every round."""
 
     fedavg: StrictBool = True  # the plain mean, where nothing that is compared is it
     alone: StrictBool = True  # each site by itself
@@ -199,17 +199,30 @@ class SimulationSettings(Settings):
         names = [site.name for site in self.sites]
         if len(set(names)) != len(names):
             raise ValueError("sites must have names that differ from each other")
-        if self.partition is not None and len(names) != 1:
-            raise ValueError("partition divides the data of one site: list that one only")
-        if self.curious_server is not None and self.curious_server.site is not None and self.partition is None:
-            away = {site.name for site in self.sites if site.held_out}
-            if self.curious_server.site not in set(names) - away:
-                raise ValueError(f"curious_server.site {self.curious_server.site}: no site of that name trains")
+        if self.partition is not None:
+            _refuse_beside_partition(self.sites)
+        if self.curious_server is not None and (victim := self.curious_server.site) is not None:
+            training = self.partition.training if self.partition else [s.name for s in self.sites if not s.held_out]
+            if victim not in training:
+                raise ValueError(
+                    f"curious_server.site {victim}: no site of that name trains: name one that does, or none"
+                )
         reserved = {"pooled", "alone", "ensemble", "cyclic", "unprotected", "trivial"}
         if not any(isinstance(study.strategy, FedAvgSettings) for study in self.studies().values()):
             reserved.add("fedavg")
         if taken := sorted(reserved & set(self.variants)):
             raise ValueError(f"variants: {taken[0]} is the name of a baseline: choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_are_used(self) -> SimulationSettings:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds must differ from each other: the same seed gives the same run again")
+        if self.study.seed not in (0, *self.seeds):
+            raise ValueError(
+                f"study.seed is {self.study.seed}, and a simulation runs with its seeds instead: leave study.seed out, "
+                f"or write seeds: [{self.study.seed}]"
+            )
         return self
 
     @model_validator(mode="after")
@@ -268,6 +281,25 @@ class SimulationSettings(Settings):
         if not self.variants:
             return {self.study.strategy.name: self.study}
         return {name: varied(self.study, name, changes) for name, changes in self.variants.items()}
+
+
+_NOT_WITH_PARTITION = {
+    "attacker": "use partition.attackers and attacker",
+    "slowness": "use partition.stragglers and slowness",
+    "held_out": "use partition.held_out",
+    "joins": "list sites one by one where some join later",
+}
+
+
+def _refuse_beside_partition(sites: tuple[VirtualSiteSettings, ...]) -> None:
+    """Raises ValueError where there are several, or the one says of itself what its parts cannot all be."""
+    if len(sites) != 1:
+        raise ValueError("partition divides the data of one site: list that one only")
+    for field, instead in _NOT_WITH_PARTITION.items():
+        if getattr(sites[0], field) != VirtualSiteSettings.model_fields[field].default:
+            raise ValueError(
+                f"partition makes other sites of {sites[0].name}, so that its {field} says nothing: {instead}"
+            )
 
 
 def _quorum(study: Study) -> tuple[int, str]:

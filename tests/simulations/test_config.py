@@ -23,7 +23,9 @@ SLOW = {"partition": {"sites": 4, "stragglers": 1, "slowness": 4}, "failures": {
 
 
 def test_sites_too_slow_for_the_deadline_do_not_make_a_quorum() -> None:
-    with pytest.raises(ValidationError, match="minimum_sites is 4, and 3 of the 4 sites .* answer within .* which is 2"):
+    with pytest.raises(
+        ValidationError, match="minimum_sites is 4, and 3 of the 4 sites .* answer within .* which is 2"
+    ):
         settings(**SLOW, rounds={"minimum_sites": 4})
     settings(**SLOW, rounds={"minimum_sites": 3})
     settings(**SLOW | {"failures": {"deadline": 4}}, rounds={"minimum_sites": 4})  # as long as it takes is in time
@@ -57,3 +59,34 @@ def test_sites_that_never_answer_are_refused() -> None:
     with pytest.raises(ValidationError, match="phases.unmask must be below 1"):
         Failures.model_validate({"phases": {"unmask": 1.0}})
     assert Failures(drop_out=0.5, late=0.4).late == 0.4
+
+
+@pytest.mark.parametrize(
+    ("said", "instead"),
+    [
+        ({"attacker": {"kind": "sign-flip"}}, "its attacker says nothing: use partition.attackers"),
+        ({"slowness": 9}, "its slowness says nothing: use partition.stragglers"),
+        ({"held_out": True}, "its held_out says nothing: use partition.held_out"),
+        ({"joins": 3}, "its joins says nothing: list sites one by one"),
+    ],
+)
+def test_what_the_one_site_of_a_partition_says_of_itself_is_refused(said: dict[str, Any], instead: str) -> None:
+    with pytest.raises(ValidationError, match=instead):
+        settings(sites=[{"name": "a", **said}], partition={"sites": 3})
+    settings(sites=[{"name": "a", "scanner": {"gamma": 2.0}}], partition={"sites": 3})  # all its parts are seen so
+
+
+def test_a_victim_is_one_of_the_partitions_sites_that_train() -> None:
+    divided = {"sites": 10, "held_out": 1}
+    settings(partition=divided, curious_server={"site": "site-09"})
+    for nobody in ("site-9", "site-10", "a"):
+        with pytest.raises(ValidationError, match=f"curious_server.site {nobody}: no site of that name trains"):
+            settings(partition=divided, curious_server={"site": nobody})
+
+
+def test_seeds_differ_and_a_studys_own_is_one_of_them() -> None:
+    with pytest.raises(ValidationError, match="seeds must differ"):
+        settings("a", "b", seeds=[0, 1, 0])
+    with pytest.raises(ValidationError, match=r"study.seed is 77, .*: leave study.seed out, or write seeds: \[77\]"):
+        settings("a", "b", study={"seed": 77})
+    settings("a", "b", study={"seed": 77}, seeds=[76, 77])
