@@ -53,7 +53,8 @@ def _shares(data: SiteData, how: Partition, rng: np.random.Generator) -> NDArray
             labels = data.splits[Split.TRAIN].labels
             if labels.ndim != 1 or labels.is_floating_point():
                 raise DataError("partition.by: labels needs a classification with one class an image: use quantity")
-            return rng.dirichlet([how.alpha] * how.sites, size=int(labels.max()) + 1)
+            last = max(int(part.labels.max()) for part in data.splits.values() if len(part))
+            return rng.dirichlet([how.alpha] * how.sites, size=last + 1)
 
 
 def _deal(whole: TensorSet, shares: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:

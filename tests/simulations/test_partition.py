@@ -63,6 +63,18 @@ def test_small_alpha_gives_sites_of_one_class_and_large_alpha_even_ones(alpha: f
     assert low <= np.average([p for p, _ in purity], weights=[n for _, n in purity]) <= high
 
 
+def test_a_class_that_only_held_out_patients_have_is_dealt_out_too() -> None:
+    data = whole(40)
+    held_out = data.splits[Split.VALIDATION]
+    rare = TensorSet(held_out.images, held_out.labels.clone(), held_out.patients)
+    rare.labels[7] = 2
+    nobody = TensorSet(held_out.images[:0], held_out.labels[:0], held_out.patients[:0])
+    splits = {**data.splits, Split.VALIDATION: rare, Split.TEST: nobody}
+    made = partition(SiteData(splits, data.report), Partition(sites=3, by="labels"), seed=6)
+    dealt = [p for site in made.values() for p in site.splits[Split.VALIDATION].patients.tolist()]
+    assert sorted(dealt) == list(range(40))
+
+
 def test_quantity_skew_gives_unequal_sizes_of_the_same_mixture() -> None:
     made = partition(whole(400), Partition(sites=5, by="quantity", alpha=0.5), seed=1)
     sizes = [len(site.splits[Split.TRAIN]) for site in made.values()]
