@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medfl.shared.command import parser, run
 
 if TYPE_CHECKING:
+    from medfl.shared.loading import LoadingBar
     from medfl.simulations.config import SimulationSettings
     from medfl.simulations.results import Experiment
 
@@ -69,7 +71,7 @@ def _simulate(options: argparse.Namespace) -> int:
     from medfl.shared.loading import LoadingBar
     from medfl.shared.logs import quiet_libraries
     from medfl.simulations.config import SimulationSettings
-    from medfl.simulations.experiment import choose_device, load_sites, run_experiment
+    from medfl.simulations.experiment import run_experiment
 
     settings = load_settings(options.config, SimulationSettings)
     if options.output is not None:
@@ -78,9 +80,8 @@ def _simulate(options: argparse.Namespace) -> int:
     with LoadingBar(console) as loading:
         if options.check:
             quiet_libraries()
-            sites = load_sites(settings, settings.study, choose_device(settings.device), loading)
-            for name, data in sites.items():
-                console.print(f"{name}: {data.report.patients} patients, {sum(data.report.examples.values())} images")
+            for line in _checked(settings, loading):
+                console.print(line, highlight=False, markup=False)
             console.print("all is well: run the same command without --check")
             return 0
         try:
@@ -95,6 +96,36 @@ def _simulate(options: argparse.Namespace) -> int:
     _write_report(console, experiment, settings, options)
     console.print(f"{experiment.seconds:.0f} s; everything is in {experiment.folder}")
     return 0
+
+
+def _checked(settings: SimulationSettings, loading: LoadingBar) -> Iterator[str]:
+    """What the data of each seed are, in lines; of seeds after the first, what is another.
+
+    Raises:
+        DataError: they cannot be used, and for which seed.
+    """
+    from medfl.shared.errors import DataError
+    from medfl.simulations.experiment import choose_device, load_sites, patients_of
+
+    device, first = choose_device(settings.device), dict[str, str]()
+    for seed in settings.seeds:
+        left_out: list[str] = []
+        study = settings.study.model_copy(update={"seed": seed})
+        try:
+            sites = load_sites(settings, study, device, loading, tell=left_out.append)
+        except DataError as error:
+            raise DataError(f"seed {seed}: {error}") from None
+        counts = {
+            name: f"{patients_of(data)} patients, {sum(len(part) for part in data.splits.values())} images"
+            for name, data in sites.items()
+        }
+        if not first:
+            yield from (f"{name}: {said}" for name, said in counts.items())
+        yield from (
+            f"{name} with seed {seed}: {said}" for name, said in counts.items() if first.get(name, said) != said
+        )
+        yield from left_out
+        first = first or counts
 
 
 def _write_report(

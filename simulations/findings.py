@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -29,7 +29,18 @@ def findings(experiment: Experiment) -> list[str]:
         said.append(
             f"Few patients are held out at {', '.join(few)}: a difference there may be the difference of one patient."
         )
+    for site, reasons in experiment.left_out.items():
+        said.append(f"Left out at {site}: {counted(reasons)}.")
     return [*said, *promises(experiment), *reconstructions(experiment)]
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """Why so many images or labels are left out, in words, the most frequent first.
+
+    >>> counted({"opted out": 1, "no label": 3})
+    'no label (3), opted out (1)'
+    """
+    return ", ".join(f"{why} ({count})" for why, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
 
 def reconstructions(experiment: Experiment) -> list[str]:

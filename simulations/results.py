@@ -80,6 +80,7 @@ class Experiment:
     patients: Mapping[str, int] = field(default_factory=dict)
     held_out: tuple[str, ...] = ()  # sites that did not train; they are left out of means over sites
     scored: Mapping[str, int] = field(default_factory=dict)  # held-out patients by site, on whom scores rest
+    left_out: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # images or labels by site and reason
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -158,6 +159,7 @@ class Experiment:
             "patients": dict(self.patients),
             "held_out": list(self.held_out),
             "scored_patients": dict(self.scored),
+            "left_out": {site: dict(reasons) for site, reasons in self.left_out.items()},
             "mean": {m: {s: self.mean(m, s) for s in self.sites} for m in self.methods},
             "received_bytes": {m: max(c.received_bytes for c in self.cells if c.method == m) for m in self.methods},
             "attacks_and_budgets": {m: found for m in self.methods if (found := self._attacks_and_budgets(m))},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,17 +19,27 @@ from medfl.shared.errors import DataError
 from medfl.shared.study import Study
 from medfl.simulations.cast import attackers_of
 from medfl.simulations.config import SimulationSettings, VirtualSiteSettings
+from medfl.simulations.findings import counted
 from medfl.simulations.heterogeneity import as_scanned
 from medfl.simulations.misbehaviour import with_backdoor, with_flipped_labels
 from medfl.simulations.partition import partition
 from medfl.simulations.phantoms import write_hospital
 from medfl.strategies.build import needs_of
 
+log = logging.getLogger("medfl.simulations")
+
 
 def load_sites(
-    settings: SimulationSettings, study: Study, device: torch.device, loading: Progress | None = None
+    settings: SimulationSettings,
+    study: Study,
+    device: torch.device,
+    loading: Progress | None = None,
+    *,
+    tell: Callable[[str], None] = log.warning,
 ) -> dict[str, SiteData]:
     """Each virtual site's data as its scanner gives them, split by patient by a secret of the seed and its name.
+
+    ``tell`` hears, for the first seed, what is left out of each site's data and why.
 
     Raises:
         ConfigError: a study's strategy cannot run in it, before any image is read. DataError: data cannot be used.
@@ -49,6 +61,9 @@ def load_sites(
         except DataError as error:
             raise DataError(f"site {site.name}: {error}") from None
         sites[site.name] = as_scanned(data, site.scanner, seed=_number(secret))
+    if study.seed == settings.seeds[0]:
+        for name, reasons in left_out_of(settings, sites).items():
+            tell(f"site {name}: left out: {counted(reasons)}")
     if (how := settings.partition) is not None:
         (whole,) = sites.values()
         sites = partition(whole, how, seed=study.seed)
@@ -65,6 +80,15 @@ def load_sites(
                 raise DataError(f"attacker.target {attacker.target}: the last class is {len(study.data.classes) - 1}")
             sites[name] = with_backdoor(sites[name], attacker, seed=study.seed * 10_007 + number)
     return sites
+
+
+def left_out_of(settings: SimulationSettings, sites: Mapping[str, SiteData]) -> dict[str, dict[str, int]]:
+    """How many images or labels cannot be used, by site of the file and reason; without the sites that lack none.
+
+    Parts of one site have its report, so that the first of them tells of all.
+    """
+    listed = zip(settings.sites, sites.values(), strict=False)
+    return {site.name: dict(data.report.quarantined) for site, data in listed if data.report.quarantined}
 
 
 def drawn(site: VirtualSiteSettings, folder: Path, progress: Progress | None = None) -> DicomSettings:

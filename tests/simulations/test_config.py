@@ -24,7 +24,7 @@ SLOW = {"partition": {"sites": 4, "stragglers": 1, "slowness": 4}, "failures": {
 
 def test_sites_too_slow_for_the_deadline_do_not_make_a_quorum() -> None:
     with pytest.raises(
-        ValidationError, match="minimum_sites is 4, and 3 of the 4 sites .* answer within .* which is 2"
+        ValidationError, match=r"minimum_sites is 4, and 3 of the 4 sites .* answer within .* which is 2"
     ):
         settings(**SLOW, rounds={"minimum_sites": 4})
     settings(**SLOW, rounds={"minimum_sites": 3})
@@ -56,7 +56,7 @@ def test_sites_that_never_answer_are_refused() -> None:
     for never in ({"drop_out": 1.0}, {"late": 1.0}, {"drop_out": 0.5, "late": 0.5}):
         with pytest.raises(ValidationError, match="must be below 1: no site would ever answer"):
             Failures.model_validate(never)
-    with pytest.raises(ValidationError, match="phases.unmask must be below 1"):
+    with pytest.raises(ValidationError, match=r"phases\.unmask must be below 1"):
         Failures.model_validate({"phases": {"unmask": 1.0}})
     assert Failures(drop_out=0.5, late=0.4).late == 0.4
 
@@ -80,7 +80,7 @@ def test_a_victim_is_one_of_the_partitions_sites_that_train() -> None:
     divided = {"sites": 10, "held_out": 1}
     settings(partition=divided, curious_server={"site": "site-09"})
     for nobody in ("site-9", "site-10", "a"):
-        with pytest.raises(ValidationError, match=f"curious_server.site {nobody}: no site of that name trains"):
+        with pytest.raises(ValidationError, match=rf"curious_server\.site {nobody}: no site of that name trains"):
             settings(partition=divided, curious_server={"site": nobody})
 
 

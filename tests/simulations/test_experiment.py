@@ -147,6 +147,53 @@ def test_check_reads_the_data_and_trains_nothing(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "runs").exists()
 
 
+def test_check_tells_what_is_left_out_and_a_run_warns_of_it(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = simulation(tmp_path, STUDY, baselines={"alone": False, "pooled": False, "trivial": False})
+    (tmp_path / "south" / "p3.png").write_bytes(b"no picture")
+    assert main(["--config", str(path), "--check"]) == 0
+    said = capsys.readouterr()
+    (line,) = [line for line in said.out.splitlines() if "left out" in line]
+    assert line.startswith("site south: left out: ")
+    assert line.endswith(" (1)")
+    assert "south: 11 patients, 11 images" in said.out
+    assert "left out" not in said.err
+    monkeypatch.setattr(logging.getLogger("medfl"), "propagate", True)
+    with caplog.at_level("WARNING", "medfl.simulations"):
+        run_experiment(load_simulation(path))
+    assert [record.getMessage() for record in caplog.records if record.name == "medfl.simulations"] == [line]
+
+
+def test_check_counts_each_part_of_a_partition_and_looks_at_every_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = simulation(tmp_path, STUDY, partition={"sites": 2, "by": "quantity", "alpha": 0.7}, seeds=[0, 1, 2])
+    content = yaml.safe_load(path.read_text())
+    content["sites"] = content["sites"][:1]
+    path.write_text(yaml.safe_dump(content))
+    assert main(["--config", str(path), "--check"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    counts = [int(line.split(": ")[1].split()[0]) for line in said[:2]]
+    assert sum(counts) == 12
+    assert [line.split(":")[0] for line in said[:3]] == ["site-1", "site-2", "site-1 with seed 1"]
+
+    content["partition"] |= {"by": "iid"}
+    content["sites"][0]["data"]["split"] = {
+        "validation": 0.2,
+        "test": 0.2,
+    }  # two validation patients, whatever the seed
+    path.write_text(yaml.safe_dump(content))
+    assert main(["--config", str(path), "--check"]) == 0
+    content["partition"]["sites"] = 3
+    path.write_text(yaml.safe_dump(content))
+    assert main(["--config", str(path), "--check"]) == 4
+    assert "seed 0: partition: 2 validation patients are too few for 3 sites" in capsys.readouterr().err
+
+
 def test_a_study_that_diverges_everywhere_is_told_and_leaves_no_model(tmp_path: Path) -> None:
     study = classes_study(
         training={"learning_rate": 10.0, "weight_decay": 1.0, "steps": 20, "momentum": 0.99},

@@ -1,5 +1,6 @@
 """What a report says of privacy: who has spent most, what that assumes, and what else leaves a site."""
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -41,6 +42,14 @@ def test_scores_that_rest_on_few_patients_are_said_to() -> None:
     said = "Few patients are held out at north (2): a difference there may be the difference of one patient."
     assert said in findings(few)
     assert not any("Few patients" in sentence for sentence in findings(experiment(Cell("fedavg", 0, SCORES))))
+
+
+def test_what_is_left_out_is_said_and_kept_with_the_results(tmp_path: Path) -> None:
+    left_out = {"south": {"opted out": 1, "no label": 3}}
+    found = Experiment("dice", (Cell("fedavg", 0, SCORES),), tmp_path, 1.0, left_out=left_out)
+    assert "Left out at south: no label (3), opted out (1)." in findings(found)
+    found.save(study="none")
+    assert json.loads((tmp_path / "results.json").read_bytes())["left_out"] == left_out
 
 
 def test_a_table_of_many_sites_reads_at_80_columns(tmp_path: Path) -> None:
