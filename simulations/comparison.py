@@ -23,15 +23,15 @@ class Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """Student's interval of the mean of ``values``; two values would give one of 9 times their distance, which says
-    nothing.
+    nothing. Of no value, or where one is NaN, the mean is NaN.
 
     >>> interval([0.6, 0.7, 0.8])  # half-width 4.303 * 0.1 / sqrt(3)
     Interval(mean=0.7, half_width=0.2484)
     """
     from scipy.stats import t
 
-    mean = statistics.fmean(values)
-    if len(values) < 3:
+    mean = statistics.fmean(values) if values else math.nan
+    if len(values) < 3 or math.isnan(mean):
         return Interval(mean, math.nan)
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(round(mean, 12), round(half, 4))
@@ -45,6 +45,7 @@ class Paired:
     pairs: int
     p: float  # two-sided Wilcoxon signed-rank test; NaN from fewer than 6 pairs, where it cannot fall below 0.05
     better: int  # sites at which the method's mean is at least as good
+    sites: int  # that are compared
 
 
 Scores = Mapping[tuple[str, int], float]
@@ -57,7 +58,7 @@ def paired(method: Scores, reference: Scores) -> Paired:
 
     keys = sorted(key for key in method if key in reference and not math.isnan(method[key] + reference[key]))
     if not keys:
-        return Paired(math.nan, 0, math.nan, 0)
+        return Paired(math.nan, 0, math.nan, 0, 0)
     differences = [method[key] - reference[key] for key in keys]
     p = math.nan
     if len(keys) >= 6 and any(differences):
@@ -66,4 +67,4 @@ def paired(method: Scores, reference: Scores) -> Paired:
     for (site, _), difference in zip(keys, differences, strict=True):
         by_site.setdefault(site, []).append(difference)
     better = sum(statistics.fmean(d) >= 0 for d in by_site.values())
-    return Paired(statistics.fmean(differences), len(keys), p, better)
+    return Paired(statistics.fmean(differences), len(keys), p, better, len(by_site))

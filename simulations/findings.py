@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -29,6 +30,7 @@ def findings(experiment: Experiment) -> list[str]:
         said.append(
             f"Few patients are held out at {', '.join(few)}: a difference there may be the difference of one patient."
         )
+    said += _unscored(experiment)
     for site, reasons in experiment.left_out.items():
         said.append(f"Left out at {site}: {counted(reasons)}.")
     return [*said, *promises(experiment), *reconstructions(experiment)]
@@ -76,26 +78,42 @@ def promises(experiment: Experiment) -> list[str]:
 def _against_alone(experiment: Experiment, federated: list[str]) -> list[str]:
     """For each site what federation gains it, and which methods no site has to regret."""
     said, alone = [], {site: experiment.mean("alone", site) for site in experiment.sites}
+    alone = {site: home for site, home in alone.items() if not math.isnan(home)}
     for site, home in alone.items():
         champion = best_at(experiment, federated, site)
         gain = experiment.mean(champion, site) - home
+        if math.isnan(gain):
+            continue
         verb = "gains" if gain >= 0 else "loses"
         over = "the mean of the others' own models" if site in experiment.held_out else "training alone"
         said.append(f"{site}: the best federated method ({champion}) {verb} {abs(gain):.3f} over {over}.")
-    training = [site for site in experiment.sites if site not in experiment.held_out]
+    if not (training := [site for site in alone if site not in experiment.held_out]):
+        return said
     lost = {m: [s for s in training if not experiment.mean(m, s) >= alone[s]] for m in federated}
     if content := [method for method, sites in lost.items() if not sites]:
-        said.append(f"At least as good as training alone at every site: {', '.join(content)}.")
-    else:
-        nearest = min(federated, key=lambda m: max(alone[s] - experiment.mean(m, s) for s in lost[m]))
-        words = ", ".join(
-            f"{site} (by {alone[site] - experiment.mean(nearest, site):.3f}{_size(experiment, site)})"
-            for site in lost[nearest]
-        )
-        said.append(
-            f"No method is as good as training alone everywhere. {nearest} comes nearest, and loses at {words}."
-        )
-    return said
+        return [*said, f"At least as good as training alone at every site: {', '.join(content)}."]
+    nobody = "No method is as good as training alone everywhere."
+    scored = [m for m in federated if not any(math.isnan(experiment.mean(m, s)) for s in training)]
+    if not scored:
+        return [*said, nobody]
+    nearest = min(scored, key=lambda m: max(alone[s] - experiment.mean(m, s) for s in lost[m]))
+    words = ", ".join(
+        f"{site} (by {alone[site] - experiment.mean(nearest, site):.3f}{_size(experiment, site)})"
+        for site in lost[nearest]
+    )
+    return [*said, f"{nobody} {nearest} comes nearest, and loses at {words}."]
+
+
+def _unscored(experiment: Experiment) -> list[str]:
+    """Where no method has a score, and for which seeds if there is one for others."""
+    seeds, said = sorted({cell.seed for cell in experiment.cells}), []
+    for site in experiment.sites:
+        without = [seed for seed in seeds if (site, seed) not in experiment.measured]
+        which = f" (seed {', '.join(map(str, without))})" if len(without) < len(seeds) else ""
+        said += [f"{site}{which}"] if without else []
+    if not said:
+        return []
+    return [f"No method has a score at {', '.join(said)}: every mean is over what is left."]
 
 
 def _size(experiment: Experiment, site: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +22,7 @@ from medfl.simulations import examples
 from medfl.simulations.config import SimulationSettings
 from medfl.simulations.findings import best_at, findings
 from medfl.simulations.pictures import Pictures, pictures
-from medfl.simulations.results import Experiment
+from medfl.simulations.results import Cell, Experiment
 
 _INK = "#333333"
 _STYLE: dict[Any, Any] = {
@@ -92,7 +93,8 @@ def table(experiment: Experiment) -> list[Line]:
     for kind in ("federated", "baseline", "trivial"):
         for method in experiment.methods_of(kind):
             cells = [cell for cell in experiment.cells if cell.method == method]
-            sites = [(str(experiment.interval(method, s)), method == best[s]) for s in experiment.sites]
+            at = {site: experiment.interval(method, site) for site in experiment.sites}
+            sites = [(str(found), method == best[site] and not np.isnan(found.mean)) for site, found in at.items()]
             against = ["" if r == method else _difference(experiment, method, r) for r in references(experiment)]
             sent = max(cell.received_bytes for cell in cells) / 1e6
             spent = sum(cell.seconds for cell in cells) / len(cells)
@@ -129,7 +131,7 @@ def _difference(experiment: Experiment, method: str, reference: str) -> str:
     if not found.pairs:
         return ""
     p = "" if np.isnan(found.p) else f", p {found.p:.2g}"
-    return f"{found.difference:+.3f} ({found.better}/{len(experiment.sites)} sites{p})"
+    return f"{found.difference:+.3f} ({found.better}/{found.sites} sites{p})"
 
 
 def _curves(experiment: Experiment) -> str:
@@ -167,11 +169,11 @@ def _heat_map(experiment: Experiment) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.imshow(np.nan_to_num(scores), cmap="viridis", aspect="auto", vmin=float(np.nanmin(scores)))
+        axes.imshow(scores, cmap="viridis", aspect="auto")
         middle = (np.nanmin(scores) + np.nanmax(scores)) / 2
         for (row, column), score in np.ndenumerate(scores):
-            shade = "white" if not score > middle else "black"
-            axes.text(column, row, f"{score:.3f}", ha="center", va="center", color=shade, fontsize=9)
+            shade, words = "white" if score <= middle else "black", "no score" if np.isnan(score) else f"{score:.3f}"
+            axes.text(column, row, words, ha="center", va="center", color=shade, fontsize=9)
         axes.set_xticks(range(len(experiment.sites)), [experiment.title(site) for site in experiment.sites])
         axes.set_yticks(range(len(experiment.methods)), experiment.methods)
         axes.tick_params(length=0)
@@ -179,8 +181,10 @@ def _heat_map(experiment: Experiment) -> str:
         if len(experiment.sites) > 8:
             axes.tick_params("x", rotation=60)
 
+    if len(experiment.sites) > 40 or np.isnan(scores).all():
+        return ""
     width = min(12.0, 2.2 + 0.95 * len(experiment.sites))
-    return _svg(draw, width, 0.6 + 0.32 * len(experiment.methods)) if len(experiment.sites) <= 40 else ""
+    return _svg(draw, width, 0.6 + 0.32 * len(experiment.methods))
 
 
 def _costs(experiment: Experiment) -> str:
@@ -209,10 +213,13 @@ def _privacy(experiment: Experiment) -> str:
         axes = figure.add_subplot()
         epsilons = sorted({cell.epsilon for cell in cells if cell.epsilon})
         for site in experiment.sites:
-            means = [float(np.nanmean([c.scores[site] for c in cells if c.epsilon == e])) for e in epsilons]
+            means = [_mean_of([c for c in cells if c.epsilon == e], site) for e in epsilons]
+            if np.isnan(means).all():
+                continue
             (line,) = axes.plot(epsilons, means, "o-", label=site, linewidth=1.5)
-            if free := [c.scores[site] for c in experiment.cells if not c.epsilon and c.method in unprotected]:
-                axes.axhline(float(np.nanmean(free)), color=line.get_color(), linestyle="--", linewidth=1)
+            free = _mean_of([c for c in experiment.cells if not c.epsilon and c.method in unprotected], site)
+            if not np.isnan(free):
+                axes.axhline(free, color=line.get_color(), linestyle="--", linewidth=1)
         axes.set_xscale("log")
         axes.set_xticks(epsilons, [f"{e:g}" for e in epsilons])
         axes.set_xlabel("epsilon")
@@ -222,6 +229,12 @@ def _privacy(experiment: Experiment) -> str:
         axes.legend(frameon=False)
 
     return _svg(draw, 6.4, 3.4)
+
+
+def _mean_of(cells: Sequence[Cell], site: str) -> float:
+    """Of the scores there; NaN where there is none."""
+    known = [cell.scores[site] for cell in cells if not np.isnan(cell.scores[site])]
+    return statistics.fmean(known) if known else np.nan
 
 
 def _svg(draw: Callable[[Figure], Any], width: float, height: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -52,7 +53,7 @@ class Cell:
     def save(self, path: Path, digest: str) -> None:
         """Write it with the digest of what made it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"digest": digest, **asdict(self)}, indent=1).encode(), mode=0o644)
+        write_whole(path, _as_json({"digest": digest, **asdict(self)}, indent=1), mode=0o644)
 
     @classmethod
     def load(cls, path: Path, digest: str) -> Cell | None:
@@ -61,7 +62,8 @@ class Cell:
             content = json.loads(path.read_bytes())
             if content.pop("digest") != digest:
                 return None
-            content["curve"] = [(number, score) for number, score in content["curve"]]
+            content["scores"] = {site: _number(score) for site, score in content["scores"].items()}
+            content["curve"] = [(number, _number(score)) for number, score in content["curve"]]
             if content["reconstruction"] is not None:
                 content["reconstruction"] = tuple(content["reconstruction"])
             return cls(**content)
@@ -89,15 +91,34 @@ class Experiment:
             Row(cell.method, site, cell.seed, score) for cell in self.cells for site, score in cell.scores.items()
         )
 
+    @cached_property
+    def measured(self) -> frozenset[tuple[str, int]]:
+        """(site, seed) of which some method has a score; where no held-out patient can be scored, none has.
+
+        What needs no network does not count where something does: it may have one without any patient.
+        """
+        cells = [cell for cell in self.cells if cell.kind != "trivial"] or self.cells
+        return frozenset(
+            (site, cell.seed) for cell in cells for site, score in cell.scores.items() if not math.isnan(score)
+        )
+
     def mean(self, method: str, site: str) -> float:
-        """Mean score over seeds."""
-        return statistics.fmean(row.score for row in self.rows if row.method == method and row.site == site)
+        """Mean score over the seeds that are measured there; NaN where there is none, or the method lacks one."""
+        scores = [
+            r.score for r in self.rows if (r.method, r.site) == (method, site) and (site, r.seed) in self.measured
+        ]
+        return statistics.fmean(scores) if scores else math.nan
 
     def interval(self, method: str, site: str | None = None) -> Interval:
-        """Mean and 95 % interval over seeds, at one site or of the mean over the sites that train."""
+        """Mean and 95 % interval over seeds, at one site or of the mean over the sites that train.
+
+        Every method's are over the same sites and seeds, those that are :attr:`measured`.
+        """
         by_seed: dict[int, list[float]] = {}
         for row in self.rows:
-            if row.method == method and (row.site == site if site else row.site not in self.held_out):
+            if row.method != method or (row.site, row.seed) not in self.measured:
+                continue
+            if row.site == site if site else row.site not in self.held_out:
                 by_seed.setdefault(row.seed, []).append(row.score)
         return interval([statistics.fmean(scores) for scores in by_seed.values()])
 
@@ -165,4 +186,25 @@ class Experiment:
             "attacks_and_budgets": {m: found for m in self.methods if (found := self._attacks_and_budgets(m))},
             "seconds": round(self.seconds, 1),
         }
-        write_whole(self.folder / "results.json", json.dumps(summary, indent=2).encode(), mode=0o644)
+        write_whole(self.folder / "results.json", _as_json(summary, indent=2), mode=0o644)
+
+
+def _as_json(content: object, *, indent: int) -> bytes:
+    """JSON, which has no NaN: a score that is none becomes null."""
+    return json.dumps(_null_for_nan(content), indent=indent, allow_nan=False).encode()
+
+
+def _null_for_nan(content: object) -> object:
+    match content:
+        case dict():
+            return {key: _null_for_nan(value) for key, value in content.items()}
+        case list() | tuple():
+            return [_null_for_nan(value) for value in content]
+        case float():
+            return content if math.isfinite(content) else None
+        case _:
+            return content
+
+
+def _number(score: float | None) -> float:
+    return math.nan if score is None else score

@@ -20,6 +20,8 @@ def test_one_or_two_values_have_no_interval_and_no_value_says_so() -> None:
     assert str(interval([0.5])) == "0.500"
     assert str(interval([0.4, 0.6])) == "0.500"
     assert str(interval([math.nan])) == "no score"
+    assert str(interval([])) == "no score"
+    assert str(interval([0.4, math.nan, 0.6, 0.5])) == "no score"
 
 
 def test_six_better_pairs_have_the_smallest_possible_p() -> None:
@@ -34,6 +36,7 @@ def test_few_pairs_have_a_difference_and_no_p() -> None:
     found = paired({("a", 0): 0.6, ("b", 0): 0.3}, {("a", 0): 0.5, ("b", 0): 0.5, ("c", 0): 1.0})
     assert math.isnan(found.p)
     assert (found.difference, found.pairs, found.better) == (pytest.approx(-0.05), 2, 1)
+    assert found.sites == 2  # c is not compared
 
 
 def test_a_pair_without_a_score_is_left_out() -> None:

@@ -1,15 +1,20 @@
 """What a report says of privacy: who has spent most, what that assumes, and what else leaves a site."""
 
 import json
+import math
 from pathlib import Path
 
+import pytest
 from rich.console import Console
+from small_simulation import simulation
 from tiny import masks_study
 
 from medfl.client.releases import told
+from medfl.simulations import load_simulation
 from medfl.simulations.cli import print_table
 from medfl.simulations.federation import permissive_policy
 from medfl.simulations.findings import findings, promises
+from medfl.simulations.report import table, write_report
 from medfl.simulations.results import Cell, Experiment
 
 SCORES = {"north": 0.5, "south": 0.7}
@@ -50,6 +55,88 @@ def test_what_is_left_out_is_said_and_kept_with_the_results(tmp_path: Path) -> N
     assert "Left out at south: no label (3), opted out (1)." in findings(found)
     found.save(study="none")
     assert json.loads((tmp_path / "results.json").read_bytes())["left_out"] == left_out
+
+
+NAN = math.nan
+
+
+def with_a_site_without_lesions(folder: Path) -> Experiment:
+    """At c nobody has a score; b can be scored with seed 0 only."""
+    scores = {"fedavg": [(0.6, 0.3), (0.8, NAN)], "alone": [(0.5, 0.4), (0.5, NAN)], "best threshold": [(0, 0), (0, 1)]}
+    kinds = {"fedavg": "federated", "alone": "baseline", "best threshold": "trivial"}
+    cells = [
+        Cell(method, seed, {"a": a, "b": b, "c": NAN}, kinds[method])
+        for method, seeds in scores.items()
+        for seed, (a, b) in enumerate(seeds)
+    ]
+    return Experiment("dice", tuple(cells), folder, 1.0)
+
+
+def test_a_site_without_a_score_is_left_out_of_means_and_sentences(tmp_path: Path) -> None:
+    found = with_a_site_without_lesions(tmp_path)
+    assert found.mean("fedavg", "b") == 0.3
+    assert found.interval("fedavg").mean == pytest.approx((0.45 + 0.8) / 2)  # a and b, then a alone
+    assert found.interval("best threshold").mean == 0  # over the same: its 1 at b has nothing to stand beside
+    assert math.isnan(found.mean("fedavg", "c"))
+    said = findings(found)
+    assert "a: the best federated method (fedavg) gains 0.200 over training alone." in said
+    assert "No method has a score at b (seed 1), c: every mean is over what is left." in said
+    worst = "No method is as good as training alone everywhere. fedavg comes nearest, and loses at b (by 0.100)."
+    assert worst in said
+    assert not any("nan" in sentence for sentence in said)
+
+
+def test_a_method_that_fails_at_a_site_others_can_be_scored_at_has_no_mean(tmp_path: Path) -> None:
+    cells = (
+        Cell("fedavg", 0, {"a": 0.6, "b": NAN}),
+        Cell("alone", 0, {"a": 0.5, "b": 0.4}, "baseline"),
+        Cell("pooled", 0, {"a": 0.7, "b": 0.5}, "baseline"),
+    )
+    found = Experiment("dice", cells, tmp_path, 1.0)
+    assert str(found.interval("fedavg")) == "no score"
+    said = findings(found)
+    assert said[0] == "Highest mean over sites: pooled (0.600)."
+    assert "No method is as good as training alone everywhere." in said
+    assert not any("nan" in sentence for sentence in said)
+
+
+def test_results_are_json_and_no_score_is_null(tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    with_a_site_without_lesions(tmp_path).save(study="none")
+    content = json.loads((tmp_path / "results.json").read_bytes(), parse_constant=refuse)
+    assert content["mean"]["fedavg"] == {"a": pytest.approx(0.7), "b": 0.3, "c": None}
+
+    cell = Cell("fedavg", 0, {"a": 0.5, "b": NAN}, curve=[(1, 0.25), (2, NAN)])
+    cell.save(tmp_path / "cell.json", "digest")
+    json.loads((tmp_path / "cell.json").read_bytes(), parse_constant=refuse)
+    again = Cell.load(tmp_path / "cell.json", "digest")
+    assert again is not None
+    assert repr((again.scores, again.curve)) == repr((cell.scores, cell.curve))  # NaN is not equal to itself
+
+
+def test_differences_say_how_many_sites_they_compare(tmp_path: Path) -> None:
+    cells = (
+        Cell("fedavg", 0, {"a": 0.7, "b": 0.3, "c": NAN, "d": 0.9}),
+        Cell("alone", 0, {"a": 0.5, "b": 0.4, "c": NAN, "d": 0.2}, "baseline"),
+    )
+    found = Experiment("dice", cells, tmp_path, 1.0, held_out=("d",))
+    line = table(found)[0]
+    assert line.against[1] == "+0.050 (1/2 sites)"
+    assert line.sites[2] == ("no score", False)
+
+
+def test_a_report_with_a_site_without_a_score_is_drawn_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    cells = [Cell("alone", 0, {"a": 0.5, "c": NAN}, "baseline"), Cell("free", 0, {"a": 0.7, "c": NAN})]
+    cells += [Cell(f"eps{e}", 0, {"a": e / 10, "c": NAN}, epsilon=e) for e in (1.0, 4.0)]
+    page = write_report(
+        Experiment("dice", tuple(cells), tmp_path, 1.0), load_simulation(simulation(tmp_path))
+    ).read_text()
+    assert "nan" not in page[page.index("What it says") :]
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_a_table_of_many_sites_reads_at_80_columns(tmp_path: Path) -> None:
