@@ -197,5 +197,17 @@ def save_model(
         size = int(np.prod(shape))
         tensors[name] = weights[start : start + size].reshape(shape)
         start += size
-    about = {"study": study.canonical().decode(), "digest": study.digest, "round": str(round_number)}
-    write_whole(path, save(tensors, metadata=about), mode=0o644)
+    about = {"study": study.canonical().decode(), "round": str(round_number), "digest": study.digest}
+    write_whole(path, _in_order(save(tensors, metadata=about), about), mode=0o644)
+
+
+def _in_order(content: bytes, about: Mapping[str, str]) -> bytes:
+    """A safetensors file whose metadata are in the order of ``about``: the library writes them in any.
+
+    A study names the weights it begins with by their file's digest, so that equal models must be equal files.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end]) | {"__metadata__": dict(about)}
+    written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    written += b" " * (-len(written) % 8)  # tensors begin at a multiple of 8
+    return b"".join((len(written).to_bytes(8, "little"), written, memoryview(content)[end:]))

@@ -13,6 +13,7 @@ from tiny import classes_study, masks_study
 from medfl.server.checkpoint import Checkpoint, CheckpointFolder, Metrics, save_model
 from medfl.server.convergence import Best
 from medfl.shared.algorithms.travel import build_study_network, layouts
+from medfl.shared.initial_weights import digest_of, read_initial
 from medfl.shared.study import Study
 
 STUDY = classes_study()
@@ -166,6 +167,23 @@ def test_the_finished_model_names_its_study_and_round(tmp_path: Path) -> None:
         about = file.metadata()
     assert about["round"] == "4"
     assert Study.from_canonical(about["study"].encode(), digest=about["digest"]) == STUDY
+
+
+def test_equal_models_are_equal_files_and_begin_a_study_by_one_name(tmp_path: Path) -> None:
+    study = classes_study(purpose="Ein Modell für alle Kliniken")  # two bytes of one letter
+    layout, _ = layouts(study, build_study_network(study))
+    weights = np.linspace(-1, 1, layout.length, dtype=np.float32)
+    for number in range(12):  # three entries have six orders
+        save_model(tmp_path / f"{number}", study, layout, weights, round_number=4)
+    assert len({digest_of(read_initial(tmp_path / f"{number}")) for number in range(12)}) == 1
+    header = (tmp_path / "0").read_bytes()
+    assert int.from_bytes(header[:8], "little") % 8 == 0
+    with safe_open(tmp_path / "0", framework="numpy") as file:
+        assert sorted(file.metadata()) == ["digest", "round", "study"]
+        assert Study.from_canonical(file.metadata()["study"].encode(), digest=file.metadata()["digest"]) == study
+    network = build_study_network(study)
+    network.load_state_dict(load_file(tmp_path / "0"))
+    assert layout.flatten(network.state_dict()).tobytes() == weights.tobytes()
 
 
 def test_what_kills_left_of_unfinished_checkpoints_is_removed(tmp_path: Path) -> None:
