@@ -138,7 +138,7 @@ class CuriousServer(Settings):
 
 
 class Baselines(Settings):
-    """What stands beside the federation; each takes as many optimizer steps as a site that is in every round."""
+    """What stands beside the federation; pooled, alone, ensemble and cyclic have every site in every round."""
 
     fedavg: StrictBool = True  # the plain mean, where nothing that is compared is it
     alone: StrictBool = True  # each site by itself

@@ -135,6 +135,10 @@ def test_the_report_says_where_a_federated_model_loses(tmp_path: Path) -> None:
     assert references(experiment) == ["fedavg", "alone"]
     page = write_report(experiment, load_simulation(simulation(tmp_path))).read_text()
     assert "best &lt;threshold&gt;" in page
+    assert "pooled, alone, ensemble and cyclic have every site in every round" in page
+    assert (
+        "same number of optimizer steps in every\nround that it is in" in page
+    )  # and where rounds ask few, fewer in all
 
 
 def test_scores_are_drawn_against_epsilon_beside_those_without_privacy(tmp_path: Path) -> None:
