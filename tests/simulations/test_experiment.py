@@ -228,9 +228,9 @@ def test_a_baseline_that_diverges_has_no_score_and_does_not_stop_the_rest() -> N
         ({"variants": {"alone": {}}}, 2, "alone is the name of a baseline"),
         ({"variants": {"trivial": {}}}, 2, "trivial is the name of a baseline"),
         (
-            {"variants": {"x": {"strategy": {"name": "median"}, "secure_aggregation": {"mode": "msa1"}}}},
+            {"variants": {"x": {"secure_aggregation": {"mode": "msa1"}}}},
             2,
-            "strategy median compares single updates, which secure aggregation hides",
+            "a secure sum takes 3 sites, there are 2 sites that train",
         ),
         ({"partition": {"sites": 3}}, 2, "partition divides the data of one site"),
         ({"seedz": [1]}, 2, "(did you mean 'seeds'?)"),
@@ -257,6 +257,18 @@ def test_what_is_wrong_ends_with_its_status_and_a_line_that_names_it(
     path.write_text(yaml.safe_dump(content))
     assert main(["--config", str(path)]) == status
     assert words in capsys.readouterr().err
+
+
+def test_a_strategy_that_needs_single_updates_is_refused_under_secure_sums(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = simulation(tmp_path, STUDY)
+    content = yaml.safe_load(path.read_text())
+    content["sites"].append({**content["sites"][0], "name": "east"})
+    content["variants"] = {"x": {"strategy": {"name": "median"}, "secure_aggregation": {"mode": "msa1"}}}
+    path.write_text(yaml.safe_dump(content))
+    assert main(["--config", str(path)]) == 2
+    assert "strategy median compares single updates, which secure aggregation hides" in capsys.readouterr().err
 
 
 def test_a_site_whose_data_are_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
