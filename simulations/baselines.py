@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,23 +23,43 @@ from medfl.shared.privacy.settings import DpSgd, NoPrivacy
 from medfl.shared.study import SecureAggregation, Study
 from medfl.shared.weights import Flat
 from medfl.shared.zoo import ModelTask
-from medfl.simulations.federation import federate
+from medfl.simulations.federation import Federation, federate
 
 log = logging.getLogger("medfl.simulations")
 
 _CANDIDATES = 64
 
 
-def score(study: Study, weights: Flat, sites: Mapping[str, SiteData], *, device: torch.device) -> dict[str, float]:
-    """Headline score of one model on each site's held-out patients."""
+def score(
+    study: Study,
+    weights: Flat,
+    sites: Mapping[str, SiteData],
+    kept: Mapping[str, Flat] | None = None,
+    *,
+    device: torch.device,
+) -> dict[str, float]:
+    """Headline score of one model, with what each site has ``kept`` of its own, on each site's held-out patients."""
     if not sites:
         return {}
     bench = make_bench(study, device)
-    bench.load(weights, None)
-    return {
-        name: headline_or_nan(read(evaluate(bench.network, data.splits[Split.VALIDATION], study)))
-        for name, data in sites.items()
-    }
+    scores: dict[str, float] = {}
+    for name, data in sites.items():
+        bench.load_for_patients(study, weights, (kept or {}).get(name))
+        scores[name] = headline_or_nan(read(evaluate(bench.network, data.splits[Split.VALIDATION], study)))
+    return scores
+
+
+def score_at_the_end(
+    study: Study, federation: Federation, sites: Mapping[str, SiteData], *, device: torch.device
+) -> dict[str, float]:
+    """Headline score of the model that ``federation`` ended with on the held-out patients of each of its sites.
+
+    Those that the round loop has scored already by that very model are not scored again.
+    """
+    known = {name: headline_or_nan(scores) for name, scores in federation.site_scores.items()}
+    others = {name: data for name, data in sites.items() if name not in known}
+    scores = known | score(study, federation.result.weights, others, federation.kept, device=device)
+    return {name: scores[name] for name in sites}
 
 
 def initial_model(study: Study, device: torch.device) -> Flat:
@@ -69,11 +90,14 @@ def alone_and_ensemble(
     the mean over the others' models. The ensemble is federated learning in one round (Guha et al. 2019,
     https://arxiv.org/abs/1902.11175).
     """
-    by_itself, scores, models = one_place(study), {}, {}
+    by_itself = one_place(study)
+    scores: dict[str, float] = {}
+    models: dict[str, Flat] = {}
     for number, (name, data) in enumerate(sites.items(), 1):
         log.info("alone, site %d of %d: %s", number, len(sites), name)
         federation = federate(by_itself, {name: data}, device=device, reporter=reporter)
-        scores[name] = headline_or_nan(federation.site_scores.get(name, {}))
+        finished = federation.complete
+        scores |= score_at_the_end(by_itself, federation, {name: data}, device=device) if finished else {name: math.nan}
         models[name] = federation.result.weights
     abroad = [score(by_itself, weights, elsewhere or {}, device=device) for weights in models.values()]
     scores |= {name: sum(there[name] for there in abroad) / len(abroad) for name in elsewhere or {}}

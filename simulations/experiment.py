@@ -24,7 +24,6 @@ from medfl.client.data.tensors import SiteData
 from medfl.client.releases import told
 from medfl.client.workbench import make_bench
 from medfl.server.checkpoint import save_model
-from medfl.server.ending import Ending
 from medfl.server.reporter import MetricsFile, Reporter, Several
 from medfl.shared.algorithms.settings import FedAvgSettings
 from medfl.shared.errors import DataError, TrainingError
@@ -38,11 +37,11 @@ from medfl.simulations import examples
 from medfl.simulations.baselines import (
     alone_and_ensemble,
     cyclic,
-    headline_or_nan,
     initial_model,
     one_place,
     pooled,
     score,
+    score_at_the_end,
     trivial,
     unprotected,
 )
@@ -281,23 +280,24 @@ class _Federated:
             listeners.insert(0, MetricsFile(self.folder / "metrics.jsonl"))
         federation = self._federate(study, Several(*listeners))
         result = federation.result
-        if result.ending not in (Ending.DONE, Ending.CONVERGED):
+        if not federation.complete:
             raise TrainingError(
                 f"study {study.name} ended after round {result.round} of {study.rounds.count}: {result.ending.value}: "
                 "see the warnings before this line"
             )
         if self.folder is not None:
             save_model(
-                self.folder / "model.safetensors", study, result.layout, result.weights, round_number=result.round
+                self.folder / "model.safetensors", study, result.layout, result.weights, round_number=result.of_round
             )
-        abroad = score(study, result.weights, work.elsewhere, device=work.device)
+        scores = score_at_the_end(study, federation, work.training, device=work.device)
+        scores |= score(study, result.weights, work.elsewhere, device=work.device)
         models = {name: (result.weights, federation.kept.get(name)) for name in work.sites}
         work.show(self.name, study, models)
         curve = [(r.round, found[1]) for r in federation.rounds if (found := headline(r.scores)) is not None]
         cell = Cell(
             self.name,
             work.seed,
-            {name: headline_or_nan(federation.site_scores.get(name, {})) for name in work.training} | abroad,
+            scores,
             curve=curve,
             received_bytes=sum(r.received_bytes for r in federation.rounds),
             seconds=round(time.monotonic() - started, 3),

@@ -34,7 +34,7 @@ from medfl.client.site import Site
 from medfl.client.workbench import Workbench
 from medfl.server.app import build_server_app
 from medfl.server.checkpoint import CheckpointFolder
-from medfl.server.ending import Result
+from medfl.server.ending import Ending, Result
 from medfl.server.reporter import Reporter, RoundReport, Several, Silent
 from medfl.server.rounds import Rounds
 from medfl.server.secagg.store import FolderStore, MemoryStore, Store
@@ -45,7 +45,7 @@ from medfl.shared.secagg.limits import SMALLEST_COHORT
 from medfl.shared.secagg.roster import Member, make_roster
 from medfl.shared.signing import Document, Signed, sign
 from medfl.shared.study import Study
-from medfl.shared.weights import Flat
+from medfl.shared.weights import Flat, weights_digest
 from medfl.simulations.config import Attacker, Failures
 from medfl.simulations.grid import VirtualGrid
 from medfl.simulations.misbehaviour import Answer, misbehaving
@@ -84,13 +84,21 @@ class Federation:
     """When each round ended, in training times of a usual site; empty where all sites are alike."""
 
     @property
+    def complete(self) -> bool:
+        """Whether the study came to its end, so that its model is the one that was asked for."""
+        return self.result.ending in (Ending.DONE, Ending.CONVERGED)
+
+    @property
     def site_scores(self) -> Mapping[str, Mapping[str, float]]:
-        """Held-out scores by site of its last evaluation."""
-        last = {
-            name: next((row["scores"] for row in reversed(rows) if row["set"] == "validation"), None)
-            for name, rows in self.site_rows.items()
+        """Held-out scores by site, where the last thing it did was to score the model that the study ended with.
+
+        No scores of a site that was not asked, nor where the study handed out an earlier model than its last.
+        """
+        model = weights_digest(self.result.weights)
+        last = {name: rows[-1] for name, rows in self.site_rows.items() if rows}
+        return {
+            name: row["scores"] for name, row in last.items() if row["set"] == "validation" and row["model"] == model
         }
-        return {name: scores for name, scores in last.items() if scores is not None}
 
 
 def federate(

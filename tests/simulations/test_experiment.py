@@ -14,14 +14,18 @@ import torch
 import yaml
 from consortium import write_pictures
 from safetensors import safe_open
-from tiny import classes_study, labels_study, masks_study, site_data
+from tiny import classes_study, labels_study, masks_study, noise_data, site_data
 
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
+from medfl.client.training.evaluate import evaluate
+from medfl.client.workbench import make_bench
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError, TrainingError
+from medfl.shared.metrics import read
 from medfl.shared.secagg.exchange import Phase
 from medfl.shared.study import Study
+from medfl.simulations import experiment as module
 from medfl.simulations import load_simulation
 from medfl.simulations.baselines import alone_and_ensemble, best_threshold, mean_mask, pooled, trivial
 from medfl.simulations.cli import main
@@ -116,6 +120,30 @@ def test_one_command_gives_a_table_and_a_folder(tmp_path: Path, capsys: pytest.C
         with safe_open(folder / f"seed-{seed}" / "model.safetensors", framework="numpy") as model:
             assert model.metadata()["round"] == "2"
         assert len((folder / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_scores_of_a_study_that_hands_out_its_best_round_are_those_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = classes_study(
+        training={"learning_rate": 2.0, "steps": 3},
+        rounds={"count": 6, "converged": {"rounds": 3, "gain": 0.0}},
+    )
+    data = {name: noise_data(seed) for seed, name in enumerate(("north", "south"))}
+    monkeypatch.setattr(module, "load_sites", lambda *_: data)
+    only = {"alone": False, "pooled": False, "trivial": False}
+    path = simulation(tmp_path, study, seeds=[0], baselines=only, examples=False)
+    experiment = run_experiment(load_settings(path, SimulationSettings))
+    with safe_open(experiment.folder / "seed-0" / "model.safetensors", framework="numpy") as file:
+        model, of_round = {name: torch.from_numpy(file.get_tensor(name)) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    (cell,) = experiment.cells
+    best = max(cell.curve, key=lambda point: point[1])
+    assert int(of_round["round"]) == best[0] < cell.curve[-1][0]
+    bench = make_bench(study, CPU)
+    bench.network.load_state_dict(model)
+    for name, its in data.items():
+        expected = read(evaluate(bench.network, its.splits[Split.VALIDATION], study))["balanced_accuracy"]
+        assert cell.scores[name] == expected
 
 
 def test_a_notebook_hears_nothing_of_the_libraries(tmp_path: Path) -> None:

@@ -98,6 +98,16 @@ def _pictures(study: Study, draw: torch.Generator, first: int, count: int, image
     return TensorSet(pictures, yes, patients)
 
 
+def noise_data(seed: int, *, examples: int = 40) -> SiteData:
+    """Pictures that say nothing of their class, two for each patient, so that scores rise and fall between rounds."""
+    draw = torch.Generator().manual_seed(seed)
+    splits = {}
+    for split in Split:
+        images = torch.randn((examples, 1, 4, 4), generator=draw)
+        splits[split] = TensorSet(images, torch.randint(0, 2, (examples,), generator=draw), torch.arange(examples) // 2)
+    return SiteData(splits, report(splits))
+
+
 def report(splits: dict[Split, TensorSet]) -> DataReport:
     """The report of made-up data."""
     found = {
