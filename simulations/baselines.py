@@ -19,7 +19,8 @@ from medfl.client.workbench import make_bench
 from medfl.server.reporter import Reporter
 from medfl.shared.algorithms.settings import FedAvgSettings
 from medfl.shared.metrics import headline, patient_dice, read
-from medfl.shared.privacy.settings import DpSgd, NoPrivacy
+from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy
+from medfl.shared.safeguards import Safeguards
 from medfl.shared.study import SecureAggregation, Study
 from medfl.shared.weights import Flat
 from medfl.shared.zoo import ModelTask
@@ -28,6 +29,7 @@ from medfl.simulations.federation import Federation, federate
 log = logging.getLogger("medfl.simulations")
 
 _CANDIDATES = 64
+_PATIENCE_S = 5.0  # for a site that refuses, which it does for ever
 
 
 def score(
@@ -70,8 +72,12 @@ def initial_model(study: Study, device: torch.device) -> Flat:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A baseline's scores by site, and by site the model that is used there (empty where it is no single one)."""
+    """The study that a baseline was trained by, its scores by site, and by site the model that is used there.
 
+    No model where it is no single one, or where training did not come to its end: the score is NaN there.
+    """
+
+    study: Study
     scores: dict[str, float]
     models: dict[str, Flat]
 
@@ -86,9 +92,9 @@ def alone_and_ensemble(
 ) -> tuple[Trained, Trained]:
     """Each site by itself, scored at home, and the mean prediction of all their models at every site.
 
-    Both take as many steps as in the federation. ``elsewhere`` are sites that do not train: alone is scored there by
-    the mean over the others' models. The ensemble is federated learning in one round (Guha et al. 2019,
-    https://arxiv.org/abs/1902.11175).
+    Each site trains in every round. ``elsewhere`` are sites that do not train: alone is scored there by the mean over
+    the others' models. A site whose training diverges has no score, and no part in the means. The ensemble is
+    federated learning in one round (Guha et al. 2019, https://arxiv.org/abs/1902.11175).
     """
     by_itself = one_place(study)
     scores: dict[str, float] = {}
@@ -96,17 +102,21 @@ def alone_and_ensemble(
     for number, (name, data) in enumerate(sites.items(), 1):
         log.info("alone, site %d of %d: %s", number, len(sites), name)
         federation = federate(by_itself, {name: data}, device=device, reporter=reporter)
-        finished = federation.complete
-        scores |= score_at_the_end(by_itself, federation, {name: data}, device=device) if finished else {name: math.nan}
-        models[name] = federation.result.weights
+        if federation.complete:
+            scores |= score_at_the_end(by_itself, federation, {name: data}, device=device)
+            models[name] = federation.result.weights
+        else:
+            scores[name] = _no_score(f"alone, site {name}", federation)
     abroad = [score(by_itself, weights, elsewhere or {}, device=device) for weights in models.values()]
-    scores |= {name: sum(there[name] for there in abroad) / len(abroad) for name in elsewhere or {}}
-    ensemble = _Ensemble(study, list(models.values()), device)
+    scores |= {name: _mean([there[name] for there in abroad]) for name in elsewhere or {}}
+    ensemble = _Ensemble(by_itself, list(models.values()), device)
     together = {
-        name: headline_or_nan(read(evaluate(ensemble, data.splits[Split.VALIDATION], study)))
+        name: headline_or_nan(read(evaluate(ensemble, data.splits[Split.VALIDATION], by_itself)))
+        if models
+        else math.nan
         for name, data in {**sites, **(elsewhere or {})}.items()
     }
-    return Trained(scores, models), Trained(together, {})
+    return Trained(by_itself, scores, models), Trained(by_itself, together, {})
 
 
 class _Ensemble(nn.Module):
@@ -114,7 +124,7 @@ class _Ensemble(nn.Module):
 
     def __init__(self, study: Study, models: Sequence[Flat], device: torch.device) -> None:
         super().__init__()
-        self._bench = make_bench(one_place(study), device)
+        self._bench = make_bench(study, device)
         self._models = models
         self._yes_or_no = study.data.multi_label
 
@@ -140,9 +150,10 @@ def cyclic(
 ) -> Trained:
     """One model handed from site to site, trained at each as in a round, as often around as there are rounds.
 
+    Without privacy, also where the study has it, with as many steps at each site: :func:`unprotected`.
     Cyclic weight transfer: Chang et al. 2018, https://doi.org/10.1093/jamia/ocy017.
     """
-    plain = one_place(study)
+    plain = one_place(unprotected(study))
     bench = make_bench(plain, device)
     for number in range(1, study.rounds.count + 1):
         log.info("cyclic, time around %d of %d", number, study.rounds.count)
@@ -167,16 +178,30 @@ def pooled(
         splits={split: _concatenate([data.splits[split] for data in sites.values()]) for split in Split},
         report=next(iter(sites.values())).report,
     )
-    plain = one_place(study)
-    if study.training.steps is not None:
-        training = study.training.model_copy(update={"steps": study.training.steps * len(sites)})
-        plain = plain.model_copy(update={"training": training})
-    result = federate(plain, {"pooled": together}, device=device, reporter=reporter).result
-    return _everywhere(plain, result.weights, {**sites, **(elsewhere or {})}, device)
+    plain, everyone = one_place(study, times=len(sites)), {**sites, **(elsewhere or {})}
+    federation = federate(plain, {"pooled": together}, device=device, reporter=reporter)
+    if not federation.complete:
+        return Trained(plain, dict.fromkeys(everyone, _no_score("pooled", federation)), {})
+    return _everywhere(plain, federation.result.weights, everyone, device)
 
 
 def _everywhere(study: Study, weights: Flat, sites: Mapping[str, SiteData], device: torch.device) -> Trained:
-    return Trained(score(study, weights, sites, device=device), dict.fromkeys(sites, weights))
+    return Trained(study, score(study, weights, sites, device=device), dict.fromkeys(sites, weights))
+
+
+def _no_score(what: str, federation: Federation) -> float:
+    """NaN, and a line that says why."""
+    log.warning(
+        "%s has no score: training ended after round %d: %s: see the warnings before this line",
+        what,
+        federation.result.round,
+        federation.result.ending.value,
+    )
+    return math.nan
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return sum(scores) / len(scores) if scores else math.nan
 
 
 def unprotected(study: Study) -> Study:
@@ -259,11 +284,27 @@ def _by_patient(predicted: Tensor, data: TensorSet, label: int) -> float:
     return float(dice.nanmean())
 
 
-def one_place(study: Study) -> Study:
-    """``study`` for one place: nothing to aggregate, so that no strategy matters."""
-    rounds = study.rounds.model_copy(update={"minimum_sites": 1, "sites_per_round": None})
-    changes = {"rounds": rounds, "secure_aggregation": SecureAggregation(mode="none"), "strategy": FedAvgSettings()}
-    return study.model_copy(update=changes)
+def one_place(study: Study, *, times: int = 1) -> Study:
+    """``study`` for one place, with ``times`` as many steps a round where it says how many.
+
+    There is nothing to aggregate, so that no strategy matters, and nobody to distrust. Without client-level privacy,
+    whose noise is on a sum over sites. A site in this process takes part at once or never.
+    """
+    lonely = {"minimum_sites": 1, "sites_per_round": None, "converged": None, "patience_s": _PATIENCE_S}
+    changes: dict[str, object] = {
+        "rounds": study.rounds.model_copy(update=lonely),
+        "secure_aggregation": SecureAggregation(mode="none"),
+        "strategy": FedAvgSettings(),
+        "safeguards": Safeguards(),
+    }
+    if study.training.steps is not None:
+        changes["training"] = study.training.model_copy(update={"steps": study.training.steps * times})
+    match study.privacy:
+        case ClientLevel():
+            changes["privacy"] = NoPrivacy(mode="none")
+        case DpSgd(steps_per_round=steps):
+            changes["privacy"] = study.privacy.model_copy(update={"steps_per_round": steps * times})
+    return Study.model_validate(study.model_copy(update=changes).model_dump(mode="json"))
 
 
 def _concatenate(sets: Sequence[TensorSet]) -> TensorSet:

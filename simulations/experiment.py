@@ -31,14 +31,14 @@ from medfl.shared.files import write_whole
 from medfl.shared.initial_weights import read_initial, shelve
 from medfl.shared.logs import quiet_libraries
 from medfl.shared.metrics import headline
-from medfl.shared.privacy.settings import NoPrivacy
+from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.study import Study
 from medfl.simulations import examples
 from medfl.simulations.baselines import (
+    Trained,
     alone_and_ensemble,
     cyclic,
     initial_model,
-    one_place,
     pooled,
     score,
     score_at_the_end,
@@ -151,6 +151,8 @@ class _Seed:
             jobs["fedavg"] = (base.model_copy(update={"strategy": FedAvgSettings()}), _Federated(self, "fedavg", None))
         if not sweep and not isinstance(base.privacy, NoPrivacy) and asked.unprotected:
             jobs["unprotected"] = (unprotected(base), _Federated(self, "unprotected", None))
+        if isinstance(base.privacy, ClientLevel) and (asked.pooled or asked.alone):
+            log.info("pooled, alone and ensemble are without privacy: the noise of client-level privacy is on a sum")
         baselines = {"pooled": self._pooled, "alone": self._alone, "cyclic": self._cyclic, "trivial": self._trivial}
         return jobs | {name: (base, work) for name, work in baselines.items() if getattr(asked, name)}
 
@@ -230,21 +232,21 @@ class _Seed:
 
     def _pooled(self, study: Study) -> list[Cell]:
         found = pooled(study, self.training, self.elsewhere, device=self.device, reporter=self.reporter)
-        self.show("pooled", one_place(study), {name: (model, None) for name, model in found.models.items()})
-        return [Cell("pooled", self.seed, found.scores, "baseline")]
+        return self._baseline("pooled", found)
 
     def _alone(self, study: Study) -> list[Cell]:
         one, all_ = alone_and_ensemble(study, self.training, self.elsewhere, device=self.device, reporter=self.reporter)
-        self.show("alone", one_place(study), {name: (model, None) for name, model in one.models.items()})
-        cells = [Cell("alone", self.seed, one.scores, "baseline")]
-        if self.settings.baselines.ensemble:
-            cells.append(Cell("ensemble", self.seed, all_.scores, "baseline"))
-        return cells
+        return self._baseline("alone", one) + (
+            [Cell("ensemble", self.seed, all_.scores, "baseline")] if self.settings.baselines.ensemble else []
+        )
 
     def _cyclic(self, study: Study) -> list[Cell]:
-        found = cyclic(study, self.training, self.elsewhere, device=self.device)
-        self.show("cyclic", one_place(study), {name: (model, None) for name, model in found.models.items()})
-        return [Cell("cyclic", self.seed, found.scores, "baseline")]
+        method = "cyclic" if isinstance(study.privacy, NoPrivacy) else "cyclic without privacy"
+        return self._baseline(method, cyclic(study, self.training, self.elsewhere, device=self.device))
+
+    def _baseline(self, method: str, found: Trained) -> list[Cell]:
+        self.show(method, found.study, {name: (model, None) for name, model in found.models.items()})
+        return [Cell(method, self.seed, found.scores, "baseline")]
 
     def _trivial(self, study: Study) -> list[Cell]:
         found = trivial(study, self.training, self.elsewhere)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from tiny import classes_study, masks_study, noise_data, site_data
 
 from medfl.client.data.splits import Split
-from medfl.client.data.tensors import SiteData
+from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.client.training.evaluate import evaluate
 from medfl.client.workbench import make_bench
 from medfl.shared.metrics import headline, read
-from medfl.shared.study import Study
+from medfl.shared.privacy.settings import DpSgd, NoPrivacy
+from medfl.shared.safeguards import Safeguards
+from medfl.shared.study import Study, Training
 from medfl.simulations import baselines
-from medfl.simulations.baselines import score_at_the_end
+from medfl.simulations.baselines import alone_and_ensemble, cyclic, one_place, pooled, score_at_the_end
 from medfl.simulations.federation import Federation, federate
 
 CPU = torch.device("cpu")
@@ -74,3 +77,78 @@ def test_what_was_scored_last_is_not_scored_again(strategy: str, monkeypatch: py
     monkeypatch.setattr(baselines, "evaluate", lambda *_: scored.append(1.0))
     assert score_at_the_end(study, federation, data, device=CPU) == expected
     assert scored == []
+
+
+def dp_sgd(**changes: Any) -> Study:
+    """Noise that costs far less than what is promised, so that nothing has to be solved."""
+    privacy = {"mode": "dp-sgd", "epsilon": 100, "delta": 1e-2, "noise_multiplier": 4.0, "steps_per_round": 3}
+    return classes_study(privacy=privacy | changes, training={"steps": None, "epochs": 30})
+
+
+def test_what_is_trained_in_one_place_is_a_study_with_nobody_to_distrust() -> None:
+    guarded = classes_study(safeguards={"max_norm": 0.1}, rounds={"converged": {"rounds": 1}, "patience_s": 86400})
+    one = one_place(guarded)
+    assert one.safeguards == Safeguards()
+    assert one.rounds.converged is None
+    assert one.rounds.patience_s < 60
+    assert Study.model_validate_json(one.canonical()) == one
+
+
+def test_client_level_noise_is_on_a_sum_over_sites_and_one_place_trains_without() -> None:
+    privacy = {"mode": "client-level", "epsilon": 50, "delta": 1e-2, "noise_multiplier": 1.0}
+    study = classes_study(privacy=privacy, secure_aggregation={"mode": "msa1"}, rounds={"minimum_sites": 3})
+    sites = {name: site_data(study, seed=seed) for seed, name in enumerate("abc")}
+    for found in (pooled(study, sites, device=CPU), *alone_and_ensemble(study, sites, device=CPU)):
+        assert isinstance(found.study.privacy, NoPrivacy)
+        assert all(0 <= score <= 1 for score in found.scores.values())
+
+
+def test_pooled_takes_as_many_private_steps_as_all_sites_together() -> None:
+    study = dp_sgd()
+    found = pooled(study, {name: site_data(study, seed=seed) for seed, name in enumerate("ab")}, device=CPU)
+    assert isinstance(found.study.privacy, DpSgd)
+    assert found.study.privacy.steps_per_round == 2 * 3
+    assert all(0 <= score <= 1 for score in found.scores.values())
+
+
+def test_cyclic_takes_the_steps_of_a_private_round_without_privacy(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Training] = []
+    really = baselines.train_plain
+
+    def train(network: Any, data: Any, its: Study, **more: Any) -> Any:
+        trained.append(its.training)
+        return really(network, data, its, **more)
+
+    monkeypatch.setattr(baselines, "train_plain", train)
+    study = dp_sgd()
+    found = cyclic(study, {name: site_data(study, seed=seed) for seed, name in enumerate("ab")}, device=CPU)
+    assert [training.steps for training in trained] == [3] * 4  # two sites, two times around
+    assert isinstance(found.study.privacy, NoPrivacy)
+
+
+def test_a_study_that_one_place_refuses_for_ever_has_no_score_and_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(baselines, "_PATIENCE_S", 0.1)
+    study = dp_sgd(delta=0.2)  # right for the 4 patients who train at each site, too large for 8
+    study = study.model_copy(update={"rounds": study.rounds.model_copy(update={"patience_s": 60.0})})
+    found = pooled(study, {name: site_data(study, seed=seed) for seed, name in enumerate("ab")}, device=CPU)
+    assert all(math.isnan(score) for score in found.scores.values())
+    assert found.models == {}
+    assert "pooled has no score: training ended after round 0: too few sites took part" in caplog.text
+
+
+def test_a_site_that_diverges_alone_has_no_part_in_the_ensemble(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "_PATIENCE_S", 0.01)
+    study = noisy_study()
+    good, bad = noise_data(0), noise_data(1)
+    train = bad.splits[Split.TRAIN]
+    spoilt = TensorSet(train.images * float("nan"), train.labels, train.patients)
+    sites = {"good": good, "bad": SiteData({**bad.splits, Split.TRAIN: spoilt}, bad.report)}
+    one, all_ = alone_and_ensemble(study, sites, {"away": noise_data(2)}, device=CPU)
+    assert math.isnan(one.scores["bad"])
+    assert set(one.models) == {"good"}
+    assert one.scores["away"] == all_.scores["away"], "the mean over one model"
+    nobody, nothing = alone_and_ensemble(study, {"bad": sites["bad"]}, {"away": noise_data(2)}, device=CPU)
+    assert math.isnan(nobody.scores["away"])
+    assert all(math.isnan(score) for score in nothing.scores.values())

@@ -146,6 +146,17 @@ def test_the_scores_of_a_study_that_hands_out_its_best_round_are_those_of_the_fi
         assert cell.scores[name] == expected
 
 
+def test_cyclic_training_beside_a_private_study_says_that_it_is_without_privacy(tmp_path: Path) -> None:
+    privacy = {"mode": "dp-sgd", "epsilon": 100, "delta": 1e-2, "noise_multiplier": 4.0, "steps_per_round": 1}
+    study = classes_study(privacy=privacy, rounds={"count": 1})
+    only = {"alone": False, "pooled": False, "trivial": False, "unprotected": False, "cyclic": True}
+    experiment = run_experiment(
+        load_settings(simulation(tmp_path, study, seeds=[0], baselines=only), SimulationSettings)
+    )
+    assert experiment.methods == ["fedavg", "cyclic without privacy"]
+    assert (experiment.folder / "seed-0" / "examples" / "cyclic without privacy.npz").exists()
+
+
 def test_a_notebook_hears_nothing_of_the_libraries(tmp_path: Path) -> None:
     said: list[logging.LogRecord] = []
     flower = logging.getLogger("flwr")
