@@ -14,6 +14,7 @@ from medfl.client.data.headers import Progress
 from medfl.client.data.load import load_site_data
 from medfl.client.data.secret import SiteKey
 from medfl.client.data.settings import DicomSettings
+from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData
 from medfl.shared.errors import DataError
 from medfl.shared.study import Study
@@ -60,6 +61,11 @@ def load_sites(
             )
         except DataError as error:
             raise DataError(f"site {site.name}: {error}") from None
+        if not len(data.splits[Split.VALIDATION]):
+            raise DataError(
+                f"site {site.name} has no held-out patients, and every method is scored on them: set split.validation "
+                "of its data above 0"
+            )
         sites[site.name] = as_scanned(data, site.scanner, seed=_number(secret))
     if study.seed == settings.seeds[0]:
         for name, reasons in left_out_of(settings, sites).items():

@@ -317,6 +317,18 @@ def test_a_site_whose_data_are_not_there_is_named(tmp_path: Path, capsys: pytest
     assert "site south: " in capsys.readouterr().err
 
 
+def test_a_site_that_holds_nobody_out_is_named_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = simulation(tmp_path, STUDY)
+    content = yaml.safe_load(path.read_text())
+    content["sites"][1]["data"]["split"] = {"validation": 0.0, "test": 0.2}
+    path.write_text(yaml.safe_dump(content))
+    for options in ([], ["--check"]):
+        assert main(["--config", str(path), *options]) == 4
+        assert "site south has no held-out patients, and every method is scored on them: set" in capsys.readouterr().err
+
+
 def test_a_path_of_a_simulation_counts_from_its_file(tmp_path: Path) -> None:
     settings = load_settings(simulation(tmp_path, STUDY), SimulationSettings)
     assert settings.output == tmp_path / "runs"
