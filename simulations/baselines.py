@@ -236,9 +236,28 @@ def trivial(
             }
             for method, predictor in methods.items()
         }
-    # Whatever constant is predicted, balanced accuracy is one over the number of classes (a half for each label).
-    chance = 0.5 if study.data.multi_label else 1 / len(study.data.classes)
-    return {"commonest class": dict.fromkeys(everyone, chance)}
+    labels = {name: data.splits[Split.TRAIN].labels for name, data in sites.items()}
+    labels |= dict.fromkeys(elsewhere or {}, torch.cat(list(labels.values())))
+    scores = {}
+    for name, data in everyone.items():
+        tally = evaluate(_Constant(labels[name], study), data.splits[Split.VALIDATION], study)
+        scores[name] = headline_or_nan(read(tally))
+    return {"commonest class": scores}
+
+
+class _Constant(nn.Module):
+    """Says of every image what is commonest among ``labels``: one class, or of each label whether most have it."""
+
+    def __init__(self, labels: Tensor, study: Study) -> None:
+        super().__init__()
+        if study.data.multi_label:
+            self._said = labels.mean(0) - 0.5
+        else:
+            self._said = torch.bincount(labels, minlength=len(study.data.classes)).float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, class)."""
+        return self._said.expand(len(images), -1)
 
 
 def best_threshold(train: TensorSet, held_out: TensorSet, classes: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import classes_study, masks_study, noise_data, site_data
+from tiny import classes_study, labels_study, masks_study, noise_data, report, site_data
 
 from medfl.client.data.splits import Split
 from medfl.client.data.tensors import SiteData, TensorSet
@@ -18,7 +18,7 @@ from medfl.shared.privacy.settings import DpSgd, NoPrivacy
 from medfl.shared.safeguards import Safeguards
 from medfl.shared.study import Study, Training
 from medfl.simulations import baselines
-from medfl.simulations.baselines import alone_and_ensemble, cyclic, one_place, pooled, score_at_the_end
+from medfl.simulations.baselines import alone_and_ensemble, cyclic, one_place, pooled, score_at_the_end, trivial
 from medfl.simulations.federation import Federation, federate
 
 CPU = torch.device("cpu")
@@ -152,3 +152,37 @@ def test_a_site_that_diverges_alone_has_no_part_in_the_ensemble(monkeypatch: pyt
     nobody, nothing = alone_and_ensemble(study, {"bad": sites["bad"]}, {"away": noise_data(2)}, device=CPU)
     assert math.isnan(nobody.scores["away"])
     assert all(math.isnan(score) for score in nothing.scores.values())
+
+
+def labelled(train: list[Any], held_out: list[Any], dtype: torch.dtype = torch.int64) -> SiteData:
+    """4x4 pictures with these labels, one for each patient."""
+    parts = {Split.TRAIN: train, Split.VALIDATION: held_out, Split.TEST: held_out}
+    splits = {
+        split: TensorSet(torch.zeros((len(its), 1, 4, 4)), torch.tensor(its, dtype=dtype), torch.arange(len(its)))
+        for split, its in parts.items()
+    }
+    return SiteData(splits, report(splits))
+
+
+def test_the_commonest_class_is_that_of_each_site_and_scored_over_the_classes_that_are_there() -> None:
+    study = classes_study(data={"classes": ["x", "y", "z"]})
+    sites = {
+        "one class": labelled([0, 0, 0], [0, 0]),
+        "two classes": labelled([0, 1, 1], [0, 1, 1]),
+        "another": labelled([2, 2, 1], [0, 1, 1]),
+    }
+    found = trivial(study, sites, {"away": labelled([1], [0, 0])})["commonest class"]
+    # the mean recall of the classes among the held-out: 1; (0 + 1) / 2; nobody held out is z; the three sites together
+    # have 4 of x, 3 of y and 2 of z
+    assert found == {"one class": 1.0, "two classes": 0.5, "another": 0.0, "away": 1.0}
+
+
+def test_the_commonest_answer_of_each_label_has_no_score_where_no_label_occurs_both_ways() -> None:
+    study = labels_study()
+    sites = {
+        "both ways": labelled([[1, 1], [0, 1], [0, 1]], [[1, 0], [0, 1]], torch.float32),
+        "one way": labelled([[1, 1]], [[1, 1], [1, 1]], torch.float32),
+    }
+    found = trivial(study, sites)["commonest class"]
+    assert found["both ways"] == 0.5
+    assert math.isnan(found["one way"])
