@@ -228,6 +228,7 @@ class _Seed:
         parts += [settings.partition.model_dump_json() if settings.partition else ""]
         parts += [site.model_dump_json() for site in settings.sites]
         parts += [settings.curious_server.model_dump_json()] if settings.curious_server else []
+        parts += [f"ensemble {settings.baselines.ensemble}"] if name == "alone" else []  # which is made beside it
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _pooled(self, study: Study) -> list[Cell]:

@@ -106,6 +106,16 @@ def test_fedavg_stands_beside_whatever_is_compared_and_once_only(
         load_simulation(path)
 
 
+def test_an_ensemble_that_is_asked_for_later_is_made(tmp_path: Path) -> None:
+    few = {"alone": True, "ensemble": False, "pooled": False, "trivial": False}
+    path = simulation(tmp_path, seeds=[0], variants={"fedavg": {}}, baselines=few)
+    assert run_experiment(load_simulation(path), sweep=True).methods == ["fedavg", "alone"]
+    content = yaml.safe_load(path.read_text())
+    content["baselines"]["ensemble"] = True
+    path.write_text(yaml.safe_dump(content))
+    assert run_experiment(load_simulation(path), sweep=True).methods == ["fedavg", "alone", "ensemble"]
+
+
 def test_the_example_runs_and_its_report_stands_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = example()
     loaded.SIMULATION["seeds"] = [0]
