@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from medfl.shared.files import write_whole
 from medfl.shared.study import Study
 from medfl.shared.weights import Flat
 from medfl.shared.zoo import ModelTask
+
+_DIGEST = "digest/of the pictures"  # no site has such a name
 
 Models = Mapping[str, tuple[Flat, Flat | None]]
 """By site: the global weights, and what the site has kept of its own (None: nothing)."""
@@ -63,9 +67,9 @@ def predict(study: Study, models: Models, sites: Mapping[str, SiteData], device:
     return said
 
 
-def save_truth(path: Path, study: Study, sites: Mapping[str, SiteData]) -> None:
-    """Write each site's image and labels."""
-    arrays = {}
+def save_truth(path: Path, study: Study, sites: Mapping[str, SiteData]) -> str:
+    """Write each site's image and labels; returns their digest, which :func:`save` notes with what methods say."""
+    arrays: dict[str, NDArray[np.uint8]] = {}
     for name, data in sites.items():
         held_out = data.splits[Split.VALIDATION]
         number, at = shown(study, data)
@@ -75,30 +79,36 @@ def save_truth(path: Path, study: Study, sites: Mapping[str, SiteData]) -> None:
             image = image[:, at]
             labels = labels[at] if study.task is ModelTask.SEGMENTATION else labels
         arrays[f"image/{name}"], arrays[f"truth/{name}"] = _grey_or_colour(image), labels.numpy().astype(np.uint8)
-    save(path, arrays)
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape}".encode() + array.tobytes())
+    save(path, arrays, digest.hexdigest())
+    return digest.hexdigest()
 
 
-def save(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Write named arrays as one ``.npz``."""
+def save(path: Path, arrays: Mapping[str, NDArray[np.generic]], digest: str) -> None:
+    """Write named arrays as one ``.npz``; they are, or are of, the pictures of that ``digest``."""
     import io
 
     path.parent.mkdir(parents=True, exist_ok=True)
     out = io.BytesIO()
-    np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(out, **arrays, **{_DIGEST: np.array(digest)})  # type: ignore[arg-type]
     write_whole(path, out.getvalue())
 
 
 def load(folder: Path, methods: list[str]) -> dict[str, Example]:
-    """By site, what earlier runs have written into ``folder`` of these methods; empty where there is nothing."""
+    """By site, what earlier runs have written into ``folder`` of these methods; empty where there is nothing.
+
+    What was said of other pictures, as before a change of splits or scanners, is left out.
+    """
     if not (folder / "truth.npz").exists():
         return {}
-    with np.load(folder / "truth.npz") as file:
-        truth = dict(file)
+    truth, digest = _read(folder / "truth.npz")
     said: dict[str, dict[str, NDArray[np.float32]]] = {}
     for method in methods:
-        if (folder / f"{method}.npz").exists():
-            with np.load(folder / f"{method}.npz") as file:
-                said[method] = dict(file)
+        if digest and (folder / f"{method}.npz").exists():
+            by_site, of = _read(folder / f"{method}.npz")
+            said |= {method: by_site} if of == digest else {}
     sites = [name.removeprefix("image/") for name in truth if name.startswith("image/")]
     return {
         site: Example(
@@ -108,6 +118,13 @@ def load(folder: Path, methods: list[str]) -> dict[str, Example]:
         )
         for site in sites
     }
+
+
+def _read(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
+    """Named arrays, and the digest that was noted with them; empty where there is none."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    return arrays, str(arrays.pop(_DIGEST, ""))
 
 
 def _grey_or_colour(image: torch.Tensor) -> NDArray[np.uint8]:

@@ -129,6 +129,7 @@ class _Seed:
     earlier: float = 0.0  # seconds that the cells took which were taken from an earlier run
     _data: dict[str, SiteData] | None = None
     _counts: dict[str, dict[str, int]] | None = None
+    _truth: str | None = None  # the digest of the pictures that are shown
 
     def run(self, *, sweep: bool) -> list[Cell]:
         """Federated methods, then what they have to beat."""
@@ -257,12 +258,13 @@ class _Seed:
 
     def show(self, method: str, study: Study, models: examples.Models) -> None:
         """Keep what ``method`` says of an image of each site, for the report; of the first seed only."""
+        path = self.folder / "examples" / f"{method}.npz"
+        path.unlink(missing_ok=True)  # of an earlier model
         if not self.settings.examples or self.seed != self.settings.seeds[0]:
             return
-        folder = self.folder / "examples"
-        if not (folder / "truth.npz").exists():
-            examples.save_truth(folder / "truth.npz", study, self.sites)
-        examples.save(folder / f"{method}.npz", examples.predict(study, models, self.sites, self.device))
+        if self._truth is None:
+            self._truth = examples.save_truth(path.with_name("truth.npz"), study, self.sites)
+        examples.save(path, examples.predict(study, models, self.sites, self.device), self._truth)
 
 
 @dataclass(frozen=True)
