@@ -18,6 +18,7 @@ from medfl.client.training.plain import train_plain
 from medfl.client.workbench import make_bench
 from medfl.server.reporter import Reporter
 from medfl.shared.algorithms.settings import FedAvgSettings
+from medfl.shared.errors import TrainingError
 from medfl.shared.metrics import headline, patient_dice, read
 from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy
 from medfl.shared.safeguards import Safeguards
@@ -153,16 +154,20 @@ def cyclic(
     Without privacy, also where the study has it, with as many steps at each site: :func:`unprotected`.
     Cyclic weight transfer: Chang et al. 2018, https://doi.org/10.1093/jamia/ocy017.
     """
-    plain = one_place(unprotected(study))
+    plain, everyone = one_place(unprotected(study)), {**sites, **(elsewhere or {})}
     bench = make_bench(plain, device)
     for number in range(1, study.rounds.count + 1):
         log.info("cyclic, time around %d of %d", number, study.rounds.count)
         for name, data in sites.items():
             seed = int.from_bytes(hashlib.sha256(f"cyclic/{study.seed}/{name}/{number}".encode()).digest()[:7], "big")
             generator = torch.Generator(device).manual_seed(seed)
-            train_plain(bench.network, data.splits[Split.TRAIN], plain, generator=generator, round_number=number)
+            try:
+                train_plain(bench.network, data.splits[Split.TRAIN], plain, generator=generator, round_number=number)
+            except TrainingError as error:
+                log.warning("cyclic has no score: time around %d, site %s: %s", number, name, error)
+                return Trained(plain, dict.fromkeys(everyone, math.nan), {})
     weights = bench.layout.flatten(bench.network.state_dict())
-    return _everywhere(plain, weights, {**sites, **(elsewhere or {})}, device)
+    return _everywhere(plain, weights, everyone, device)
 
 
 def pooled(

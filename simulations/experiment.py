@@ -8,9 +8,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import medfl.shared.environment  # noqa: F401 - before flwr
@@ -53,12 +53,21 @@ from medfl.simulations.misbehaviour import backdoor_success
 from medfl.simulations.results import Cell, Experiment, Row
 from medfl.simulations.sites import load_sites
 
-__all__ = ["Cell", "Experiment", "Row", "choose_device", "load_sites", "run_experiment"]
+__all__ = ["Cell", "Experiment", "Row", "SweepFailed", "choose_device", "load_sites", "run_experiment"]
 
 log = logging.getLogger("medfl.simulations")
 
 Work = Callable[[Study], list[Cell]]
 """Runs one method, or several that share their training."""
+
+
+class SweepFailed(TrainingError):
+    """Some methods of a sweep did not come to their end. ``experiment`` is saved, without scores (NaN) of these."""
+
+    def __init__(self, failed: Sequence[str], experiment: Experiment) -> None:
+        again = "the same command tries those that failed again when their settings are others"
+        super().__init__("\n".join([*failed, f"all else is in {experiment.folder}; {again}"]))
+        self.experiment = experiment
 
 
 def run_experiment(
@@ -71,10 +80,11 @@ def run_experiment(
     """Run all that ``settings`` asks for and write ``results.csv``, ``results.json`` and, by seed, models and metrics.
 
     ``sweep`` runs every variant instead of the study itself, and takes what an earlier run of the same settings has
-    already done from the output folder.
+    already done from the output folder. There a method whose training fails does not keep the others from running.
 
     Raises:
         DataError: a site's data cannot be used. TrainingError, ConfigError: the study cannot be run.
+        SweepFailed: methods of a sweep failed; the others are done, saved and in the report.
     """
     started = time.monotonic()
     quiet_libraries()
@@ -87,6 +97,7 @@ def run_experiment(
     cells: list[Cell] = []
     patients: dict[str, int] = {}
     scored: dict[str, int] = {}
+    failed: list[str] = []
     earlier = 0.0  # seconds that earlier runs took for what is done
     for seed in settings.seeds:
         work = _Seed(settings, seed, device, folder / f"seed-{seed}", reporter, loading, resume=sweep)
@@ -94,6 +105,7 @@ def run_experiment(
         patients = patients or work.patients()
         scored = scored or work.patients(scored=True)
         earlier += work.earlier
+        failed += [f"{name}, seed {seed}: {why}" for name, why in work.failed.items()]
     experiment = Experiment(
         _metric(settings.study),
         _in_order(cells),
@@ -104,6 +116,12 @@ def run_experiment(
         scored,
     )
     experiment.save(study=settings.study.digest)
+    if failed:
+        with suppress(ImportError):  # what draws may not be installed
+            from medfl.simulations.report import write_report
+
+            write_report(experiment, settings)
+        raise SweepFailed(failed, experiment)
     return experiment
 
 
@@ -127,6 +145,7 @@ class _Seed:
     loading: Progress | None
     resume: bool
     earlier: float = 0.0  # seconds that the cells took which were taken from an earlier run
+    failed: dict[str, str] = field(default_factory=dict)  # method -> why
     _data: dict[str, SiteData] | None = None
     _counts: dict[str, dict[str, int]] | None = None
     _truth: str | None = None  # the digest of the pictures that are shown
@@ -195,23 +214,35 @@ class _Seed:
         return study.model_copy(update={"seed": self.seed})
 
     def _cells(self, name: str, study: Study, work: Work) -> list[Cell]:
-        """What ``work`` gives; from the folder where an earlier run of the same settings has left it."""
+        """What ``work`` gives; in a sweep from the folder where an earlier run of the same settings has left it.
+
+        In a sweep a method whose training fails has no scores, and is not tried again with the same settings.
+        """
         digest, index = self._digest(name, study), self.folder / "cells" / f"{name}.json"
-        if self.resume and (kept := self._kept(index, digest)) is not None:
+        if self.resume and (kept := self._kept(name, index, digest)) is not None:
             return kept
         started = time.monotonic()
-        cells = work(study)
+        try:
+            cells = work(study)
+        except TrainingError as error:
+            if not self.resume:
+                raise TrainingError(f"{name}, seed {self.seed}: {error}") from None
+            log.warning("%s, seed %d: %s", name, self.seed, error)
+            self.failed[name] = str(error)
+            own = isinstance(work, _Federated) and work.folder is not None
+            cells = [Cell(name, self.seed, dict.fromkeys(self.sites, math.nan), "federated" if own else "baseline")]
         for cell in cells:
             cell.save(self.folder / "cells" / f"{name}.{cell.method}.json", digest)
         content = {"digest": digest, "methods": [cell.method for cell in cells], "seconds": time.monotonic() - started}
+        content |= {"failed": self.failed[name]} if name in self.failed else {}
         write_whole(index, json.dumps(content).encode(), mode=0o644)
         return cells
 
-    def _kept(self, index: Path, digest: str) -> list[Cell] | None:
+    def _kept(self, name: str, index: Path, digest: str) -> list[Cell] | None:
         try:
             content = json.loads(index.read_bytes())
             methods = content["methods"] if content["digest"] == digest else None
-            seconds = float(content["seconds"])
+            seconds, why = float(content["seconds"]), str(content.get("failed", ""))
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if methods is None:
@@ -220,6 +251,7 @@ class _Seed:
         if None in cells:
             return None
         self.earlier += seconds
+        self.failed |= {name: why} if why else {}
         return [cell for cell in cells if cell is not None]
 
     def _digest(self, name: str, study: Study) -> str:

@@ -138,7 +138,9 @@ def test_a_study_that_one_place_refuses_for_ever_has_no_score_and_is_not_waited_
     assert "pooled has no score: training ended after round 0: too few sites took part" in caplog.text
 
 
-def test_a_site_that_diverges_alone_has_no_part_in_the_ensemble(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_that_diverges_alone_has_no_part_in_the_ensemble_and_ends_the_cycle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(baselines, "_PATIENCE_S", 0.01)
     study = noisy_study()
     good, bad = noise_data(0), noise_data(1)
@@ -149,6 +151,7 @@ def test_a_site_that_diverges_alone_has_no_part_in_the_ensemble(monkeypatch: pyt
     assert math.isnan(one.scores["bad"])
     assert set(one.models) == {"good"}
     assert one.scores["away"] == all_.scores["away"], "the mean over one model"
+    assert all(math.isnan(score) for score in cyclic(study, sites, device=CPU).scores.values())
     nobody, nothing = alone_and_ensemble(study, {"bad": sites["bad"]}, {"away": noise_data(2)}, device=CPU)
     assert math.isnan(nobody.scores["away"])
     assert all(math.isnan(score) for score in nothing.scores.values())

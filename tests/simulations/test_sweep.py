@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -114,6 +115,44 @@ def test_an_ensemble_that_is_asked_for_later_is_made(tmp_path: Path) -> None:
     content["baselines"]["ensemble"] = True
     path.write_text(yaml.safe_dump(content))
     assert run_experiment(load_simulation(path), sweep=True).methods == ["fedavg", "alone", "ensemble"]
+
+
+def test_a_variant_that_diverges_is_named_and_keeps_no_other_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = {"learning_rate": 10.0, "optimizer": "sgd", "weight_decay": 1.0, "momentum": 0.99, "steps": 50}
+    few = {"alone": False, "pooled": True, "trivial": False}
+    path = simulation(
+        tmp_path,
+        seeds=[0],
+        variants={"wild": {"training": wild}, "near": {"strategy": {"name": "fedprox"}}},
+        baselines=few,
+    )
+    done = count_federations(monkeypatch)
+    assert main(["--config", str(path), "--sweep"]) == 1
+    failed, rest = capsys.readouterr().err.splitlines()[-2:]
+    assert failed.startswith(
+        "medfl-sim: wild, seed 0: study example ended after round 0 of 2: too many rounds in a row"
+    )
+    assert sorted(done) == ["fedavg/0", "fedprox/0"]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert rest.startswith(f"medfl-sim: all else is in {folder}; ")
+    assert "no score" in (folder / "report.html").read_text()
+    scores = {(row["method"], row["site"]): row["score"] for row in csv.DictReader((folder / "results.csv").open())}
+    assert scores["wild", "site-1"] == "nan"
+    assert all(float(scores[method, "site-1"]) >= 0 for method in ("near", "pooled"))
+
+    done.clear()
+    assert main(["--config", str(path), "--sweep"]) == 1
+    assert capsys.readouterr().err.splitlines()[-2:] == [failed, rest]
+    assert done == []
+
+    content = yaml.safe_load(path.read_text())
+    content["variants"]["wild"]["training"] = {"learning_rate": 0.01}
+    path.write_text(yaml.safe_dump(content))
+    assert main(["--config", str(path), "--sweep"]) == 0
+    assert done == ["fedavg/0"]
+    assert not run_experiment(load_simulation(path), sweep=True).to_dataframe()["score"].isna().any()
 
 
 def test_the_example_runs_and_its_report_stands_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
