@@ -90,7 +90,7 @@ def run_experiment(
     quiet_libraries()
     torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
-    folder = settings.output / f"{settings.study.name}-{settings.study.digest[:8]}"
+    folder = _folder_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
     if settings.initial_weights is not None:
         shelve(read_initial(settings.initial_weights))
@@ -197,6 +197,7 @@ class _Seed:
                 "scored": {name: patients_of(data, Split.VALIDATION) for name, data in self._data.items()},
             }
             write_whole(self.folder / "patients.json", json.dumps(self._counts).encode(), mode=0o644)
+            write_whole(self.folder.parent / _WHOSE, _circumstances(self.settings).encode(), mode=0o644)
         return self._data
 
     def patients(self, *, scored: bool = False) -> dict[str, int]:
@@ -256,12 +257,9 @@ class _Seed:
 
     def _digest(self, name: str, study: Study) -> str:
         """Names all that can change a cell's numbers, except the images themselves."""
-        settings = self.settings
-        parts = [importlib.metadata.version("medfl"), name, study.digest, settings.failures.model_dump_json()]
-        parts += [settings.partition.model_dump_json() if settings.partition else ""]
-        parts += [site.model_dump_json() for site in settings.sites]
-        parts += [settings.curious_server.model_dump_json()] if settings.curious_server else []
-        parts += [f"ensemble {settings.baselines.ensemble}"] if name == "alone" else []  # which is made beside it
+        parts = [importlib.metadata.version("medfl"), name, study.digest, _circumstances(self.settings)]
+        if name == "alone":  # the ensemble is made beside it
+            parts.append(f"ensemble {self.settings.baselines.ensemble}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _pooled(self, study: Study) -> list[Cell]:
@@ -402,6 +400,28 @@ class _Federated:
                 found.append(backdoor_success(bench.network, data.splits[Split.VALIDATION], planted[0].target))
         known = [share for share in found if not math.isnan(share)]
         return sum(known) / len(known) if known else None
+
+
+_WHOSE = "simulation.sha256"
+
+
+def _circumstances(settings: SimulationSettings) -> str:
+    """Digest of all beside the study that can change its numbers, except the images themselves."""
+    parts = [settings.failures.model_dump_json(), settings.partition.model_dump_json() if settings.partition else ""]
+    parts += [site.model_dump_json() for site in settings.sites]
+    parts += [settings.curious_server.model_dump_json()] if settings.curious_server else []
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _folder_of(settings: SimulationSettings) -> Path:
+    """Where results go: the study's folder, or one beside it where those of other sites or failures are there."""
+    usual, mine = settings.output / f"{settings.study.name}-{settings.study.digest[:8]}", _circumstances(settings)
+    beside = usual.with_name(f"{usual.name}-{mine[:8]}")
+    whose = usual / _WHOSE
+    if not beside.exists() and (not whose.exists() or whose.read_text() == mine):
+        return usual
+    log.info("%s holds another simulation of this study: results go to %s", usual.name, beside.name)
+    return beside
 
 
 def patients_of(data: SiteData, *splits: Split) -> int:

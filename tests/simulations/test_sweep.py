@@ -67,10 +67,19 @@ def test_a_sweep_goes_on_where_it_stopped_and_does_only_what_is_new(
     assert done == ["fedprox/0", "fedprox/1"]
 
     done.clear()
+    before = content["failures"]
     content["failures"] = {"drop_out": 0.2}  # changes every number
     path.write_text(yaml.safe_dump(content))
-    run_experiment(load_simulation(path), sweep=True)
+    with_failures = run_experiment(load_simulation(path), sweep=True)
     assert len(done) == 6
+    assert with_failures.folder.parent == first.folder.parent
+
+    done.clear()
+    content["failures"] = before
+    path.write_text(yaml.safe_dump(content))
+    without = run_experiment(load_simulation(path), sweep=True)
+    assert done == [], "the other simulation has overwritten nothing"
+    assert (without.folder, without.folder != with_failures.folder) == (first.folder, True)
 
     done.clear()
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")  # another release may give other numbers
