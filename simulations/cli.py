@@ -71,7 +71,7 @@ def _simulate(options: argparse.Namespace) -> int:
     from medfl.shared.loading import LoadingBar
     from medfl.shared.logs import quiet_libraries
     from medfl.simulations.config import SimulationSettings
-    from medfl.simulations.experiment import run_experiment
+    from medfl.simulations.experiment import SweepFailed, run_experiment
 
     settings = load_settings(options.config, SimulationSettings)
     if options.output is not None:
@@ -84,8 +84,11 @@ def _simulate(options: argparse.Namespace) -> int:
                 console.print(line, highlight=False, markup=False)
             console.print("all is well: run the same command without --check")
             return 0
+        failed: SweepFailed | None = None
         try:
             experiment = run_experiment(settings, sweep=options.sweep, reporter=reporter_for(console), loading=loading)
+        except SweepFailed as error:
+            failed, experiment = error, error.experiment
         except KeyboardInterrupt:
             if options.sweep:
                 console.print("\nwhat is finished stays: the same command goes on from there")
@@ -95,6 +98,8 @@ def _simulate(options: argparse.Namespace) -> int:
     print_attacks(console, experiment)
     _write_report(console, experiment, settings, options)
     console.print(f"{experiment.seconds:.0f} s; everything is in {experiment.folder}")
+    if failed is not None:
+        raise failed
     return 0
 
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import medfl.shared.environment  # noqa: F401 - before flwr
@@ -51,7 +51,7 @@ from medfl.simulations.curious import reconstruct
 from medfl.simulations.federation import Federation, federate, permissive_policy
 from medfl.simulations.misbehaviour import backdoor_success
 from medfl.simulations.results import Cell, Experiment, Row
-from medfl.simulations.sites import load_sites
+from medfl.simulations.sites import left_out_of, load_sites
 
 __all__ = ["Cell", "Experiment", "Row", "SweepFailed", "choose_device", "load_sites", "run_experiment"]
 
@@ -84,7 +84,7 @@ def run_experiment(
 
     Raises:
         DataError: a site's data cannot be used. TrainingError, ConfigError: the study cannot be run.
-        SweepFailed: methods of a sweep failed; the others are done, saved and in the report.
+        SweepFailed: methods of a sweep failed; the others are done and saved.
     """
     started = time.monotonic()
     quiet_libraries()
@@ -95,32 +95,28 @@ def run_experiment(
     if settings.initial_weights is not None:
         shelve(read_initial(settings.initial_weights))
     cells: list[Cell] = []
-    patients: dict[str, int] = {}
-    scored: dict[str, int] = {}
+    counts: _Counts | None = None  # of the first seed
     failed: list[str] = []
     earlier = 0.0  # seconds that earlier runs took for what is done
     for seed in settings.seeds:
         work = _Seed(settings, seed, device, folder / f"seed-{seed}", reporter, loading, resume=sweep)
         cells += work.run(sweep=sweep)
-        patients = patients or work.patients()
-        scored = scored or work.patients(scored=True)
+        counts = counts or work.counts
         earlier += work.earlier
         failed += [f"{name}, seed {seed}: {why}" for name, why in work.failed.items()]
+    assert counts is not None  # noqa: S101 - settings have a seed
     experiment = Experiment(
         _metric(settings.study),
         _in_order(cells),
         folder,
         earlier + time.monotonic() - started,
-        patients,
-        held_out_of(settings, list(patients)),
-        scored,
+        counts.all,
+        held_out_of(settings, list(counts.all)),
+        counts.scored,
+        counts.left_out,
     )
     experiment.save(study=settings.study.digest)
     if failed:
-        with suppress(ImportError):  # what draws may not be installed
-            from medfl.simulations.report import write_report
-
-            write_report(experiment, settings)
         raise SweepFailed(failed, experiment)
     return experiment
 
@@ -131,6 +127,15 @@ def choose_device(wish: str) -> torch.device:
     if wish == "cuda" and not available:
         raise DataError("device: cuda was asked for, and PyTorch finds none: use device: auto or cpu")
     return torch.device("cuda" if wish != "cpu" and available else "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Of a seed's data: patients by site, all and those scores rest on; what is left out by site and reason."""
+
+    all: dict[str, int]
+    scored: dict[str, int]
+    left_out: dict[str, dict[str, int]]
 
 
 @dataclass
@@ -147,7 +152,7 @@ class _Seed:
     earlier: float = 0.0  # seconds that the cells took which were taken from an earlier run
     failed: dict[str, str] = field(default_factory=dict)  # method -> why
     _data: dict[str, SiteData] | None = None
-    _counts: dict[str, dict[str, int]] | None = None
+    _counts: _Counts | None = None
     _truth: str | None = None  # the digest of the pictures that are shown
 
     def run(self, *, sweep: bool) -> list[Cell]:
@@ -192,24 +197,25 @@ class _Seed:
         """All sites' data."""
         if self._data is None:
             self._data = load_sites(self.settings, self._seeded(self.settings.study), self.device, self.loading)
-            self._counts = {
-                "all": {name: patients_of(data) for name, data in self._data.items()},
-                "scored": {name: patients_of(data, Split.VALIDATION) for name, data in self._data.items()},
-            }
-            write_whole(self.folder / "patients.json", json.dumps(self._counts).encode(), mode=0o644)
+            self._counts = _Counts(
+                {name: patients_of(data) for name, data in self._data.items()},
+                {name: patients_of(data, Split.VALIDATION) for name, data in self._data.items()},
+                left_out_of(self.settings, self._data),
+            )
+            write_whole(self.folder / "patients.json", json.dumps(asdict(self._counts)).encode(), mode=0o644)
             write_whole(self.folder.parent / _WHOSE, _circumstances(self.settings).encode(), mode=0o644)
         return self._data
 
-    def patients(self, *, scored: bool = False) -> dict[str, int]:
-        """Patients by site, all or those scores rest on; read again where this run had no need of the data."""
+    @property
+    def counts(self) -> _Counts:
+        """What is counted of the data; read again where this run had no need of them."""
         if self._counts is None:
-            with suppress(OSError, ValueError, KeyError, TypeError):
-                found = json.loads((self.folder / "patients.json").read_bytes())
-                self._counts = {kind: {str(k): int(v) for k, v in found[kind].items()} for kind in ("all", "scored")}
+            with suppress(OSError, ValueError, TypeError):
+                self._counts = _Counts(**json.loads((self.folder / "patients.json").read_bytes()))
         if self._counts is None:
-            _ = self.sites  # which counts them
-        assert self._counts is not None  # noqa: S101 - they are counted by now
-        return self._counts["scored" if scored else "all"]
+            _ = self.sites  # which counts
+        assert self._counts is not None  # noqa: S101 - it is counted by now
+        return self._counts
 
     def _seeded(self, study: Study) -> Study:
         return study.model_copy(update={"seed": self.seed})
