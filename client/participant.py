@@ -7,7 +7,8 @@ from medfl.client.secagg.session import SecureSite
 from medfl.shared.errors import ProtocolError
 from medfl.shared.messages import ModelRequest, Ready, TrainReply
 from medfl.shared.metrics import EXAMPLES, LOSS, Tally, tally_names
-from medfl.shared.privacy.settings import NoPrivacy
+from medfl.shared.privacy.noised_encoding import check_room_for_noise
+from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
 from medfl.shared.secagg.announcement import Purpose
 from medfl.shared.secagg.encoding import Encoding
 from medfl.shared.secagg.reasons import Reason
@@ -43,6 +44,8 @@ class Participant:
         plain = isinstance(study.privacy, NoPrivacy)
         names = (LOSS, EXAMPLES) if plain else tuple(result.tally)
         _expect(parsed, ring=Ring(study.secure_aggregation.ring_bits), names=names, length=result.update.size)
+        if isinstance(study.privacy, ClientLevel):
+            check_room_for_noise(parsed, study.privacy)
         self.secure.hold(
             Contribution(
                 study=bytes.fromhex(study.digest),

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from medfl.client.policy import Policy
 from medfl.shared.algorithms.needs import Beside
-from medfl.shared.privacy.settings import ClientLevel, NoPrivacy
+from medfl.shared.privacy.settings import ClientLevel, DpSgd, NoPrivacy
 from medfl.shared.study import Study
 
 
@@ -48,7 +48,7 @@ def releases(study: Study, policy: Policy) -> tuple[Release, ...]:
         Release("training loss", scores),
         Release("scores on held-out patients", scores),
         Release("whether the update was within the clip", _within(study)),
-        Release("how many values the encoding cut", _cut(private=private, secure=secure)),
+        Release("how many values the encoding cut", _cut(study)),
         Release("numbers of patients, of drawn, clipped and dropped units", Treatment.OFF),
         Release("class weights, intensity statistics, which round's model is taken", Treatment.PLANNED),
         Release("the ledger's length and hash", Treatment.NOISED if private else Treatment.OFF),
@@ -77,7 +77,13 @@ def _within(study: Study) -> Treatment:
     return Treatment.NOISED if follows else Treatment.OFF
 
 
-def _cut(*, private: bool, secure: bool) -> Treatment:
-    if not secure:
+def _cut(study: Study) -> Treatment:
+    if study.secure_aggregation.mode == "none":
         return Treatment.OFF
-    return Treatment.NOISED if private else Treatment.SUMMED  # it is counted on the noised update
+    match study.privacy:
+        case NoPrivacy():
+            return Treatment.SUMMED
+        case DpSgd():
+            return Treatment.NOISED  # it is counted on the noised update
+        case ClientLevel():
+            return Treatment.PLANNED  # none: the encoding has room for the noise

@@ -11,6 +11,8 @@ from pathlib import Path
 from medfl.server.secagg.outcome import SecureSum
 from medfl.shared.algorithms.needs import Beside
 from medfl.shared.files import write_whole
+from medfl.shared.privacy.noised_encoding import clip_of_round, clip_with_noise
+from medfl.shared.privacy.settings import ClientLevel
 from medfl.shared.secagg.clipping import CLIPPED_TOO_OFTEN, clip_by_class, clip_by_tensor, merge, widened
 from medfl.shared.secagg.encoding import Segment
 from medfl.shared.secagg.rings import Ring
@@ -24,15 +26,26 @@ class Clips:
     """The next round's clips; in ``memory``, a file, they outlive the process.
 
     A sum that is finished after a restart says with which clips it was made, so following it twice changes nothing.
+    Under client-level privacy there is nothing to follow: the noise says how much room it needs.
     """
 
     def __init__(self, study: Study, layout: Layout, memory: Path | None) -> None:
         self._settings, self._layout, self._memory = study.secure_aggregation, layout, memory
+        self._noise = study.privacy if isinstance(study.privacy, ClientLevel) else None
         self._first = _first(study, layout)
         self.segments = self._remembered()
 
+    def of(self, names: Sequence[str]) -> tuple[Segment, ...]:
+        """The clips of a round whose encoding has the numbers ``names``; one may name client-level privacy's clip."""
+        if self._noise is None:
+            return self.segments
+        clip = clip_with_noise(clip_of_round(names, self._noise), self._noise)
+        return (Segment(self._layout.length, clip),)
+
     def follow(self, total: SecureSum, used: Sequence[Segment]) -> None:
         """Choose the next round's clips after a sum of updates that were cut at those that were ``used``."""
+        if self._noise is not None:
+            return
         settings, values = self._settings, len(total.survivors) * total.mean.size
         if Ring(settings.ring_bits) is Ring.BITS_16 and self._layout.length == total.mean.size:
             # narrow rings need each tensor's own clip

@@ -175,7 +175,7 @@ class SecureCollector:
         rounding = self._ring is Ring.BITS_16
         if self._private:  # nothing exact goes with a private update
             names = () if self._clip is None else self._clip.names
-            return Encoding(self._ring, self._clips.segments, reference, names, stochastic=rounding)
+            return Encoding(self._ring, self._clips.of(names), reference, names, stochastic=rounding)
         return Encoding(self._ring, self._clips.segments, reference, (LOSS, EXAMPLES), stochastic=rounding)
 
     def _sum_of_weights(self, number: int, cohort: Mapping[int, str]) -> tuple[int, Mapping[int, str]]:

@@ -24,8 +24,10 @@ from medfl.shared.config import Settings, later
 from medfl.shared.data_spec import DataSpec
 from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.metrics import Scoring
+from medfl.shared.privacy.noised_encoding import suits
 from medfl.shared.privacy.settings import ClientLevel, NoPrivacy, PrivacySettings
 from medfl.shared.safeguards import Safeguards, unguarded
+from medfl.shared.secagg.rings import Ring
 from medfl.shared.zoo import LogisticSpec, ModelSpec, ModelTask, UNetSpec, check_size, tasks_of
 
 MAX_STUDY_BYTES = 256 * 1024
@@ -187,6 +189,13 @@ class Study(Settings):
             raise ValueError(
                 "privacy mode client-level needs secure_aggregation.mode: msa1, because each site adds only a part of "
                 "the noise: switch it on, or use mode: dp-sgd"
+            )
+        ring = Ring(self.secure_aggregation.ring_bits)
+        if isinstance(self.privacy, ClientLevel) and not suits(ring, self.privacy):
+            raise ValueError(
+                f"secure_aggregation.ring_bits {ring} rounds more coarsely than a hundredth of one site's noise in "
+                "privacy mode client-level, so that less of it would reach the sum: use ring_bits: 32, and a larger "
+                "noise_multiplier where that is not enough"
             )
         if self.rounds.converged is not None and not isinstance(self.privacy, NoPrivacy):
             raise ValueError(

@@ -6,28 +6,13 @@ al. 2021, https://arxiv.org/abs/2102.06387). Clip and noise are in one function,
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
 from medfl.client.privacy.clipped import clip_factors
 from medfl.client.privacy.randomness import NoiseSource, noisy
-from medfl.shared.errors import ConfigError
+from medfl.shared.privacy.noised_encoding import share_of_noise
 from medfl.shared.weights import Flat
-
-
-def share_of_noise(noise_multiplier: float, clip_norm: float, survivors: int) -> float:
-    """Standard deviation of one site's noise, so that ``survivors`` of them have ``noise_multiplier`` x ``clip_norm``.
-
-    ``survivors`` is the least number of sites whose sum can be opened. More of them have more noise, never less.
-
-    >>> share_of_noise(6.0, 0.5, survivors=9)
-    1.0
-    """
-    if survivors < 1 or not (math.isfinite(noise_multiplier) and noise_multiplier > 0 and clip_norm > 0):
-        raise ConfigError("client-level noise needs a positive noise_multiplier and clip_norm: set them under privacy:")
-    return noise_multiplier * clip_norm / math.sqrt(survivors)
 
 
 def clipped_and_noised(
@@ -39,7 +24,7 @@ def clipped_and_noised(
         update: float32, one axis; finite.
         clip_norm: largest norm of one site's part of the sum.
         noise_multiplier: standard deviation of the noise on the sum, in clip norms.
-        survivors: see :func:`share_of_noise`.
+        survivors: see :func:`~medfl.shared.privacy.noised_encoding.share_of_noise`.
         generator: the site's :class:`~medfl.client.privacy.randomness.SecureGenerator`.
     """
     exact = torch.from_numpy(update.astype(np.float64))
@@ -51,7 +36,7 @@ def clipped_and_noised(
 def noised_half(update: Flat, *, clip_norm: float, count_noise: float, survivors: int, generator: NoiseSource) -> float:
     """One site's part of how many updates are within ``clip_norm``: 1/2 or -1/2, plus its share of the count's noise.
 
-    ``count_noise`` is the standard deviation on the sum of all parts; ``survivors`` as for :func:`share_of_noise`.
+    ``count_noise`` is the standard deviation on the sum of all parts; ``survivors`` as for :func:`clipped_and_noised`.
     """
     within = float(np.linalg.norm(update.astype(np.float64))) <= clip_norm
     half = torch.tensor([0.5 if within else -0.5], dtype=torch.float64)

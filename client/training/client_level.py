@@ -16,7 +16,8 @@ from medfl.client.training.charged import PrivateRound
 from medfl.client.training.local import Given, Progress, train_local
 from medfl.client.workbench import Bench
 from medfl.shared.privacy.accounting import epsilon
-from medfl.shared.privacy.adaptive_clip import clip_of, count_noise, number_within
+from medfl.shared.privacy.adaptive_clip import count_noise, number_within
+from medfl.shared.privacy.noised_encoding import check_room_for_noise, clip_of_round
 from medfl.shared.privacy.plan import TrainingPlan, plan_client_level
 from medfl.shared.privacy.settings import ClientLevel
 from medfl.shared.secagg.encoding import Encoding
@@ -78,16 +79,16 @@ def train_client_level(
     *,
     round_number: int,
     survivors: int,
-    encoding: bytes = b"",
+    encoding: bytes,
     progress: Progress | None = None,
 ) -> tuple[PrivateRound, Flat | None]:
     """Charge one round, train it, and return the clipped and noised update, and what the site keeps.
 
-    The noise is part of the result, drawn once: the same answer sent again is the same bytes. ``encoding`` names the
-    round's clip where it follows the updates.
+    The noise is part of the result, drawn once: the same answer sent again is the same bytes. ``encoding`` is what the
+    update will be summed with; it names the round's clip where it follows the updates.
 
     Raises:
-        ProtocolError: it names none.
+        ProtocolError: it names none, or would take the noise away. Nothing was charged then.
         PolicyRefusal: the budget does not allow the round, or the ledger is damaged, busy or cannot be written.
         TrainingError: training diverged.
     """
@@ -95,9 +96,9 @@ def train_client_level(
     plan = fix_client_level_plan(
         ledger, study, settings, patients=patients, survivors=survivors, values=bench.layout.length
     )
-    clip, adaptive = settings.clip_norm, settings.adaptive_clip
-    if adaptive is not None:
-        clip = clip_of(Encoding.parse(encoding).scalars, settings)
+    parsed, adaptive = Encoding.parse(encoding), settings.adaptive_clip
+    check_room_for_noise(parsed, settings)
+    clip = clip_of_round(parsed.scalars, settings)
     training = secrets.token_hex(8)
     ledger.charge(Charge(study.digest, round_number, training, plan.round_cost))
     order = torch.Generator(data.labels.device).manual_seed(secrets.randbits(63))

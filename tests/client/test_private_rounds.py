@@ -36,6 +36,7 @@ from medfl.shared.messages import (
     WeightRequest,
 )
 from medfl.shared.secagg.encoding import Encoding, Segment
+from medfl.shared.secagg.reasons import Reason
 from medfl.shared.secagg.rings import Ring
 from medfl.shared.secagg.roster import Member, make_roster
 from medfl.shared.study import Study
@@ -148,14 +149,23 @@ def secure_site(study: Study, folder: Path, *, least: int) -> Site:
     return site
 
 
-def test_noise_that_was_sized_for_more_sites_than_are_sure_now_is_made_anew_and_charged(tmp_path: Path) -> None:
-    study = classes_study(
+def client_level_study() -> Study:
+    return classes_study(
         privacy={"mode": "client-level", "epsilon": 50.0, "delta": 1e-3, "noise_multiplier": 2.0},
         secure_aggregation={"mode": "msa1"},
         rounds={"count": 2, "minimum_sites": 3},
     )
-    encoding = Encoding(Ring(study.secure_aggregation.ring_bits), (Segment(LOGISTIC_VALUES, 8.0),), 5)
-    request = ModelRequest(study.digest, 1, start(study), encoding=encoding.to_bytes())
+
+
+def asked(study: Study, *, clip: float, sites: int) -> ModelRequest:
+    """A request to train for a sum whose encoding has this clip and counts so many sites."""
+    encoding = Encoding(Ring.BITS_32, (Segment(LOGISTIC_VALUES, clip),), sites)
+    return ModelRequest(study.digest, 1, start(study), encoding=encoding.to_bytes())
+
+
+def test_noise_that_was_sized_for_more_sites_than_are_sure_now_is_made_anew_and_charged(tmp_path: Path) -> None:
+    study = client_level_study()
+    request = asked(study, clip=11.0, sites=5)
     charges = []
     for least in (5, 5, 3):  # a share for five sites; the same again after a restart; three are enough now
         site = secure_site(study, tmp_path, least=least)
@@ -165,6 +175,31 @@ def test_noise_that_was_sized_for_more_sites_than_are_sure_now_is_made_anew_and_
         rows = (tmp_path / "north" / "ledger.jsonl").read_text().splitlines()
         charges.append(sum(json.loads(row)["kind"] == "charge" for row in rows))
     assert charges == [1, 1, 2]
+
+
+# 1 + 8 * 2 / sqrt(3) = 10.24 leaves room for the noise. The grid may have a hundredth of the smallest share,
+# 2 / sqrt(128) / 100 = 0.0018; with a clip of 11 and 1,000,000 sites it has 11 * 1,000,000 / 2^31 = 0.005
+@pytest.mark.parametrize(("clip", "sites"), [(1.0, 5), (1e-6, 5), (10.2, 5), (11.0, 1_000_000), (1e6, 5)])
+def test_an_encoding_that_would_take_the_noise_away_is_refused_and_nothing_is_charged(
+    clip: float, sites: int, tmp_path: Path
+) -> None:
+    study = client_level_study()
+    site = secure_site(study, tmp_path, least=3)
+    offer(site, study)
+    failure = Failure.parse(call(site, Kind.TRAIN, asked(study, clip=clip, sites=sites).record()))
+    site.close()
+    assert (failure.code, failure.reason) == (Code.PROTOCOL, Reason.OTHER_ENCODING)
+    assert '"kind":"charge"' not in (tmp_path / "north" / "ledger.jsonl").read_text().replace(" ", "")
+
+
+def test_an_update_that_is_at_hand_is_not_given_to_a_sum_that_would_take_its_noise_away(tmp_path: Path) -> None:
+    study = client_level_study()
+    site = secure_site(study, tmp_path, least=3)
+    offer(site, study)
+    assert Ready.parse(call(site, Kind.TRAIN, asked(study, clip=11.0, sites=5).record())) == Ready()
+    failure = Failure.parse(call(site, Kind.TRAIN, asked(study, clip=1e-6, sites=5).record()))
+    site.close()
+    assert (failure.code, failure.reason) == (Code.PROTOCOL, Reason.OTHER_ENCODING)
 
 
 @pytest.mark.parametrize("privacy", [PRIVACY, {"mode": "client-level", "epsilon": 50, "noise_multiplier": 2}])

@@ -11,6 +11,7 @@ from tiny import LOGISTIC_VALUES, classes_study
 from medfl.server.clips import Clips
 from medfl.server.secagg.outcome import SecureSum
 from medfl.shared.algorithms.travel import build_study_network, layouts
+from medfl.shared.privacy.adaptive_clip import number_within
 from medfl.shared.secagg.encoding import Segment
 from medfl.shared.study import Study
 from medfl.shared.weights import Layout
@@ -88,3 +89,21 @@ def test_narrow_rings_follow_each_tensor_up_to_the_same_limit() -> None:
     assert following.segments == (Segment(LOGISTIC_VALUES, pytest.approx(0.4)),)
     following.follow(told(0, mean=100.0), of(0.4))
     assert following.segments == of(128.0)
+
+
+def client_level(**adaptive: object) -> Study:
+    privacy = {"mode": "client-level", "epsilon": 50, "clip_norm": 0.5, "noise_multiplier": 3**0.5, **adaptive}
+    return classes_study(privacy=privacy, secure_aggregation={"mode": "msa1", "clip": 0.5})
+
+
+def test_clips_leave_room_for_each_sites_noise_and_stay_whatever_is_said_to_be_clipped() -> None:
+    # a share for three sites is sqrt(3) * 0.5 / sqrt(3) = 0.5, and 0.5 + 8 * 0.5 = 4.5
+    following = clips(study=client_level())
+    assert following.of(()) == of(4.5)
+    following.follow(told(17), of(4.5))
+    assert following.of(()) == of(4.5)
+
+
+def test_room_for_noise_follows_the_adaptive_clip() -> None:
+    following = clips(study=client_level(adaptive_clip={}))
+    assert following.of((number_within(2.0),)) == of(18.0)

@@ -16,7 +16,12 @@ from medfl.shared.metrics import Scoring
 from medfl.shared.study import MAX_STUDY_BYTES, Study
 
 DP = {"mode": "dp-sgd", "epsilon": 4.0}
+CLIENT_LEVEL = {"mode": "client-level", "epsilon": 8, "noise_multiplier": 6}
 HEAD = {"training": {"train_only": "head"}}
+
+
+def narrow(bits: int) -> dict[str, Any]:
+    return {"mode": "msa1", "ring_bits": bits}
 
 
 def leaves(value: Any, where: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -139,7 +144,9 @@ def test_how_a_study_is_scored_follows_from_its_task() -> None:
         (classes_study, {"data": {"classes": ["?", "c"]}}, "letters and digits"),
         (masks_study, {"data": {"label_map": {"GTV": "spot", "gtv.": "background"}}}, "to two classes"),
         (classes_study, {"privacy": {}}, "mode"),
-        (classes_study, {"privacy": {"mode": "client-level", "epsilon": 8, "noise_multiplier": 6}}, "mode: msa1"),
+        (classes_study, {"privacy": CLIENT_LEVEL}, "mode: msa1"),
+        (classes_study, {"privacy": CLIENT_LEVEL, "secure_aggregation": narrow(16)}, "use ring_bits: 32"),
+        (classes_study, {"privacy": CLIENT_LEVEL, "secure_aggregation": narrow(20)}, "use ring_bits: 32"),
         (masks_study, {**HEAD, "model": {"name": "unet", "channels": [4, 8], "norm": "batch"}}, "group or instance"),
         (masks_study, {**HEAD, "strategy": {"name": "personal-layers"}}, "or train_only: all"),
         (classes_study, {"name": "Not A Name"}, "pattern"),

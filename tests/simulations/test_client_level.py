@@ -32,7 +32,7 @@ def study(**changes: Any) -> Study:
         "model": {"name": "logistic", "inputs": 1024},
         "privacy": PRIVACY,
         "rounds": {"count": 1, "minimum_sites": 3},
-        "secure_aggregation": {"mode": "msa1", "clip": 4.0},
+        "secure_aggregation": {"mode": "msa1"},
     }
     return classes_study(**{**base, **changes})
 
@@ -45,11 +45,14 @@ def run(its: Study, count: int = 4) -> tuple[Federation, np.ndarray[Any, Any]]:
     return federation, federation.result.weights - start
 
 
-def test_the_mean_has_the_noise_of_the_surviving_sites() -> None:
+@pytest.mark.parametrize("noise_multiplier", [1.0, 20.0])
+def test_the_mean_has_the_noise_of_the_surviving_sites(noise_multiplier: float) -> None:
     # A sum of 3 sites must have 1.0 * 0.3; each of the four adds 0.3 / sqrt(3) = 0.1732; their sum has 0.3464 and
-    # their mean 0.0866. The updates are all but 0. The standard error from 2050 values is 1.6 %.
-    _, moved = run(study(training={"learning_rate": 1e-9}))
-    assert moved.std() == pytest.approx(0.0866, rel=0.08)
+    # their mean 0.0866. The updates are all but 0. The standard error from 2050 values is 1.6 %. With 20 times the
+    # noise each site's share is 3.464, more than the largest entry of an update without noise.
+    privacy = {**PRIVACY, "noise_multiplier": noise_multiplier}
+    _, moved = run(study(training={"learning_rate": 1e-9}, privacy=privacy))
+    assert moved.std() == pytest.approx(0.0866 * noise_multiplier, rel=0.08)
 
 
 def test_a_long_update_is_clipped_before_the_noise() -> None:

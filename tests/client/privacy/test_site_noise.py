@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from medfl.client.privacy.randomness import SecureGenerator
-from medfl.client.privacy.site_noise import clipped_and_noised, noised_half, share_of_noise
-from medfl.shared.errors import ConfigError
+from medfl.client.privacy.site_noise import clipped_and_noised, noised_half
 from medfl.shared.weights import Flat
 
 
@@ -17,7 +16,6 @@ def share(update: Flat, *, clip: float = 2.0, noise: float = 3.0, survivors: int
 
 def test_a_share_has_the_promised_standard_deviation() -> None:
     # 3 * 2 / sqrt(9) = 2; the standard error of a standard deviation from 40,000 draws is 2 / sqrt(80,000) = 0.007
-    assert share_of_noise(3.0, 2.0, 9) == 2.0
     assert share(np.zeros(40_000, np.float32)).std() == pytest.approx(2.0, abs=0.035)
 
 
@@ -40,14 +38,6 @@ def test_what_is_released_is_float32_and_the_update_is_left_alone() -> None:
     released = share(update)
     assert released.dtype == np.float32
     assert (update == 1).all()
-
-
-@pytest.mark.parametrize(
-    ("noise", "clip", "survivors"), [(0.0, 1.0, 3), (1.0, 0.0, 3), (1.0, 1.0, 0), (np.nan, 1.0, 3)]
-)
-def test_noise_that_is_none_is_refused(noise: float, clip: float, survivors: int) -> None:
-    with pytest.raises(ConfigError, match="set them under privacy"):
-        share_of_noise(noise, clip, survivors)
 
 
 def half(update: list[float], *, clip: float = 5.0, noise: float = 1e-6, survivors: int = 9) -> float:
