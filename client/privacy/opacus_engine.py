@@ -14,6 +14,7 @@ from medfl.client.privacy.clipped import (
     UnitData,
     clip_factors,
     empty_sum,
+    row_norms,
     trainable,
     views_of,
 )
@@ -48,7 +49,7 @@ def clipped_sum_by_opacus(
         for parameter in parameters:
             parameter.grad = None
         wrapped.to_standard_module()
-    norms = torch.stack([g.reshape(len(units), -1).norm(dim=1) for g in found]).norm(dim=0)
+    norms = torch.stack([row_norms(g.reshape(len(units), -1)) for g in found]).norm(dim=0)
     scales = Scales.of(clip_factors(norms, clip_norm))
     flat = empty_sum(parameters)
     for total, gradients in zip(views_of(flat, parameters), found, strict=True):

@@ -24,6 +24,7 @@ from medfl.client.privacy.bookkeeping.rule import (
     sum_over_positions,
     trained,
 )
+from medfl.client.privacy.clipped import row_norms
 from medfl.shared.standardised import standardised, through_standardisation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -299,7 +300,7 @@ def _added_later(product: Tensor, in_order: Callable[[Tensor], Tensor]) -> Defer
         rows = at_least_single(scales.kept(product).flatten(1))
         return in_order(torch.mv(rows.t(), scales.factors.to(rows.dtype)).view(product.shape[1:]))
 
-    return Deferred(torch.linalg.vector_norm(at_least_single(product.flatten(1)), dim=1).square(), weighted_sum)
+    return Deferred(row_norms(product.flatten(1)).square(), weighted_sum)
 
 
 def _squared_norms(weight: Tensor, x: Tensor, g: Tensor, at: _Geometry) -> Tensor:

@@ -31,6 +31,7 @@ from medfl.client.privacy.clipped import (
     UnitData,
     clip_factors,
     empty_sum,
+    row_norms,
     trainable,
     views_of,
 )
@@ -154,9 +155,7 @@ class _Tape:
         if isinstance(gradient, Deferred):
             squares = gradient.squared_norms
             return squares if squares.dtype == torch.float64 else squares.float()
-        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        norms: Tensor = torch.linalg.vector_norm(self._rows(gradient), dim=1, dtype=wide)
-        return norms.square()
+        return row_norms(self._rows(gradient)).square()
 
     def _clipped(self, gradient: Tensor | Deferred, scales: Scales) -> Tensor:
         """Sum of factor * gradient."""
