@@ -59,7 +59,7 @@ class ConfirmedRoster:
 
         Raises:
             PolicyRefusal: another consortium, an older epoch, a member that nobody here has confirmed, or a smallest
-                cohort below both the confirmed one and the usual one for this many sites.
+                cohort below what the confirmed one has become by sites that left.
         """
         before = self._read()
         if before.consortium != roster.consortium:
@@ -77,7 +77,7 @@ class ConfirmedRoster:
                 "with these hospitals by telephone, then confirm the roster",
                 reason=Reason.UNCONFIRMED_ROSTER,
             )
-        if roster.minimum_cohort < min(before.minimum_cohort, default_minimum_cohort(len(roster.members))):
+        if roster.minimum_cohort < _least_cohort(before, len(roster.members)):
             raise PolicyRefusal(
                 f"the roster of epoch {roster.epoch} lets {roster.minimum_cohort} sites be summed, and "
                 f"{before.minimum_cohort} was confirmed here: ask why, then confirm the roster",
@@ -99,6 +99,15 @@ class ConfirmedRoster:
                 "remove it and confirm the roster again",
                 reason=Reason.UNCONFIRMED_ROSTER,
             ) from None
+
+
+def _least_cohort(before: _Confirmed, left: int) -> int:
+    """What the confirmed smallest cohort asks of a roster with ``left`` of the confirmed sites.
+
+    The usual one follows the number of sites. One above it was chosen: it stays, as long as there are so many sites.
+    """
+    chosen = before.minimum_cohort > default_minimum_cohort(len(before.members))
+    return min(before.minimum_cohort, left if chosen else default_minimum_cohort(left))
 
 
 def _older(roster: Roster, before: _Confirmed) -> PolicyRefusal:

@@ -66,6 +66,19 @@ def test_a_lowered_smallest_cohort_waits_for_the_administrator(tmp_path: Path) -
     confirmed.check(make_roster("lungs", 3, nine, minimum_cohort=3))
 
 
+def test_a_smallest_cohort_above_the_usual_one_stays_while_there_are_so_many_sites(tmp_path: Path) -> None:
+    twelve = tuple(Member(site, f"hospital-{site}", bytes([site]) * 32) for site in range(1, 13))
+    confirmed = ConfirmedRoster(tmp_path)
+    confirmed.confirm(make_roster("lungs", 1, twelve, minimum_cohort=10))  # half of twelve, which is usual: 6
+    for sites, least in ((12, 10), (11, 10), (10, 10), (9, 9), (4, 4), (3, 3)):
+        confirmed.check(make_roster("lungs", 2, twelve[:sites], minimum_cohort=least))
+        if least > 3:
+            lowered = make_roster("lungs", 2, twelve[:sites], minimum_cohort=least - 1)
+            assert refused(confirmed, lowered).reason == Reason.UNCONFIRMED_ROSTER
+    confirmed.confirm(make_roster("lungs", 2, twelve, minimum_cohort=6))
+    confirmed.check(make_roster("lungs", 3, twelve, minimum_cohort=6))
+
+
 def test_an_older_epoch_or_another_consortium_is_refused(tmp_path: Path) -> None:
     confirmed = ConfirmedRoster(tmp_path)
     confirmed.confirm(make_roster("lungs", 3, MEMBERS))
