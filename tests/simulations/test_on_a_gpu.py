@@ -16,7 +16,7 @@ from tiny import classes_study, labels_study, masks_study, site_data
 from medfl.client.data.tensors import SiteData, TensorSet
 from medfl.shared.study import Study
 from medfl.simulations import load_simulation, run_experiment
-from medfl.simulations.federation import federate
+from medfl.simulations.federation import Federation, federate
 
 GROUPED = {"name": "unet", "channels": [4, 8], "residual_units": 0, "norm": "group"}
 SITES = 5
@@ -32,6 +32,13 @@ def on(data: SiteData, device: torch.device) -> SiteData:
         for split, part in data.splits.items()
     }
     return SiteData(splits, data.report)
+
+
+def on_both(study: Study, monkeypatch: pytest.MonkeyPatch) -> tuple[Federation, Federation]:
+    """What comes of ``study`` on the processor, and on the pretended GPU."""
+    expected = federate(study, sites(study, CPU), device=CPU)
+    with pretended_gpu(monkeypatch):
+        return expected, federate(study, sites(study, GPU), device=GPU)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +73,7 @@ def test_a_federation_on_a_gpu_gives_what_it_gives_on_a_processor(
         training={"optimizer": "sgd" if strategy["name"] in ("scaffold", "fednova", "feddc") else "adam"},
         rounds={"count": 2, "minimum_sites": SITES},
     )
-    expected = federate(study, sites(study, CPU), device=CPU)
-    with pretended_gpu(monkeypatch):
-        found = federate(study, sites(study, GPU), device=GPU)
+    expected, found = on_both(study, monkeypatch)
     assert np.array_equal(found.result.weights, expected.result.weights)
     assert found.site_scores == expected.site_scores
 
@@ -91,9 +96,7 @@ def test_a_study_on_a_gpu_gives_what_it_gives_on_a_processor(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = masks_study(**{"model": GROUPED, "rounds": {"count": 2, "minimum_sites": SITES}} | changes)
-    expected = federate(study, sites(study, CPU), device=CPU)
-    with pretended_gpu(monkeypatch):
-        found = federate(study, sites(study, GPU), device=GPU)
+    expected, found = on_both(study, monkeypatch)
     assert np.array_equal(found.result.weights, expected.result.weights)
 
 
@@ -113,9 +116,7 @@ def test_noise_of_the_site_itself_is_made_on_a_gpu(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("study", [classes_study(), labels_study()], ids=["classes", "labels"])
 def test_small_models_of_several_sites_train_as_one_on_a_gpu(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = federate(study, sites(study, CPU), device=CPU)
-    with pretended_gpu(monkeypatch):
-        found = federate(study, sites(study, GPU), device=GPU)
+    expected, found = on_both(study, monkeypatch)
     assert np.array_equal(found.result.weights, expected.result.weights)
     assert found.site_scores == expected.site_scores
 
