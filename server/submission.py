@@ -115,8 +115,14 @@ def submit_listed(settings: ConsortiumSettings, desk: Desk) -> list[str]:
 
 
 def listed_studies(settings: ConsortiumSettings) -> list[Study]:
-    """The studies that the configuration names, each checked. Raises ConfigError."""
+    """The studies that the configuration names, each checked that was not submitted yet. Raises ConfigError.
+
+    One that is in the store stood the checks when it came: a site that has left since, or a day that is over, is a
+    matter of its own rounds and must not keep the coordinator from the others.
+    """
+    store = StudyStore(settings.state)
     studies = [load_settings(path, Study) for path in settings.studies]
     for path, study in zip(settings.studies, studies, strict=True):
-        check_study(settings, study, source=str(path))
+        if store.find(study.digest) is None:
+            check_study(settings, study, source=str(path))
     return studies

@@ -17,6 +17,7 @@ from medfl.server.coordinator import link_settings
 from medfl.server.enrolling import Registrar
 from medfl.server.founding import found
 from medfl.server.rosters import RosterFolder
+from medfl.server.studies import State, StudyStore
 from medfl.server.submission import initial_of, listed_studies
 from medfl.shared import chain as chains
 from medfl.shared.algorithms.travel import build_study_network
@@ -24,6 +25,8 @@ from medfl.shared.audit_log import audit_file
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.initial_weights import digest_of
+from medfl.shared.keys import load_site_key
+from medfl.shared.signing import Document, sign
 from medfl.shared.study import Study
 
 
@@ -202,6 +205,24 @@ def test_studies_are_loaded_in_their_order(root: Path) -> None:
     path.write_text(path.read_text().replace("[study.json]", "[study.json, second.yaml]"))
     studies: list[Study] = listed_studies(load_settings(path, ConsortiumSettings))
     assert [study.name for study in studies] == ["tiny", "second"]
+
+
+@pytest.mark.parametrize("changes", [{"rounds": {"minimum_sites": 3}}, {"last_day": "2020-01-01"}])
+def test_a_listed_study_that_was_submitted_keeps_the_coordinator_from_nothing(
+    root: Path, changes: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = classes_study(**changes)
+    path = with_study(root, study)
+    settings = load_consortium(path)
+    Registrar(settings).revoke("west")
+    assert status_and_words(["--config", str(path), "--check"], capsys)[0] == 2
+    signed = sign(load_site_key(settings.trust.signing_key), Document.STUDY, study.canonical())
+    store = StudyStore(settings.state)
+    store.add(signed)
+    for state in (State.WAITING, State.RUNNING, State.ENDED):
+        store.mark(study.digest, state, "done")
+        assert listed_studies(settings) == [study]
+    assert main(["--config", str(path), "--check"]) == 0
 
 
 def test_a_study_begins_with_the_file_it_names_among_those_of_the_consortium(root: Path) -> None:
