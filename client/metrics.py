@@ -33,6 +33,10 @@ class Gauges:
         self._online.set(phase is not Phase.WAITING)
         self._working.set(phase is Phase.WORKING)
 
+    def spent(self, epsilon_total: float) -> None:
+        """What the ledger says when the node starts: the next private message may be weeks away."""
+        self._epsilon.set(epsilon_total)
+
     def row(self, row: Mapping[str, str | float]) -> None:
         """One row of the audit log, see :mod:`medfl.client.audit`."""
         self._rows.inc()

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -94,17 +94,24 @@ def link_settings(settings: ConsortiumSettings) -> LinkSettings:
     )
 
 
-def coordinate(settings: ConsortiumSettings, *, reporter: Reporter, stop: Event) -> list[Record]:
+def coordinate(
+    settings: ConsortiumSettings,
+    *,
+    reporter: Reporter,
+    stop: Event,
+    on_members: Callable[[Members], None] = lambda members: None,
+) -> list[Record]:
     """Serve the sites and run the store's studies one after the other, until ``stop`` is set.
 
     Where ``when_done`` is ``exit``, until no study waits any more. Returns what became of the studies that the
-    configuration names, and of those that ran.
+    configuration names, and of those that ran. ``on_members`` is told once who the members are.
 
     Raises:
         ConfigError: another coordinator uses the state folder, or a file is missing or damaged.
     """
     with ExitStack() as held:
         link = held.enter_context(Link(link_settings(settings)))
+        on_members(Members(link))
         audit = held.enter_context(_open_audit(settings))
         desk = desk_of(settings, running_with=audit)
         systemd = held.enter_context(Supervision(link.alive))

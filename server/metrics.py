@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -11,12 +12,21 @@ from medfl.server.reporter import RoundReport, Silent
 from medfl.shared.study import Study
 
 
+class Connected(Protocol):
+    """Knows which sites are connected."""
+
+    def online(self) -> Collection[int]:
+        """Their nodes, now."""
+        ...
+
+
 class Gauges(Silent):
     """Listens to studies and keeps ``registry`` up to date."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._study = ""
+        self._connected: Connected | None = None
 
         def gauge(name: str, says: str, labels: Sequence[str] = ("study",)) -> Gauge:
             return Gauge(f"medfl_{name}", says, labels, registry=self.registry)
@@ -28,14 +38,20 @@ class Gauges(Silent):
         self._planned = gauge("rounds_planned", "Rounds the study asks for")
         self._round = gauge("round", "Last complete round")
         self._seconds = gauge("round_seconds", "Time that the last round took")
-        self._online = gauge("sites_online", "Sites connected when last awaited")
-        self._taking_part = gauge("sites_taking_part", "Sites that accepted the study and are connected")
+        self._online = gauge("sites_online", "Sites connected when last awaited, or when a stage began")
+        self._taking_part = gauge(
+            "sites_taking_part", "Sites connected that accepted the study; in a round, those asked"
+        )
         self._answered = gauge("stage_answers", "Sites that have answered the stage in progress")
         self._score = gauge("score", "Held-out score over all sites, of the last evaluated round", ("study", "name"))
         self._received = counter("received_bytes", "Bytes of results received")
         self._outcomes = counter(
             "site_rounds", "Rounds by site and by whether it trained", ("study", "site", "outcome")
         )
+
+    def watch(self, connected: Connected) -> None:
+        """Count the sites of ``connected`` whenever a stage begins: nobody is awaited while a round runs."""
+        self._connected = connected
 
     def started(self, study: Study, next_round: int) -> None:
         """The study runs from now on."""
@@ -52,7 +68,11 @@ class Gauges(Silent):
         self._taking_part.labels(self._study).set(len(taking_part))
 
     def stage(self, round_number: int, stage: str, answered: Sequence[str], of: Sequence[str]) -> None:
-        """How many have answered."""
+        """How many have answered, of whom; with its beginning also who is there."""
+        if not answered:
+            self._taking_part.labels(self._study).set(len(of))
+            if self._connected is not None:
+                self._online.labels(self._study).set(len(self._connected.online()))
         self._answered.labels(self._study).set(len(answered))
 
     def finished_round(self, report: RoundReport) -> None:

@@ -96,9 +96,12 @@ def _node(options: argparse.Namespace) -> int:  # noqa: PLR0915 - many of them i
             watchers.append(lambda phase, text: health.set("not_serving" if phase is Phase.WAITING else "serving"))
         if settings.metrics is not None:
             from medfl.client.metrics import Gauges
+            from medfl.client.privacy.ledger import spent_in_total
+            from medfl.client.site import ceilings_of
             from medfl.shared.metrics_port import MetricsPort
 
             gauges = Gauges()
+            gauges.spent(spent_in_total(settings.state / "ledger.jsonl", ceilings_of(settings.policy)))
             stack.enter_context(MetricsPort(gauges.registry, settings.metrics.port, host=settings.metrics.host))
             watchers.append(lambda phase, text: gauges.phase(phase))
             on_row = gauges.row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def work(options: argparse.Namespace) -> int:
 
     from medfl.server.config import consortium_file, load_consortium
     from medfl.server.console import reporter_for
-    from medfl.server.coordinator import coordinate
+    from medfl.server.coordinator import Members, coordinate
     from medfl.server.desk import FINISHED
     from medfl.server.reporter import Several
     from medfl.server.rosters import RosterFolder
@@ -62,14 +62,15 @@ def work(options: argparse.Namespace) -> int:
             health = stack.enter_context(Health(settings.health.port, host=settings.health.host))
             health.set("serving")
         reporter = reporter_for(Console(stderr=True))
+        on_members: Callable[[Members], None] = lambda members: None  # noqa: E731
         if settings.metrics is not None:
             from medfl.server.metrics import Gauges
             from medfl.shared.metrics_port import MetricsPort
 
             gauges = Gauges()
             stack.enter_context(MetricsPort(gauges.registry, settings.metrics.port, host=settings.metrics.host))
-            reporter = Several(reporter, gauges)
-        records = coordinate(settings, reporter=reporter, stop=stop)
+            reporter, on_members = Several(reporter, gauges), gauges.watch
+        records = coordinate(settings, reporter=reporter, stop=stop, on_members=on_members)
     return 0 if all(record.state is not State.ENDED or record.reason in FINISHED for record in records) else 1
 
 

@@ -13,14 +13,17 @@ from cryptography.hazmat.primitives import serialization
 from signer import offer_of
 from tiny import masks_study
 
-from medfl.client import checks
+from medfl.client import checks, metrics
 from medfl.client.approvals import Approvals, signed_offer
 from medfl.client.cli import main
 from medfl.client.config import SiteSettings
+from medfl.client.metrics import Gauges
+from medfl.client.node import Node
 from medfl.client.notice import Notice
 from medfl.client.policy import Policy
-from medfl.client.privacy.ledger import Ceilings, Charge, Ledger
+from medfl.client.privacy.ledger import Ceilings, Charge, Ledger, spent_in_total
 from medfl.client.runtime import build_site, gate_of, node_settings, site_device
+from medfl.shared import command as commands
 from medfl.shared.config import load_settings, parse_settings
 from medfl.shared.enrolment import read_request
 from medfl.shared.errors import ConfigError, NetworkError, PolicyRefusal
@@ -146,6 +149,27 @@ def test_a_damaged_ledger_is_named_by_the_check_and_keeps_the_node_from_starting
         assert words in " ".join(err.split())
         assert "newest backup" in err
     assert (path.read_bytes() if path.exists() else b"") == left  # evidence
+
+
+def test_a_node_that_starts_tells_at_once_what_its_ledger_says_is_spent(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Gauges] = []
+
+    class Seen(Gauges):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(metrics, "Gauges", Seen)
+    monkeypatch.setattr(commands, "on_termination", lambda stop: None)
+    monkeypatch.setattr(Node, "run", lambda node: None)
+    path = spend(home)
+    write_site(home, metrics="{port: 0}")
+    assert main(["--site", str(home / "site.yaml")]) == 0
+    spent = made[0].registry.get_sample_value("medfl_epsilon_total")
+    assert spent == pytest.approx(spent_in_total(path, Ceilings(8.0, 8.0)))
+    assert spent > 0
 
 
 def test_a_ledger_that_another_node_has_open_keeps_this_one_from_starting(

@@ -42,6 +42,36 @@ def test_a_study_is_seen_from_outside() -> None:
         assert scraped(port.port)['medfl_study_running{study="tiny"}'] == 0
 
 
+class Three:
+    """A directory whose sites leave one by one."""
+
+    def __init__(self) -> None:
+        self.nodes = {1, 2, 3}
+
+    def online(self) -> set[int]:
+        return self.nodes
+
+
+def test_who_is_there_is_counted_whenever_a_stage_begins() -> None:
+    gauges, three = Gauges(), Three()
+    gauges.watch(three)
+    gauges.started(classes_study(name="tiny"), 1)
+    gauges.waiting(["north"], [], 2, {})
+
+    def figures() -> tuple[float | None, float | None]:
+        read = gauges.registry.get_sample_value
+        return read("medfl_sites_online", {"study": "tiny"}), read("medfl_sites_taking_part", {"study": "tiny"})
+
+    assert figures() == (1, 0)
+    gauges.stage(1, "training", [], ["north", "south"])
+    assert figures() == (3, 2)
+    three.nodes.remove(3)
+    gauges.stage(1, "training", ["north"], ["north", "south"])
+    assert figures() == (3, 2)
+    gauges.stage(1, "evaluation", [], ["north"])
+    assert figures() == (2, 1)
+
+
 def test_a_port_in_use_is_told() -> None:
     registry = Gauges().registry
     with (
