@@ -35,6 +35,7 @@ from flwr.app import Context, RecordDict
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, Status, SubStatus
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.task_identity import TaskIdentity
+from sqlalchemy.exc import OperationalError
 
 from medfl.server.check_in_desk import CheckInDesk, Desk
 from medfl.server.connections import Doorway, Patience, allow_many_files, loop_with, protocol_with
@@ -43,7 +44,7 @@ from medfl.server.guard import Guard, Limits
 from medfl.server.link_grid import LinkGrid
 from medfl.server.link_state import FleetState, fleet_app
 from medfl.server.longpoll import Bell, LongPoll
-from medfl.shared.errors import ConfigError, NetworkError, ProtocolError
+from medfl.shared.errors import ConfigError, DiskRefusal, NetworkError, ProtocolError
 from medfl.shared.files import PRIVATE_FILE, private_folder
 from medfl.shared.keys import node_public_key
 from medfl.shared.lock import only_one
@@ -88,6 +89,7 @@ class Link:
     Raises on entry:
         ConfigError: a certificate or key is missing, expired, not ours, or readable by others.
         NetworkError: the address cannot be listened on.
+        DiskRefusal: the database cannot be written.
     """
 
     def __init__(self, settings: LinkSettings) -> None:
@@ -107,8 +109,7 @@ class Link:
             stack.enter_context(only_one(self.settings.state_dir))
             listener = stack.enter_context(self._listen())
             self._orders, self._replies = Bell(), Bell()
-            self._state = FleetState(self._database())
-            self._forget_the_past()
+            self._state = self._open_state()
             self._long_poll = LongPoll(fleet_app(self._state), orders=self._orders, replies=self._replies)
             config = uvicorn.Config(
                 Guard(CheckInDesk(self._long_poll, lambda: self.desk), self.settings.limits),
@@ -223,7 +224,7 @@ class Link:
                 series_id=series_id,
             )
             if not run_id:
-                raise ProtocolError(f"run series {series_id} is unknown in {self._database()}: start a new one")
+                raise ProtocolError(f"run series {series_id} is unknown in {self.settings.state_dir}: start a new one")
             run = state.get_run_info(run_ids=[run_id])[0]
             task_id = run.primary_task_id or 0
             if not (state.claim_task(task_id) and state.activate_task(task_id)):
@@ -253,20 +254,34 @@ class Link:
         self.port = listener.getsockname()[1]
         return Doorway(listener, self.settings.patience)
 
-    def _database(self) -> Path:
-        path = private_folder(self.settings.state_dir) / "fleet.db"
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, PRIVATE_FILE))  # SQLite gives its journals the same mode
-        return path
+    def _open_state(self) -> FleetState:
+        """The database, in which nothing is open that an earlier coordinator left.
 
-    def _forget_the_past(self) -> None:
+        Raises:
+            DiskRefusal: it cannot be written: the disk is full or read-only.
+        """
+        path = private_folder(self.settings.state_dir) / "fleet.db"
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, PRIVATE_FILE))  # SQLite gives its journals the same mode
+            state = FleetState(path)
+            self._forget_the_past(state)
+        except (OperationalError, OSError) as error:
+            why = error.orig if isinstance(error, OperationalError) else error.strerror
+            raise DiskRefusal(
+                f"{path} cannot be written ({why}): free disk space or repair permissions. Nothing was lost"
+            ) from None
+        return state
+
+    @staticmethod
+    def _forget_the_past(state: FleetState) -> None:
         """Close the runs an earlier coordinator left open; nobody is online who has not come back."""
         unfinished = [Status.PENDING, Status.STARTING, Status.RUNNING]
-        for run in self._state.get_run_info(statuses=unfinished):
-            self._state.finish_task(run.primary_task_id or 0, SubStatus.FAILED, "")
-            self._state.cleanup_run(run.run_id)
+        for run in state.get_run_info(statuses=unfinished):
+            state.finish_task(run.primary_task_id or 0, SubStatus.FAILED, "")
+            state.cleanup_run(run.run_id)
             log.warning("closed a run that an earlier coordinator left open")
-        for node in self._state.get_node_info(statuses=["online"]):
-            self._state.deactivate_node(node.node_id)
+        for node in state.get_node_info(statuses=["online"]):
+            state.deactivate_node(node.node_id)
 
     def _node_of(self, site: str, key: bytes) -> int:
         if (node_id := self._state.get_node_id_by_public_key(key)) is not None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import sqlite3
 import stat
 from pathlib import Path
 
 import pytest
 from consortium import SITES, found_consortium_folder, with_study
 from safetensors.torch import save
+from sqlalchemy.exc import OperationalError
 from tiny import classes_study, masks_study
 
+from medfl.server import link
 from medfl.server.cli import main
 from medfl.server.config import ConsortiumSettings, load_consortium
 from medfl.server.coordinator import link_settings
@@ -172,6 +175,28 @@ def test_a_full_disk_ends_the_coordinator_with_a_status_that_is_tried_again_and_
     assert (status, "row 1 is not as it was written" in err) == (3, True)
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        OperationalError("CREATE TABLE", {}, sqlite3.OperationalError("database or disk is full")),
+        OSError(errno.ENOSPC, "database or disk is full"),
+    ],
+)
+def test_a_database_that_the_disk_refuses_is_one_line_with_its_file(
+    root: Path, refusal: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config(root).write_text(config(root).read_text().replace("host: 0.0.0.0, port: 9443", "host: 127.0.0.1, port: 0"))
+
+    def full(path: Path) -> None:
+        raise refusal
+
+    monkeypatch.setattr(link, "FleetState", full)
+    status, err = status_and_words(["--config", str(config(root))], capsys)
+    assert status == 1
+    assert "fleet.db cannot be written (database or disk is full): free disk space" in err.splitlines()[-1]
+    assert len(err.splitlines()) == 1
+
+
 def test_without_a_study_there_is_nothing_to_do(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config(root).write_text(config(root).read_text().replace("when_done: stay", "when_done: exit"))
     status, err = status_and_words(["--config", str(config(root))], capsys)
@@ -194,9 +219,9 @@ def test_init_on_the_command_line_tells_the_fingerprint_and_what_comes_next(
 
 def test_the_link_serves_what_the_configuration_says(root: Path) -> None:
     settings = load_settings(config(root), ConsortiumSettings)
-    link = link_settings(settings)
-    assert (link.host, link.port) == ("0.0.0.0", 9443)
-    assert link.limits.max_body_bytes == 16 * 1024 * 1024
+    served = link_settings(settings)
+    assert (served.host, served.port) == ("0.0.0.0", 9443)
+    assert served.limits.max_body_bytes == 16 * 1024 * 1024
 
 
 def test_studies_are_loaded_in_their_order(root: Path) -> None:
