@@ -51,7 +51,7 @@ class Approved:
 
 
 class Registrar:
-    """Changes a consortium's roster. One at a time: hold :meth:`alone` around what was shown and what is done."""
+    """Changes a consortium's roster. One at a time: hold :meth:`alone` around each change."""
 
     def __init__(self, settings: ConsortiumSettings) -> None:
         self._settings = settings
@@ -60,13 +60,19 @@ class Registrar:
 
     def alone(self) -> AbstractContextManager[None]:
         """Keep other commands from changing the roster while the block runs. Raises ConfigError when one does."""
-        return only_one(self._trust.roster)
+        return only_one(
+            self._trust.roster, held="another approve, revoke or renew is being given here: wait for it, then try again"
+        )
 
     @property
     def fingerprint(self) -> str:
         """The consortium's, which sites hear by telephone."""
         public = load_signing_public_key(self._trust.signing_key.with_name(f"{self._trust.signing_key.name}.pub"))
         return consortium_fingerprint(load_certificate(self._settings.tls.authority), public)
+
+    def authority(self) -> Authority:
+        """Who signs certificates; a passphrase of the keys is asked for now. Raises ConfigError when it is not here."""
+        return read_authority(self._settings.tls.authority, self._trust.authority_key)
 
     def standing(self, request: Request) -> str:
         """What approving ``request`` would do: ``new``, ``replaced`` (another key of a known site), or ``known``.
@@ -91,7 +97,7 @@ class Registrar:
         """
         if len({request.site for request in requests}) != len(requests):
             raise ConfigError("two requests have the same site name: each site needs its own")
-        authority = self._authority()
+        authority = self.authority()
         standings = [self.standing(request) for request in requests]
         certificates = [self.certify(request, authority) for request in requests]
         before = self.rosters.newest()
@@ -127,7 +133,7 @@ class Registrar:
             known = ", ".join(sorted(membership.by_name)) or "none"
             raise ConfigError(f"the consortium has no site {site[:80]}: its sites are {known}")
         try:
-            self._revoke_certificates(self._authority())
+            self._revoke_certificates(self.authority())
         except (ConfigError, OSError) as error:
             raise ConfigError(
                 f"site {site} is out of the consortium (roster epoch {membership.epoch}) and cut off. Its certificates "
@@ -154,16 +160,13 @@ class Registrar:
         tls, before = self._settings.tls, self.rosters.newest()
         names = list(hosts) or hosts_of(load_certificate(tls.certificate))
         public = load_tls_key(tls.key).public_key()
-        pem = server_certificate(self._authority(), public, names)
+        pem = server_certificate(self.authority(), public, names)
         number = int(before.coordinator.rsplit(":", 1)[1]) if port is None else port
         dial = address(hosts[0], number) if hosts else f"{before.coordinator.rsplit(':', 1)[0]}:{number}"
         if dial != before.coordinator:
             self._advance(before, coordinator=dial)
         write_whole(tls.certificate, pem, mode=PUBLIC_FILE)
         return parse_certificate(pem, "the new certificate").not_valid_after_utc
-
-    def _authority(self) -> Authority:
-        return read_authority(self._settings.tls.authority, self._trust.authority_key)
 
     def _advance(self, before: Membership, *, lowers: bool = False, **changes: object) -> Membership:
         epoch = before.epoch + 1

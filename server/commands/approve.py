@@ -39,20 +39,28 @@ def _approve(options: argparse.Namespace) -> int:
     from medfl.server.enrolling import Registrar
     from medfl.shared.checklist import STEPS, checklist
     from medfl.shared.enrolment import read_request
-    from medfl.shared.errors import PolicyRefusal
+    from medfl.shared.errors import ConfigError, PolicyRefusal
 
     registrar = Registrar(load_consortium(options.config))
     requests = [read_request(path) for path in options.request]
-    with registrar.alone():
-        for request in requests:
-            print(f"site {request.site} {_WORDS[registrar.standing(request)]}\n  {request.fingerprint}")
-        if options.fingerprint is None:
-            print("Call each site on a number that you did not get with its file, and compare.")
-            if input("type yes when all are right: ").strip() != "yes":
-                print("nothing was approved")
-                return 3
-        elif strangers := [r.site for r in requests if r.fingerprint not in options.fingerprint]:
-            raise PolicyRefusal(f"site {strangers[0]} has none of the fingerprints given: nothing was approved")
+    shown = [registrar.standing(request) for request in requests]
+    for request, standing in zip(requests, shown, strict=True):
+        print(f"site {request.site} {_WORDS[standing]}\n  {request.fingerprint}")
+    if options.fingerprint is None:
+        print("Call each site on a number that you did not get with its file, and compare.")
+        if input("type yes when all are right: ").strip() != "yes":
+            print("nothing was approved")
+            return 3
+    elif strangers := [r.site for r in requests if r.fingerprint not in options.fingerprint]:
+        raise PolicyRefusal(f"site {strangers[0]} has none of the fingerprints given: nothing was approved")
+    registrar.authority()  # asks for the passphrase
+    with registrar.alone():  # not while somebody telephones or types: a revocation must not wait for that
+        for request, standing in zip(requests, shown, strict=True):
+            if registrar.standing(request) != standing:
+                raise ConfigError(
+                    f"the roster has changed since site {request.site} was shown: nothing was approved, give approve "
+                    "again"
+                )
         approved = registrar.approve(requests)
         newest = registrar.rosters.newest()
     print(f"roster epoch {newest.epoch}, {len(newest.sites)} sites; a running coordinator has it within seconds")

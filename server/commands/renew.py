@@ -28,6 +28,7 @@ def _renew(options: argparse.Namespace) -> int:
     from medfl.server.enrolling import Registrar
 
     registrar = Registrar(load_consortium(options.config))
+    registrar.authority()  # asks for the passphrase before others have to wait
     with registrar.alone():
         until = registrar.renew_server(options.host, options.port)
         newest = registrar.rosters.newest()

@@ -227,5 +227,28 @@ def test_revoke_and_renew_on_the_command_line(
 
 
 def test_two_commands_do_not_change_the_roster_at_once(registrar: Registrar, tmp_path: Path) -> None:
-    with registrar.alone(), pytest.raises(ConfigError, match="in use by another process"), registrar.alone():
+    words = "another approve, revoke or renew is being given here: wait for it"
+    with registrar.alone(), pytest.raises(ConfigError, match=words), registrar.alone():
         pass
+
+
+def test_a_site_can_be_revoked_while_somebody_telephones_and_what_was_shown_counts_no_longer(
+    registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registrar.approve([request(tmp_path, "north"), request(tmp_path, "south")])
+    config = str(tmp_path / "fl" / "consortium.yaml")
+
+    def yes_after(site: str) -> None:
+        def answer(_: str) -> str:
+            assert main(["--config", config, "revoke", site]) == 0
+            return "yes"
+
+        monkeypatch.setattr("builtins.input", answer)
+
+    yes_after("north")
+    assert approve(tmp_path) == 2
+    assert "has changed since site north was shown: nothing was approved" in capsys.readouterr().err
+    assert set(registrar.rosters.newest().by_name) == {"south"}
+    yes_after("south")
+    assert approve(tmp_path) == 0
+    assert set(registrar.rosters.newest().by_name) == {"north"}
