@@ -13,6 +13,7 @@ from medfl.client.policy import Policy
 from medfl.shared.config import LocalPath, LocalPort, Settings, load_settings, parse_settings
 from medfl.shared.consortium import ADDRESS
 from medfl.shared.errors import ConfigError
+from medfl.shared.owner import check_owner
 from medfl.shared.study import Name
 
 
@@ -77,6 +78,13 @@ def load_policy(path: Path) -> Policy:
     return parse_settings(text, Policy, name=str(path), folder=path.parent)
 
 
-def load_site(path: Path) -> SiteSettings:
-    """Read ``site.yaml``. Raises ConfigError, one line per problem."""
-    return load_settings(path, SiteSettings)
+def load_site(path: Path, *, writes: bool = False) -> SiteSettings:
+    """Read ``site.yaml``; ``writes``: for a command that leaves something in the state folder.
+
+    Raises:
+        ConfigError: one line per problem; or the state folder is another account's.
+    """
+    settings = load_settings(path, SiteSettings)
+    if writes and settings.state.exists():
+        check_owner(settings.state)
+    return settings

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from medfl.shared.config import Host, LocalPath, LocalPort, Settings, load_settings
 from medfl.shared.errors import ConfigError
+from medfl.shared.owner import check_owner
 from medfl.shared.study import Name
 
 
@@ -71,6 +72,14 @@ def consortium_file(given: Path | None) -> Path:
     return path
 
 
-def load_consortium(given: Path | None) -> ConsortiumSettings:
-    """Read the file of :func:`consortium_file`. Raises ConfigError, one line per problem."""
-    return load_settings(consortium_file(given), ConsortiumSettings)
+def load_consortium(given: Path | None, *, only_read: bool = False) -> ConsortiumSettings:
+    """Read the file of :func:`consortium_file`; ``only_read``: for a command that changes nothing.
+
+    Raises:
+        ConfigError: one line per problem; or the consortium's folders are another account's.
+    """
+    settings = load_settings(consortium_file(given), ConsortiumSettings)
+    if not only_read:
+        for folder in (settings.state, settings.trust.roster):
+            check_owner(folder)
+    return settings

@@ -28,12 +28,14 @@ def _enroll(options: argparse.Namespace) -> int:
     from medfl.shared.checklist import STEPS, checklist
     from medfl.shared.enrolment import make_keys
     from medfl.shared.errors import ConfigError
+    from medfl.shared.owner import check_owner
     from medfl.shared.passphrase import new_passphrase
 
     if not options.site.exists():
         write_first_site_file(options.site, name=options.name, coordinator=options.coordinator)
         print(f"{options.site} is new: say in it where the images lie and what you allow")
     settings = load_site(options.site)
+    check_owner(settings.keys)
     if options.name not in (None, settings.site):
         raise ConfigError(f"{options.site}: is of site {settings.site}, not of {options.name}: use another file")
     request = make_keys(settings.keys, settings.site, passphrase=new_passphrase() if options.passphrase else None)

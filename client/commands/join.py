@@ -30,7 +30,7 @@ def _join(options: argparse.Namespace) -> int:
     from medfl.client.trust import site_rosters
     from medfl.shared.checklist import STEPS, checklist
 
-    settings = load_site(options.site)
+    settings = load_site(options.site, writes=True)
     invitation, membership = read_invitation(options.invitation, settings)
     print(f"invitation to {membership.consortium}, whose coordinator is at {membership.coordinator}")
     given = options.fingerprint

@@ -40,7 +40,7 @@ def _dry_run(options: argparse.Namespace) -> int:
 
     if options.study is None:
         raise ConfigError("--dry-run needs --study: the file of the study to try, or the name of one that was offered")
-    settings, console = load_site(options.site), Console()
+    settings, console = load_site(options.site, writes=True), Console()
     study = chosen_study(settings, options.study)
     with console.status("getting ready"):
         from medfl.client.dry_run import dry_run
@@ -74,7 +74,7 @@ def _node(options: argparse.Namespace) -> int:  # noqa: PLR0915 - many of them i
     from medfl.shared.command import on_termination
     from medfl.shared.supervision import Supervision
 
-    settings = load_site(options.site)
+    settings = load_site(options.site, writes=True)
     from medfl.client.app import build_client_app
     from medfl.client.decisions import Decisions
     from medfl.client.receipts import Receipts, reader_of

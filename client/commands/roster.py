@@ -44,7 +44,7 @@ def _confirm(options: argparse.Namespace) -> int:
     from medfl.client.config import load_site
     from medfl.client.trust import site_rosters
 
-    settings = load_site(options.site)
+    settings = load_site(options.site, writes=True)
     return confirm(settings, site_rosters(settings), fingerprint=options.fingerprint)
 
 

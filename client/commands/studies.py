@@ -130,7 +130,7 @@ def _approve(options: argparse.Namespace) -> int:
     from medfl.client.trust import approvals_of
     from medfl.shared.errors import PolicyRefusal
 
-    settings = load_site(options.site)
+    settings = load_site(options.site, writes=True)
     digest, name = _which(settings, options.study)
     running = approve(settings, _checked(Approval, study=digest, by=options.by, ethics=options.ethics))
     print(f"study {name} is approved: it may run here{' from now on' if running else ' once the node is started'}")
@@ -149,7 +149,7 @@ def _withdraw(options: argparse.Namespace) -> int:
     from medfl.client.decisions import Withdrawal, withdraw
     from medfl.client.remains import remains_of
 
-    settings = load_site(options.site)
+    settings = load_site(options.site, writes=True)
     digest, name = _which(settings, options.study)
     running = withdraw(settings, _checked(Withdrawal, study=digest, by=options.by))
     stopped = "a training of it has ended, nothing more leaves" if running else "nothing of it runs here"

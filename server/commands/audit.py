@@ -32,7 +32,7 @@ def _verify(options: argparse.Namespace) -> int:
     from medfl.shared.audit_log import audit_file, inspected, verified
     from medfl.shared.errors import ConfigError
 
-    path = audit_file(load_consortium(options.config).state)
+    path = audit_file(load_consortium(options.config, only_read=True).state)
     if options.site is None:
         say(verified(path, head=options.head))
         return 0
@@ -49,7 +49,7 @@ def _report(options: argparse.Namespace) -> int:
     from medfl.shared.audit_log import audit_file, inspected, rows_as_csv
     from medfl.shared.files import write_whole
 
-    found = inspected(audit_file(load_consortium(options.config).state))
+    found = inspected(audit_file(load_consortium(options.config, only_read=True).state))
     write_whole(options.out, rows_as_csv(found.rows, COLUMNS).encode())
     print(f"{len(found.rows)} rows written to {options.out}")
     if found.problem is not None:

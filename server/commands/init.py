@@ -30,8 +30,10 @@ def add(commands: Commands) -> None:
 def _init(options: argparse.Namespace) -> int:
     from medfl.server.founding import found
     from medfl.shared.checklist import STEPS, checklist
+    from medfl.shared.owner import check_owner
     from medfl.shared.passphrase import new_passphrase
 
+    check_owner(options.folder)
     fingerprint = found(
         options.folder,
         hosts=options.host,

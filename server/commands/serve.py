@@ -43,7 +43,7 @@ def work(options: argparse.Namespace) -> int:
 
     set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose, file=options.log_file)
     file = consortium_file(options.config)
-    settings = load_consortium(file)
+    settings = load_consortium(file, only_read=options.check)
     studies = listed_studies(settings)
     days = check_certificate(settings.tls.certificate, authority=settings.tls.authority)
     read_private(settings.tls.key)

@@ -57,7 +57,7 @@ def _submit(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     from medfl.server.config import load_consortium
 
-    table = _table(load_consortium(options.config))
+    table = _table(load_consortium(options.config, only_read=True))
     if options.json:
         print(table.model_dump_json(indent=1))
         return 0
@@ -77,7 +77,7 @@ def _status(options: argparse.Namespace) -> int:
     from medfl.server.config import load_consortium
     from medfl.shared.errors import ConfigError
 
-    settings = load_consortium(options.config)
+    settings = load_consortium(options.config, only_read=True)
     table = _table(settings)
     if not table.studies:
         raise ConfigError("no study was submitted yet: medfl-server submit study.yaml")

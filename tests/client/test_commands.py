@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from signer import offer_of
 from tiny import masks_study
 
-from medfl.client import checks, metrics
+from medfl.client import checks, config, metrics
 from medfl.client.approvals import Approvals, signed_offer
 from medfl.client.cli import main
 from medfl.client.config import SiteSettings
@@ -149,6 +149,20 @@ def test_a_damaged_ledger_is_named_by_the_check_and_keeps_the_node_from_starting
         assert words in " ".join(err.split())
         assert "newest backup" in err
     assert (path.read_bytes() if path.exists() else b"") == left  # evidence
+
+
+def test_a_command_that_writes_is_not_given_as_root_for_the_state_of_the_nodes_account(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another(folder: Path) -> None:
+        raise ConfigError(f"{folder}: this folder belongs to medfl")
+
+    monkeypatch.setattr(config, "check_owner", another)
+    decided = ["--by", "Dr A. Example"]
+    for command in (["approve", STUDY.name, *decided], ["withdraw", STUDY.name, *decided], ["roster", "confirm"], []):
+        assert main(["--site", str(home / "site.yaml"), *command]) == 2
+        assert "belongs to medfl" in capsys.readouterr().err
+    assert check(home, capsys)[0] == 0
 
 
 def test_a_node_that_starts_tells_at_once_what_its_ledger_says_is_spent(

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from sqlalchemy.exc import OperationalError
 from tiny import classes_study, masks_study
 
+from medfl.server import config as consortium_config
 from medfl.server import link
 from medfl.server.cli import main
 from medfl.server.config import ConsortiumSettings, load_consortium
@@ -222,6 +223,24 @@ def test_the_link_serves_what_the_configuration_says(root: Path) -> None:
     served = link_settings(settings)
     assert (served.host, served.port) == ("0.0.0.0", 9443)
     assert served.limits.max_body_bytes == 16 * 1024 * 1024
+
+
+def test_a_command_that_writes_is_not_given_as_root_for_the_folder_of_the_services_account(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another(folder: Path) -> None:
+        raise ConfigError(f"{folder}: this folder belongs to medfl-server")
+
+    monkeypatch.setattr(consortium_config, "check_owner", another)
+    (root / "study.yaml").write_bytes(classes_study().canonical())
+    request = str(root / "north" / "keys" / "request.json")
+    before = sorted(root.rglob("*"))
+    for command in (["submit", str(root / "study.yaml")], ["approve", request], ["revoke", "north"], ["renew"], []):
+        status, err = status_and_words(["--config", str(config(root)), *command], capsys)
+        assert (status, "belongs to medfl-server" in err) == (2, True), command
+    for command in (["--check"], ["list"]):
+        assert main(["--config", str(config(root)), *command]) == 0
+    assert sorted(root.rglob("*")) == before
 
 
 def test_studies_are_loaded_in_their_order(root: Path) -> None:
