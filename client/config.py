@@ -10,8 +10,8 @@ from pydantic import Field, StrictBool, model_validator
 
 from medfl.client.data.settings import DataSettings
 from medfl.client.policy import Policy
+from medfl.shared.addresses import Address
 from medfl.shared.config import LocalPath, LocalPort, Settings, load_settings, parse_settings
-from medfl.shared.consortium import ADDRESS
 from medfl.shared.errors import ConfigError
 from medfl.shared.owner import check_owner
 from medfl.shared.study import Name
@@ -36,7 +36,7 @@ class SiteSettings(Settings):
     """``site.yaml``."""
 
     site: Name
-    coordinator: str | None = Field(default=None, pattern=ADDRESS)  # absent: where the signed roster says
+    coordinator: Address | None = None  # absent: where the signed roster says
     keys: LocalPath  # made by medfl-client enroll, completed by join
     state: LocalPath
     data: DataSettings

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from medfl.shared.addresses import dialled
 from medfl.shared.certificates import check_site_name
-from medfl.shared.consortium import ADDRESS
 from medfl.shared.errors import ConfigError
 from medfl.shared.keys import write_new
 
@@ -37,8 +36,11 @@ def write_first_site_file(path: Path, *, name: str | None, coordinator: str | No
     if name is None:
         raise ConfigError(f"{path}: does not exist: to have it written, give --name, this site's name")
     check_site_name(name)
-    if coordinator is not None and not re.fullmatch(ADDRESS, coordinator):
-        raise ConfigError(f"--coordinator {coordinator[:80]}: write host:port, for example fl.example.org:9443")
+    if coordinator is not None:
+        try:
+            dialled(coordinator)
+        except ValueError as wrong:
+            raise ConfigError(f"--coordinator {coordinator[:80]}: {wrong}") from None
     line = f"coordinator: {coordinator}" if coordinator else "# coordinator: host:port  # absent: as the roster says"
     text = _TEXT.format(file=path.name, name=name, coordinator=line)
     write_new(path, text.encode(), mode=0o640)

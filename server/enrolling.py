@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from medfl.server.config import ConsortiumSettings
 from medfl.server.rosters import RosterFolder
-from medfl.shared.addresses import address
+from medfl.shared.addresses import address, dialled
 from medfl.shared.certificates import (
     Authority,
     common_name,
@@ -155,14 +155,18 @@ class Registrar:
         With other hosts or another port a new roster tells the sites where to dial.
 
         Raises:
-            ConfigError: a host is malformed, or the authority's key cannot be had.
+            ConfigError: a host or the port is malformed, or the authority's key cannot be had.
         """
         tls, before = self._settings.tls, self.rosters.newest()
+        number = int(before.coordinator.rsplit(":", 1)[1]) if port is None else port
+        dial = address(hosts[0], number) if hosts else f"{before.coordinator.rsplit(':', 1)[0]}:{number}"
+        try:
+            dialled(dial)
+        except ValueError as wrong:
+            raise ConfigError(f"sites cannot dial {dial[:80]}: {wrong}") from None
         names = list(hosts) or hosts_of(load_certificate(tls.certificate))
         public = load_tls_key(tls.key).public_key()
         pem = server_certificate(self.authority(), public, names)
-        number = int(before.coordinator.rsplit(":", 1)[1]) if port is None else port
-        dial = address(hosts[0], number) if hosts else f"{before.coordinator.rsplit(':', 1)[0]}:{number}"
         if dial != before.coordinator:
             self._advance(before, coordinator=dial)
         write_whole(tls.certificate, pem, mode=PUBLIC_FILE)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from medfl.shared.addresses import address
+from medfl.shared.addresses import address, dialled
 from medfl.shared.certificates import create_authority, issue_server_certificate, revocation_list
 from medfl.shared.consortium import Membership, consortium_fingerprint
 from medfl.shared.errors import ConfigError
@@ -61,12 +61,14 @@ def found(
             consortium=name,
             epoch=1,
             floor=1,
-            coordinator=address(hosts[0], port),
+            coordinator=dialled(address(hosts[0], port)),
             minimum_cohort=minimum_cohort,
             next_id=1,
         )
-    except ValidationError:
-        raise ConfigError(f"host '{hosts[0][:80]}' port {port} is not an address that sites can dial") from None
+    except ValueError:
+        raise ConfigError(
+            f"host '{hosts[0][:80]}' port {port} is not an address that sites can dial: ports go from 1 to 65535"
+        ) from None
     if (folder / "consortium.yaml").exists():
         raise ConfigError(f"{folder}: holds a consortium already: choose another folder")
     private_folder(folder)

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from medfl.shared.addresses import ADDRESS
 from medfl.shared.config import Settings
 from medfl.shared.errors import ConfigError, ProtocolError
 from medfl.shared.keys import fingerprint, node_public_key, public_line, read_public_key
@@ -26,8 +27,6 @@ from medfl.shared.secagg.roster import LARGEST_ID, Member, Roster, make_roster
 from medfl.shared.signing import Document, Signed, parse_signing_key, sign
 
 SITE_NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-ADDRESS = r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$"
-"""host:port."""
 
 
 def _site_key(line: str) -> str:
@@ -73,7 +72,7 @@ class Membership(Settings):
     consortium: str = Field(min_length=1, max_length=200)
     epoch: int = Field(ge=1, lt=2**32)
     floor: int = Field(ge=1, lt=2**32)
-    coordinator: str = Field(pattern=ADDRESS)  # where sites dial
+    coordinator: str = Field(pattern=ADDRESS)  # where sites dial; its port is checked when it is signed
     minimum_cohort: int | None = Field(default=None, ge=SMALLEST_COHORT, le=LARGEST_COHORT)  # None: by its size
     next_id: int = Field(ge=1, le=LARGEST_ID + 1)  # no id is given twice
     sites: tuple[Site, ...] = Field(default=(), max_length=10_000)

@@ -27,7 +27,8 @@ def _renew(options: argparse.Namespace) -> int:
     from medfl.server.config import load_consortium
     from medfl.server.enrolling import Registrar
 
-    registrar = Registrar(load_consortium(options.config))
+    settings = load_consortium(options.config)
+    registrar = Registrar(settings)
     registrar.authority()  # asks for the passphrase before others have to wait
     with registrar.alone():
         until = registrar.renew_server(options.host, options.port)
@@ -35,4 +36,7 @@ def _renew(options: argparse.Namespace) -> int:
     print(f"the coordinator's certificate is valid until {until.date()}; a running coordinator")
     print("shows it to new connections")
     print(f"sites dial {newest.coordinator} (roster epoch {newest.epoch})")
+    port = int(newest.coordinator.rsplit(":", 1)[1])
+    if port != settings.listen.port:
+        print(f"consortium.yaml listens on port {settings.listen.port}: change listen.port to {port}, or forward")
     return 0

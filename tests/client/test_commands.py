@@ -199,7 +199,8 @@ def test_a_ledger_that_another_node_has_open_keeps_this_one_from_starting(
     [
         (lambda home: (home / "site.yaml").unlink(), 2, "site.yaml: cannot be read"),
         (lambda home: write_site(home, policyy="{}"), 2, "(did you mean 'policy'?)"),
-        (lambda home: write_site(home, coordinator="nowhere"), 2, "site.yaml:2:1: coordinator: "),
+        (lambda home: write_site(home, coordinator="nowhere"), 2, "site.yaml:2:1: coordinator: write host:port"),
+        (lambda home: write_site(home, coordinator="a:99999"), 2, "with a port from 1 to 65535"),
         (lambda home: write_site(home, policy="{allow_no_privacy: yes}"), 2, "policy.allow_no_privacy: "),
         (lambda home: write_site(home, site="south"), 2, "is for site north, and this is site south"),
         (lambda home: (home / "keys" / "node.key").unlink(), 2, "node.key"),
@@ -304,7 +305,7 @@ def test_without_a_site_file_and_a_sound_name_no_key_is_made(tmp_path: Path, arg
 MINIMAL = "site: a\ncoordinator: {}\nkeys: k\nstate: s\ndata: {{source: dicom, folder: d}}\n"
 
 
-@pytest.mark.parametrize("address", ["fl.example.org:9443", "10.0.0.1:1", "'[::1]:9443'", "host:0"])
+@pytest.mark.parametrize("address", ["fl.example.org:9443", "10.0.0.1:1", "'[::1]:9443'", "host:1"])
 def test_an_address_is_host_and_port(address: str) -> None:
     parse_settings(MINIMAL.format(address), SiteSettings, name="f")
 

@@ -70,6 +70,7 @@ def test_a_consortium_is_not_founded_over_another(root: Path) -> None:
         ("Our Consortium!", "a", 1, "cannot name"),
         ("fine", "a b", 1, "cannot|not an address"),
         ("fine", "a", -1, "dial"),
+        ("fine", "a", 99999, "ports go from 1 to 65535"),
     ],
 )
 def test_what_cannot_name_or_reach_a_consortium_is_refused_before_anything_is_made(

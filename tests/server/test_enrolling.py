@@ -226,6 +226,21 @@ def test_revoke_and_renew_on_the_command_line(
     assert "sites dial new.example.org:9443 (roster epoch 4)" in capsys.readouterr().out
 
 
+def test_a_port_that_nobody_can_dial_is_not_signed_and_one_that_nobody_listens_on_is_told(
+    registrar: Registrar, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tmp_path / "fl" / "consortium.yaml")
+    for wrong in (["--port", "99999"], ["--port", "0"], ["--host", "a b"]):
+        assert main(["--config", config, "renew", *wrong]) == 2
+        err = capsys.readouterr().err
+        assert "write host:port, for example fl.example.org:9443, with a port from 1 to 65535" in err
+    assert registrar.rosters.newest_epoch == 1
+    assert main(["--config", config, "renew"]) == 0
+    assert "listens on" not in capsys.readouterr().out
+    assert main(["--config", config, "renew", "--port", "19555"]) == 0
+    assert "consortium.yaml listens on port 9443: change listen.port to 19555" in capsys.readouterr().out
+
+
 def test_two_commands_do_not_change_the_roster_at_once(registrar: Registrar, tmp_path: Path) -> None:
     words = "another approve, revoke or renew is being given here: wait for it"
     with registrar.alone(), pytest.raises(ConfigError, match=words), registrar.alone():

@@ -1,6 +1,8 @@
 """One IPv6 address, with and without brackets."""
 
-from medfl.shared.addresses import address, without_brackets
+import pytest
+
+from medfl.shared.addresses import address, dialled, without_brackets
 from medfl.shared.config import LocalPort
 
 
@@ -14,6 +16,17 @@ def test_an_ipv6_address_has_brackets_before_a_port_and_nothing_else_has() -> No
 
 def test_brackets_are_taken_off_where_they_are() -> None:
     assert [without_brackets(host) for host in ("[::1]", "::1", "localhost")] == ["::1", "::1", "localhost"]
+
+
+@pytest.mark.parametrize("written", ["fl.example.org:1", "[::1]:65535", "10.0.0.7:443"])
+def test_what_can_be_dialled_is_an_address(written: str) -> None:
+    assert dialled(written) == written
+
+
+@pytest.mark.parametrize("written", ["fl.example.org", "a:0", "a:65536", "a:99999", "a:123456", "a b:1", "::1:443x"])
+def test_what_cannot_be_dialled_is_refused_in_words(written: str) -> None:
+    with pytest.raises(ValueError, match=r"write host:port, .* from 1 to 65535"):
+        dialled(written)
 
 
 def test_a_port_takes_its_host_in_either_form() -> None:
