@@ -6,9 +6,8 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from medfl.shared.certificates import check_certificate, revoked_serials
+from medfl.shared.certificates import check_certificate, load_tls_key, revoked_serials
 from medfl.shared.errors import ConfigError
-from medfl.shared.keys import read_private
 from medfl.shared.passphrase import passphrase
 
 
@@ -26,7 +25,7 @@ class FleetTls:
     """``front`` is for the port to listen with; every connection gets the files of the last :meth:`reload`."""
 
     def __init__(self, files: TlsFiles) -> None:
-        """Raises ConfigError when a certificate or key is missing, expired, not ours, or readable by others."""
+        """Raises ConfigError when a certificate, key or list is missing, expired, not ours, open to all, or locked."""
         self._files = files
         self._newest = _context(files)
         self.front = _context(files)
@@ -47,7 +46,7 @@ class FleetTls:
 
 def _context(files: TlsFiles) -> ssl.SSLContext:
     check_certificate(files.certificate, authority=files.authority)
-    read_private(files.key)
+    load_tls_key(files.key)  # says whether the passphrase is wrong
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED

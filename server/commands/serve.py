@@ -29,8 +29,9 @@ def work(options: argparse.Namespace) -> int:
 
     from medfl.server.config import consortium_file, load_consortium
     from medfl.server.console import reporter_for
-    from medfl.server.coordinator import Members, coordinate
+    from medfl.server.coordinator import Members, coordinate, link_settings
     from medfl.server.desk import FINISHED
+    from medfl.server.fleet_tls import FleetTls
     from medfl.server.reporter import Several
     from medfl.server.rosters import RosterFolder
     from medfl.server.studies import State, StudyStore
@@ -38,7 +39,6 @@ def work(options: argparse.Namespace) -> int:
     from medfl.shared.certificates import check_certificate
     from medfl.shared.command import on_termination
     from medfl.shared.errors import ConfigError
-    from medfl.shared.keys import read_private
     from medfl.shared.logs import set_up_logs
 
     set_up_logs(json_lines=options.log_format == "json", verbose=options.verbose, file=options.log_file)
@@ -46,9 +46,10 @@ def work(options: argparse.Namespace) -> int:
     settings = load_consortium(file, only_read=options.check)
     studies = listed_studies(settings)
     days = check_certificate(settings.tls.certificate, authority=settings.tls.authority)
-    read_private(settings.tls.key)
+    FleetTls(link_settings(settings).tls)
     RosterFolder.of(settings).newest()  # raises where no roster is in force
     if options.check:
+        _check_signing_key(settings, studies)
         _tell(settings, studies, days)
         return 0
     if settings.when_done == "exit" and not studies and StudyStore(settings.state).next() is None:
@@ -72,6 +73,21 @@ def work(options: argparse.Namespace) -> int:
             reporter, on_members = Several(reporter, gauges), gauges.watch
         records = coordinate(settings, reporter=reporter, stop=stop, on_members=on_members)
     return 0 if all(record.state is not State.ENDED or record.reason in FINISHED for record in records) else 1
+
+
+def _check_signing_key(settings: ConsortiumSettings, studies: Sequence[Study]) -> None:
+    """Open it, as a start does: without it no new study is signed, and sites get no receipts. Raises ConfigError."""
+    from medfl.server.studies import StudyStore
+    from medfl.shared.errors import ConfigError
+    from medfl.shared.keys import load_site_key
+
+    store = StudyStore(settings.state)
+    try:
+        load_site_key(settings.trust.signing_key)
+    except ConfigError as why:
+        if any(store.find(study.digest) is None for study in studies):
+            raise
+        print(f"sites will get no receipts, and no study can be signed: {why}")
 
 
 def _tell(settings: ConsortiumSettings, studies: Sequence[Study], days: float) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sqlite3
 import stat
 from pathlib import Path
 
 import pytest
 from consortium import SITES, found_consortium_folder, with_study
+from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.torch import save
 from sqlalchemy.exc import OperationalError
 from tiny import classes_study, masks_study
@@ -26,10 +28,12 @@ from medfl.server.submission import initial_of, listed_studies
 from medfl.shared import chain as chains
 from medfl.shared.algorithms.travel import build_study_network
 from medfl.shared.audit_log import audit_file
+from medfl.shared.certificates import private_bytes
 from medfl.shared.config import load_settings
 from medfl.shared.errors import ConfigError
 from medfl.shared.initial_weights import digest_of
-from medfl.shared.keys import load_site_key
+from medfl.shared.keys import create_site_key, load_site_key, write_new
+from medfl.shared.passphrase import passphrase
 from medfl.shared.signing import Document, sign
 from medfl.shared.study import Study
 
@@ -122,6 +126,12 @@ def status_and_words(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         (lambda root: (root / "fl" / "coordinator.key").chmod(0o644), "chmod 600"),
         (lambda root: (root / "fl" / "coordinator.key").unlink(), "coordinator.key"),
         (lambda root: (root / "fl" / "coordinator.pem").write_text("nonsense"), "coordinator.pem"),
+        (
+            lambda root: shutil.copyfile(root / "fl" / "authority.key", root / "fl" / "coordinator.key"),
+            "coordinator.key: does not belong to the certificate",
+        ),
+        (lambda root: (root / "fl" / "revoked.pem").unlink(), "revoked.pem"),
+        (lambda root: (root / "fl" / "signing.key").unlink(), "signing.key: cannot be read"),
         (lambda root: [path.unlink() for path in (root / "fl" / "roster").glob("*.json")], "holds no roster"),
         (lambda root: (root / "fl" / "roster" / "2.json").write_text("{}"), "is not a roster that this consortium"),
         (lambda root: (root / "fl" / "signing.key.pub").unlink(), "signing.key.pub"),
@@ -158,6 +168,35 @@ def test_what_is_wrong_ends_with_status_two_and_a_line_that_names_it(
     assert status == 2, err
     assert words in err
     assert all(line.startswith("medfl-server: ") for line in err.splitlines())
+
+
+@pytest.mark.parametrize("key", ["coordinator.key", "signing.key"])
+def test_check_opens_the_keys_with_the_passphrase_that_a_start_would_have(
+    root: Path, key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = root / "passphrase"
+    secret.write_text("wrong")
+    secret.chmod(0o600)
+    monkeypatch.setenv("MEDFL_PASSPHRASE_FILE", str(secret))
+    path = with_study(root, classes_study())
+    (root / "fl" / key).unlink()
+    if key == "signing.key":
+        create_site_key(root / "locked.key", passphrase=b"right")
+        (root / "locked.key").rename(root / "fl" / key)
+    else:
+        write_new(root / "fl" / key, private_bytes(ec.generate_private_key(ec.SECP384R1()), b"right"))
+    passphrase.cache_clear()
+    status, err = status_and_words(["--config", str(path), "--check"], capsys)
+    passphrase.cache_clear()
+    assert (status, f"{key}: " in err, "does not open with this passphrase" in err) == (2, True, True), err
+
+
+def test_a_signing_key_that_lies_elsewhere_is_told_where_no_study_needs_it(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "fl" / "signing.key").unlink()
+    assert main(["--config", str(config(root)), "--check"]) == 0
+    assert "sites will get no receipts, and no study can be signed: " in capsys.readouterr().out
 
 
 def test_a_full_disk_ends_the_coordinator_with_a_status_that_is_tried_again_and_a_damaged_audit_log_does_not(
