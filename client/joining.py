@@ -18,6 +18,7 @@ from medfl.shared.files import write_whole
 from medfl.shared.keys import PUBLIC_FILE
 
 HEARD_CHARACTERS = 16
+"""Enough of a fingerprint's beginning: they hold 96 bits."""
 
 
 def read_invitation(path: Path, settings: SiteSettings) -> tuple[Invitation, Membership]:
@@ -33,16 +34,22 @@ def read_invitation(path: Path, settings: SiteSettings) -> tuple[Invitation, Mem
 def join(invitation: Invitation, membership: Membership, settings: SiteSettings, *, fingerprint: str) -> None:
     """Pin the consortium and install the certificate; again with a new invitation of the same one renews them.
 
-    ``fingerprint``: the consortium's as heard by telephone, whole or its first 16 characters.
+    ``fingerprint``: the consortium's as heard by telephone, whole or the first 16 characters after ``SHA256:``.
 
     Raises:
-        PolicyRefusal: ``fingerprint`` is not the invitation's; another consortium is pinned here; or the roster is
+        PolicyRefusal: ``fingerprint`` is not the invitation's, or too little of it; another consortium is pinned here; or the roster is
             older than the one known here.
     """
-    if not _heard(fingerprint, invitation.fingerprint):
+    typed = "".join(fingerprint.split()).removeprefix("SHA256:")
+    if not invitation.fingerprint.removeprefix("SHA256:").startswith(typed):
         raise PolicyRefusal(
             f"the invitation is of a consortium with the fingerprint {invitation.fingerprint}, and you gave another: "
             "nothing was installed. Call the coordinator: somebody may have swapped the file"
+        )
+    if len(typed) < HEARD_CHARACTERS:
+        raise PolicyRefusal(
+            f"{len(typed)} characters are too few to compare: give at least {HEARD_CHARACTERS} after SHA256:. Nothing "
+            "was installed"
         )
     pin = Pin(membership.consortium, invitation.signing_key)
     if joined(settings.keys) and load_pin(settings.keys) != pin:
@@ -66,12 +73,6 @@ def note_confirmation(settings: SiteSettings, membership: Membership) -> None:
     with closing(audit):
         roster = membership.roster
         audit.roster_confirmed(roster=roster.digest.hex(), epoch=roster.epoch, members=len(roster.members))
-
-
-def _heard(typed: str, fingerprint: str) -> bool:
-    """Whether what a person typed is ``fingerprint``, or enough of its beginning: 16 characters hold 96 bits."""
-    typed = "".join(typed.split()).removeprefix("SHA256:")
-    return len(typed) >= HEARD_CHARACTERS and fingerprint.removeprefix("SHA256:").startswith(typed)
 
 
 def _own(settings: SiteSettings) -> Request:

@@ -36,7 +36,7 @@ def _join(options: argparse.Namespace) -> int:
     given = options.fingerprint
     if given is None:
         print("Call the coordinator on a number that you did not get from this file, and have")
-        print("its fingerprint read out; its first 16 characters are enough.")
+        print("its fingerprint read out; the first 16 characters after SHA256: are enough.")
         given = input("fingerprint of the consortium: ").strip()
     join(invitation, membership, settings, fingerprint=given)
     print(f"joined: {membership.consortium} is pinned here, with the fingerprint\n  {invitation.fingerprint}")

@@ -65,10 +65,15 @@ def test_a_person_types_what_the_coordinator_reads_out_and_says_yes_to_the_other
     assert site_rosters(site_settings(root, "north")).in_force() is not None
 
 
-@pytest.mark.parametrize("cut", [0, 15])
-def test_too_few_characters_are_not_a_comparison(root: Path, cut: int) -> None:
-    heard = registrar(root).fingerprint[len("SHA256:") :][:cut]
+@pytest.mark.parametrize("beginning", [0, len("SHA256:") + 15, 16])
+def test_too_few_characters_are_not_a_comparison_and_no_alarm(
+    root: Path, beginning: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard = registrar(root).fingerprint[:beginning]
     assert join(root, "--fingerprint", heard) == 3
+    err = capsys.readouterr().err
+    assert "give at least 16 after SHA256:" in err
+    assert "swapped" not in err
     assert not joined(root / "north" / "keys")
 
 
