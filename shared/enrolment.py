@@ -33,6 +33,7 @@ from medfl.shared.errors import ConfigError, PolicyRefusal, ProtocolError
 from medfl.shared.files import write_whole
 from medfl.shared.keys import (
     PUBLIC_FILE,
+    complete_pair,
     create_node_key,
     create_site_key,
     fingerprint,
@@ -105,7 +106,9 @@ class Request:
 
 
 def make_keys(folder: Path, site: str, *, passphrase: bytes | None = None) -> Request:
-    """Make those of a site's three private keys that ``folder`` lacks (0600), and ``request.json`` for the coordinator.
+    """Make those of a site's three keys that ``folder`` lacks (0600), and ``request.json`` for the coordinator.
+
+    A public half that was lost is written again.
 
     Raises:
         ConfigError: the name is malformed, or a key that is there cannot be used.
@@ -119,6 +122,8 @@ def make_keys(folder: Path, site: str, *, passphrase: bytes | None = None) -> Re
     if not files.site_key.exists():
         create_site_key(files.site_key, comment=site, passphrase=passphrase)
     request = make_request(files, site)
+    for path, line in ((files.node_key, request.node_key), (files.site_key, request.site_key)):
+        complete_pair(path, read_public_key(line), comment=site)
     write_whole(folder / "request.json", request.to_bytes(), mode=PUBLIC_FILE)
     return request
 

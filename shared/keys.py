@@ -43,6 +43,12 @@ def create_site_key(path: Path, *, comment: str = "", passphrase: bytes | None =
     return _write_pair(path, ed25519.Ed25519PrivateKey.generate(), comment, passphrase)
 
 
+def complete_pair(path: Path, key: PublicKey, *, comment: str = "") -> None:
+    """Write ``path.pub`` where it is missing beside the private key in ``path``, whose public half is ``key``."""
+    if not _public_file(path).exists():
+        _write_public(path, key, comment)
+
+
 def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read a node key.
 
@@ -146,9 +152,16 @@ def _write_pair(path: Path, key: PrivateKey, comment: str, passphrase: bytes | N
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, encryption(passphrase))
     public = key.public_key()
     write_new(path, private)
-    line = public_line(public, comment=comment) + "\n"
-    write_whole(path.with_name(f"{path.name}.pub"), line.encode(), mode=PUBLIC_FILE)
+    _write_public(path, public, comment)
     return public
+
+
+def _write_public(path: Path, key: PublicKey, comment: str) -> None:
+    write_whole(_public_file(path), f"{public_line(key, comment=comment)}\n".encode(), mode=PUBLIC_FILE)
+
+
+def _public_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.pub")
 
 
 def _load(path: Path) -> object:

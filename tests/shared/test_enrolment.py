@@ -29,6 +29,16 @@ def test_a_request_is_read_back_and_its_fingerprint_is_that_of_the_site_key(tmp_
     assert read.fingerprint == made.fingerprint
 
 
+@pytest.mark.parametrize("key", ["node.key", "site.key"])
+def test_a_public_half_that_was_lost_is_written_again(tmp_path: Path, key: str) -> None:
+    make_keys(tmp_path, "north")
+    public = tmp_path / f"{key}.pub"
+    before, private = public.read_bytes(), (tmp_path / key).read_bytes()
+    public.unlink()
+    make_keys(tmp_path, "north")
+    assert (public.read_bytes(), (tmp_path / key).read_bytes()) == (before, private)
+
+
 @pytest.mark.parametrize("field", ["site", "node_key", "site_key", "signing_request", "signature"])
 def test_no_field_of_a_request_can_be_swapped_for_another_sites(tmp_path: Path, field: str) -> None:
     """Not even by somebody who has keys of his own: the site key, whose fingerprint is compared, signs all of it."""
