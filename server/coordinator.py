@@ -32,7 +32,7 @@ from medfl.server.guard import Limits
 from medfl.server.heads import HeadKeeping
 from medfl.server.link import Link, LinkSettings
 from medfl.server.negotiation import NegotiatingGrid
-from medfl.server.progress import run_folder
+from medfl.server.progress import begin_folder
 from medfl.server.reporter import MetricsFile, Reporter, Several
 from medfl.server.rosters import RosterFolder
 from medfl.server.rounds import Rounds
@@ -184,8 +184,7 @@ class _Turns:
             store.mark(entry.digest, state, reason, round_number=result.round)
 
     def _run(self, entry: Entry, to_end: Event) -> Result:
-        study, folder = entry.study, run_folder(self.settings.runs, entry.study)
-        folder.mkdir(parents=True, exist_ok=True)
+        study, folder = entry.study, begin_folder(self.settings.runs, entry.study)
         write_whole(folder / "study.json", study.canonical(), mode=0o644)
         log_file = StudyLog(folder / "server.log")
         logging.getLogger("medfl").addHandler(log_file)

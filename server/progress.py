@@ -99,6 +99,14 @@ def run_folder(runs: Path, study: Study) -> Path:
     return runs / f"{study.name}-{study.digest[:8]}"
 
 
+def begin_folder(runs: Path, study: Study) -> Path:
+    """The folder of a study that begins or goes on: how it was stopped before is not how it ended."""
+    folder = run_folder(runs, study)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ending.json").unlink(missing_ok=True)
+    return folder
+
+
 def progress_of(entry: Entry, runs: Path, live: Live | None = None) -> Progress:
     """How far ``entry`` is, by its folder below ``runs``, and by ``live`` where it is the study that runs."""
     study, record, folder = entry.study, entry.record, run_folder(runs, entry.study)

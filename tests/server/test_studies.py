@@ -14,7 +14,7 @@ from tiny import classes_study
 
 from medfl.server.audit import Event
 from medfl.server.desk import LIST, SUBMIT, Checks, Desk, Named, StudyStop, Submission
-from medfl.server.progress import progress_of, run_folder
+from medfl.server.progress import begin_folder, progress_of, run_folder
 from medfl.server.reporter import MetricsFile, RoundReport
 from medfl.server.studies import State, StudyStore
 from medfl.shared.admin import AdminSocket, Nothing, ask
@@ -216,6 +216,15 @@ def test_progress_is_told_by_the_studys_own_files_and_time_left_by_its_last_roun
     desk.store.mark(study.digest, State.ENDED, "done", round_number=10)
     found = progress_of(desk.store.entry(study.digest), tmp_path / "runs")
     assert (found.round, found.model, found.seconds_left) == (10, "ab" * 32, None)
+
+
+def test_a_study_that_goes_on_has_not_ended(tmp_path: Path) -> None:
+    folder = begin_folder(tmp_path / "runs", FIRST)
+    assert folder == run_folder(tmp_path / "runs", FIRST)
+    (folder / "ending.json").write_text(json.dumps({"ending": "stopped", "round": 3, "model": "ab" * 32}))
+    (folder / "series.json").write_text("{}")
+    begin_folder(tmp_path / "runs", FIRST)
+    assert [path.name for path in folder.iterdir()] == ["series.json"]
 
 
 def test_what_runs_shows_who_refuses_and_why(desk: Desk) -> None:
