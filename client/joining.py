@@ -37,8 +37,8 @@ def join(invitation: Invitation, membership: Membership, settings: SiteSettings,
     ``fingerprint``: the consortium's as heard by telephone, whole or the first 16 characters after ``SHA256:``.
 
     Raises:
-        PolicyRefusal: ``fingerprint`` is not the invitation's, or too little of it; another consortium is pinned here; or the roster is
-            older than the one known here.
+        PolicyRefusal: ``fingerprint`` is not the invitation's, or too little of it; another consortium is pinned
+            here; or the roster is older than the one known here.
     """
     typed = "".join(fingerprint.split()).removeprefix("SHA256:")
     if not invitation.fingerprint.removeprefix("SHA256:").startswith(typed):
