@@ -105,8 +105,8 @@ def crossed(lab: Lab, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
         site._participant = participants.get(name)
         train = site._trainer.train
 
-        def kept(*args: Any, train: Any = train) -> Any:
-            result = train(*args)
+        def kept(*args: Any, train: Any = train, **more: Any) -> Any:
+            result = train(*args, **more)
             what.updates.append(result[0])
             return result
 

@@ -21,10 +21,10 @@ def main(arguments: list[str]) -> int:
     last, armed = Phase(arguments[0]), False
     hold_update, answer = Participant.hold_update, SecureSite.answer
 
-    def holds(self: Participant, *update: Any) -> Any:
+    def holds(self: Participant, *update: Any, **more: Any) -> Any:
         nonlocal armed
         armed = True
-        return hold_update(self, *update)
+        return hold_update(self, *update, **more)
 
     def answers(self: SecureSite, phase: Phase, request: PhaseRequest, **more: Any) -> PhaseReply:
         reply = answer(self, phase, request, **more)
