@@ -110,7 +110,8 @@ def _checked(settings: SimulationSettings, loading: LoadingBar) -> Iterator[str]
         DataError: they cannot be used, and for which seed.
     """
     from medfl.shared.errors import DataError
-    from medfl.simulations.experiment import choose_device, load_sites, patients_of
+    from medfl.simulations.experiment import choose_device
+    from medfl.simulations.sites import load_sites, patients_of
 
     device, first = choose_device(settings.device), dict[str, str]()
     for seed in settings.seeds:

@@ -97,6 +97,11 @@ def left_out_of(settings: SimulationSettings, sites: Mapping[str, SiteData]) -> 
     return {site.name: dict(data.report.quarantined) for site, data in listed if data.report.quarantined}
 
 
+def patients_of(data: SiteData, *splits: Split) -> int:
+    """Patients of ``splits`` (none: of all) together."""
+    return sum(int(torch.unique(data.splits[split].patients).numel()) for split in splits or data.splits)
+
+
 def drawn(site: VirtualSiteSettings, folder: Path, progress: Progress | None = None) -> DicomSettings:
     """The site's phantom patients as DICOM files below ``folder``, drawn unless an earlier run has."""
     phantom = site.phantom

@@ -25,8 +25,8 @@ from medfl.shared.errors import ConfigError, TrainingError
 from medfl.shared.metrics import read
 from medfl.shared.secagg.exchange import Phase
 from medfl.shared.study import Study
-from medfl.simulations import experiment as module
 from medfl.simulations import load_simulation
+from medfl.simulations import one_seed as module
 from medfl.simulations.baselines import alone_and_ensemble, best_threshold, mean_mask, pooled, trivial
 from medfl.simulations.cli import main
 from medfl.simulations.config import SimulationSettings

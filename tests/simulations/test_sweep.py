@@ -16,7 +16,7 @@ from small_simulation import example, simulation
 
 from medfl.shared.errors import ConfigError
 from medfl.simulations import Experiment, load_simulation, run_experiment
-from medfl.simulations import experiment as module
+from medfl.simulations import one_seed as module
 from medfl.simulations.cli import main
 from medfl.simulations.findings import findings
 from medfl.simulations.report import references, write_report
