@@ -166,3 +166,25 @@ def test_the_journal_is_written_before_the_confirmation_leaves(tmp_path: Path) -
         return reply
 
     world.check(world.round().run(world.exchange(reply=look)))
+
+
+def ahead(world: Consortium, sites: tuple[int, ...], number: int) -> None:
+    """These sites have answered an announcement of that number."""
+    for site in sites:
+        world.ask(site, Phase.ADVERTISE_KEYS, world.announcement(round=number))
+
+
+def test_a_coordinator_that_counts_from_an_old_backup_goes_far_ahead_and_has_all_in_the_sum() -> None:
+    world = Consortium(7)
+    ahead(world, world.ids, 200)
+    result = world.round().run(world.exchange())
+    world.check(result)
+    assert result.survivors == world.ids  # 1 is refused, so is 1 + 16; 17 + 256 is beyond what they have seen
+
+
+def test_a_few_sites_that_call_every_number_old_are_left_out_and_hold_up_nobody() -> None:
+    world = Consortium(7)  # 5 of 7 are needed; without these three, 4 of 4 sum
+    ahead(world, (5, 6, 7), 2**31)
+    result = world.round().run(world.exchange())
+    world.check(result)
+    assert (result.attempts, result.survivors) == (2, (1, 2, 3, 4))

@@ -19,6 +19,7 @@ from medfl.client.records import MemoryRecords
 from medfl.client.site import Site
 from medfl.client.workbench import Workbench
 from medfl.server import gathering, rounds
+from medfl.server.answers import Answers
 from medfl.server.app import build_server_app
 from medfl.server.checkpoint import CheckpointFolder
 from medfl.server.ending import Ending, Result
@@ -33,6 +34,16 @@ from medfl.simulations.federation import Consortium, _secure_parts, permissive_p
 from medfl.simulations.grid import VirtualGrid
 
 NAMES = "abcde"
+
+
+PRIVATE = {
+    "mode": "dp-sgd",
+    "epsilon": 50,
+    "delta": 1e-2,
+    "expected_batch": 2,
+    "steps_per_round": 1,
+    "spare_rounds": 20,  # what is trained again is paid for
+}
 
 
 class Killed(BaseException):
@@ -129,8 +140,14 @@ def secure_study(count: int, **changes: Any) -> Study:
 def test_a_sum_that_is_finished_after_a_kill_stands_for_the_same_share_of_sites(
     strategy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # one of five is away in the second round: its sum stands for four fifths of all
-    models, really = {}, secure_round.finish
+    # five sites of 8 images; one is away from the second round on: those sums stand for 32 of 40 images
+    models, really, share_of, shares = {}, secure_round.finish, Answers.share, list[float]()
+
+    def share(self: Answers, *given: Any) -> float:
+        shares.append(share_of(self, *given))
+        return shares[-1]
+
+    monkeypatch.setattr(Answers, "share", share)
     for killed in (False, True):
         world = World(secure_study(3, strategy=strategy), tmp_path / str(killed))
         deadly = [killed]
@@ -152,6 +169,8 @@ def test_a_sum_that_is_finished_after_a_kill_stands_for_the_same_share_of_sites(
                 result = world.coordinate("coordinator", seen=leave)
         assert (result.ending, deadly[0]) == (Ending.DONE, False)
         models[killed] = result.weights.tobytes()
+        assert shares == [1, 0.8, 0.8]
+        shares.clear()
     assert models[True] == models[False]
 
 
@@ -179,3 +198,26 @@ def test_a_coordinator_restored_from_an_old_backup_goes_on(tmp_path: Path) -> No
     world.coordinate("coordinator", seen=back_up)  # eleven rounds and scorings more than the backup knows
     restored = world.coordinate("backup")
     assert (restored.ending, restored.round) == (Ending.DONE, 12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ends_at"),
+    [
+        ({"secure_aggregation": {"ring_bits": 16}}, 3),  # rounded at random: the model after round 3 is another
+        ({"privacy": PRIVATE}, 2),
+    ],
+    ids=["rounded at random", "private"],
+)
+def test_no_second_update_of_a_round_is_had_from_a_coordinator_restored_to_before_it(
+    changes: dict[str, Any], ends_at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(secure_study(5, **changes), tmp_path)
+
+    def back_up(number: int) -> None:
+        if number == 2:
+            world.restored("coordinator", "backup")
+
+    world.coordinate("coordinator", seen=back_up)
+    restored = world.coordinate("backup")
+    assert (restored.ending, restored.round) == (Ending.VOID_ROUNDS, ends_at)
+    assert "refused: model already summed" in caplog.text

@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ WORLD = Consortium(3)
 CONTEXT = WORLD.announcement().context()
 
 
-def history(journal: Journal, model: bytes = MODEL) -> History:
-    return journal.history(WORLD.announcement(model=model), epoch=1)
+def history(journal: Journal, model: bytes = MODEL, training: int = 0) -> History:
+    return journal.history(WORLD.announcement(model=model, training=training), epoch=1)
 
 
 def test_a_new_journal_knows_nothing(tmp_path: Path) -> None:
@@ -131,6 +132,19 @@ def test_what_is_kept_opens_under_its_own_context_only(tmp_path: Path) -> None:
         run("UPDATE open_rounds SET context=?", b"d" * 32)
     with pytest.raises(DataError):
         journal.kept(b"d" * 32)
+
+
+def test_a_journal_of_an_earlier_release_knows_its_rounds_and_takes_new_ones(tmp_path: Path) -> None:
+    journal, first = Journal(tmp_path), WORLD.announcement()
+    journal.consume(first, survivors=b"\1\0\2\0", contribution=b"u" * 32, secret=b"")
+    journal.close()
+    with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as database:  # which did not note the round of training
+        database.execute("ALTER TABLE consumed DROP COLUMN training")
+    again = Journal(tmp_path)
+    assert [row.contribution for row in history(again).repeated] == [b"u" * 32]
+    later = replace(first, round=2, model=b"n" * 32, training=7)
+    again.consume(later, survivors=b"\1\0\2\0", contribution=b"v" * 32, secret=b"")
+    assert [row.round for row in history(again, model=b"m" * 32, training=7).repeated] == [2]
 
 
 @pytest.mark.parametrize("damaged", [b"", b"half of it", bytes(33)])
